@@ -1,0 +1,101 @@
+"""Every setting of every process: typed, loaded once, passed inward.
+
+A value comes from the command line, else from `LLAMA_ADAPTER_<NAME>` in the environment (nested
+names with `__`), else from the default here. A bad value stops start-up with a sentence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+def default_cache_dir() -> Path:
+    """`~/.cache/llama-adapter`, where converted bases live."""
+    return Path.home() / ".cache" / "llama-adapter"
+
+
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="LLAMA_ADAPTER_", env_nested_delimiter="__", extra="ignore", frozen=True
+    )
+
+
+class ImageLimits(_Settings):
+    """What an image may cost. Every refusal is a 400 that says which limit."""
+
+    max_images: int = Field(8, ge=0, description="images in one request")
+    max_image_bytes: int = Field(20 * MIB, gt=0, description="bytes of one encoded image")
+    max_image_pixels: int = Field(40_000_000, gt=0, description="pixels, checked before decoding")
+    image_connect_seconds: float = Field(3.0, gt=0, description="to connect to an image's host")
+    image_read_seconds: float = Field(5.0, gt=0, description="between two pieces of an image's body")
+    image_total_seconds: float = Field(15.0, gt=0, description="for one image, redirects included")
+    image_max_redirects: int = Field(3, ge=0, le=10)
+    image_allowed_hosts: tuple[str, ...] = Field((), description="host names to fetch from; empty: any public one")
+    image_allow_private: bool = Field(
+        False, description="also fetch from private addresses; for closed networks only"
+    )
+
+
+class GatewaySettings(ImageLimits):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    worker_urls: tuple[str, ...] = Field((), description="http://host:port or unix:/path of each worker")
+    expert_urls: dict[str, str] = Field({}, description="name → http://host:port or unix:/path of its service")
+    expert_seconds: float = Field(20.0, gt=0, description="an expert that takes longer is left out")
+    expert_cache_entries: int = Field(1024, ge=0, description="readings kept by (expert, version, image)")
+    api_keys: tuple[str, ...] = Field((), description="empty: no key is asked for")
+    admin_keys: tuple[str, ...] = Field((), description="for /v1/adapters; empty: those routes are closed")
+    max_body_bytes: int = Field(64 * MIB, gt=0)
+    max_concurrent_requests: int = Field(256, gt=0, description="over it: 429 with Retry-After")
+    request_seconds: float = Field(600.0, gt=0, description="deadline of one request")
+    max_n: int = Field(8, ge=1, description="choices in one request")
+    cors_origins: tuple[str, ...] = ()
+    drain_seconds: float = Field(30.0, ge=0, description="what runs may take this long after SIGTERM")
+    worker_poll_seconds: float = Field(1.0, gt=0, description="between two looks at a worker's readiness")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class WorkerSettings(_Settings):
+    host: str = "127.0.0.1"
+    port: int = Field(8001, ge=0, le=65535)
+    uds: Path | None = Field(None, description="a Unix socket instead of host and port")
+    base: str = Field("smollm2-135m", description="an id that `llama-adapter pull` knows, or a path")
+    base_id: str | None = Field(None, description="the base's model id; default: the name of `base`")
+    adapters: tuple[str, ...] = Field((), description="id=path[,option=value …] of each adapter")
+    adapter_root: Path | None = Field(None, description="folder that run-time loading may read from")
+    cache_dir: Path = Field(default_factory=default_cache_dir)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the processor computes in it, else float32"
+    )
+    device: str = "cpu"
+    num_threads: int = Field(0, ge=0, description="of torch; 0: one per core")
+    max_model_len: int | None = Field(None, gt=0, description="default: the base's own context")
+    block_size: int = Field(16, gt=0, description="tokens per block of the KV cache")
+    kv_cache_mib: int = Field(1024, gt=0)
+    max_num_seqs: int = Field(64, gt=0, description="sequences in one step")
+    max_num_batched_tokens: int = Field(512, gt=0, description="tokens in one step; longer prompts are chunked")
+    max_waiting: int = Field(256, ge=0, description="over it: 429 with Retry-After")
+    prefix_caching: bool = True
+    max_hot_adapters: int = Field(64, gt=0, description="adapters in the bank at once")
+    prompt_slots: int = Field(256, gt=0, description="(adapter, image) prompts kept as keys and values")
+    drain_seconds: float = Field(30.0, ge=0)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class ExpertSettings(_Settings):
+    host: str = "127.0.0.1"
+    port: int = Field(8002, ge=0, le=65535)
+    uds: Path | None = None
+    max_image_bytes: int = Field(20 * MIB, gt=0)
+    max_image_pixels: int = Field(40_000_000, gt=0)
+    classifier_min_confidence: float = Field(0.3, ge=0, le=1, description="below it the classifier says nothing")
+    ocr_min_confidence: float = Field(0.6, ge=0, le=1, description="lines below it are dropped")
+    ocr_engine: Literal["rapidocr", "paddleocr"] = "rapidocr"
+    num_threads: int = Field(0, ge=0)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,0 +1,250 @@
+"""What travels between gateway and worker: frozen dataclasses, owned by the worker, free of torch.
+
+A request goes as one JSON body, the answer comes back as one JSON event a line. `encode` and the
+`*_ADAPTER` objects below are the only (de)serialisers; bytes travel as base64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter
+
+_CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", extra="forbid")
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class ContextItem:
+    """What one expert read in one image, on its way into the prompt."""
+
+    expert: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    id: str
+    name: str
+    arguments: str  # JSON text, as the wire has it
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Messages, rendered by the model's own template; the context goes in as the papers put it."""
+
+    messages: tuple[ChatMessage, ...]
+    context: tuple[ContextItem, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    type: Literal["chat"] = "chat"
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    text: str
+    add_special_tokens: bool = True
+    type: Literal["text"] = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    token_ids: tuple[int, ...]
+    type: Literal["tokens"] = "tokens"
+
+
+Prompt = Annotated[ChatPrompt | TextPrompt | TokenPrompt, Field(discriminator="type")]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What constrained decoding has to keep to. `schema` is a JSON schema, for kind `json_schema` only."""
+
+    kind: Literal["json_object", "json_schema"]
+    schema: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. The defaults are OpenAI's; 0 temperature is argmax."""
+
+    max_tokens: int | None = None  # None: up to the context's end
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None  # None: off; n: the chosen token and the n best
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens (`echo` with `logprobs`)
+    ignore_eos: bool = False
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to generate. `images` are encoded files (PNG, JPEG, …), oldest first."""
+
+    __pydantic_config__ = _CONFIG
+
+    request_id: str
+    model: str
+    prompt: Prompt
+    sampling: SamplingParams = SamplingParams()
+    images: tuple[bytes, ...] = ()
+    timeout_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """`logprob` is None for a prompt's first token, which nothing precedes."""
+
+    token_id: int
+    token: str
+    logprob: float | None
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First event: the prompt was accepted. Nothing is generated yet."""
+
+    prompt_tokens: int
+    type: Literal["started"] = "started"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """The prompt's log-probabilities, for requests that asked for `prompt_logprobs`."""
+
+    logprobs: tuple[TokenLogprob, ...]
+    text: str
+    type: Literal["prompt_scored"] = "prompt_scored"
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text. Never a partial UTF-8 character, a special token or the beginning of a stop string."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    type: Literal["delta"] = "delta"
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    finish_reason: FinishReason
+    usage: Usage
+    type: Literal["finished"] = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Last event of a request that could not be finished; fields as in `server.errors.ApiError`."""
+
+    status: int
+    message: str
+    error_type: str
+    code: str | None = None
+    param: str | None = None
+    type: Literal["failed"] = "failed"
+
+
+Event = Annotated[Started | PromptScored | Delta | Finished | Failed, Field(discriminator="type")]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One id that a request's `model` may name: the base, or an adapter on it."""
+
+    id: str
+    kind: Literal["base", "adapter"]
+    root: str  # the folder's or file's name it was loaded from
+    parent: str | None  # the base's id, for an adapter
+    created: int  # Unix seconds
+    max_model_len: int
+    reads_images: bool = False
+    version: int = 1  # counts reloads under the same id
+    variant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapterRequest:
+    id: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeRequest:
+    model: str
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    token_ids: tuple[int, ...]
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class DetokenizeRequest:
+    model: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenized:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot; counters run since the engine's start."""
+
+    running: int
+    waiting: int
+    kv_blocks_total: int
+    kv_blocks_used: int  # held by running requests; cached blocks nobody holds count as free
+    prefix_cache_queries: int  # tokens looked up
+    prefix_cache_hits: int  # tokens found
+    preemptions: int
+    adapters_loaded: int
+    adapters_hot: int  # in the bank now
+    prompt_slots_used: int
+    steps: int
+    ready: bool = True
+    draining: bool = False
+
+
+GENERATE_REQUEST: TypeAdapter[GenerateRequest] = TypeAdapter(GenerateRequest)
+EVENT: TypeAdapter[Started | PromptScored | Delta | Finished | Failed] = TypeAdapter(Event)
+MODELS: TypeAdapter[list[ModelInfo]] = TypeAdapter(list[ModelInfo])
