@@ -46,6 +46,7 @@ class BaseSpec(_Strict):
     num_layers: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     vocab_size: int | None = None
     fingerprint: str | None = None  # of the embedding, where it is known: `models.registry.fingerprint`
@@ -106,7 +107,9 @@ class VisionConfig(_Strict):
                ones (V2, section 4.3)
     num_tokens rows the projector gives: 1 is repeated over the static prompts; else it must equal
                their length for `add`
-    no_image   a request without an image sees a black image (`zero`) or the static prompts alone (`none`)
+    feature_dim F, the width of the encoder's features; an encoder of another width is refused
+    no_image   a request without an image sees an all-zero pixel tensor (`zero`, as the released 7B
+               recipe trains text rows) or no visual tokens at all (`none`)
     """
 
     encoder: str = Field(pattern=r"^(efficientnet-lite0|open_clip:[A-Za-z0-9_.:/-]+)$")
@@ -115,6 +118,7 @@ class VisionConfig(_Strict):
     fusion: Literal["add", "early"]
     layers: Layers
     num_tokens: int = Field(gt=0, le=1024)
+    feature_dim: int = Field(gt=0)
     hidden_size: int = Field(gt=0)  # width inside the projector; for `linear` the features' own
     input_norm: bool = False  # LayerNorm on the features first; query_blocks has its own
     num_blocks: int = Field(default=0, ge=0, le=64)  # query_blocks only
@@ -168,10 +172,12 @@ class AdapterConfig(_Strict):
         static = set(self.prompt.layers) if self.prompt else set()
         visual = set(self.vision.layers)
         if self.vision.fusion == "early" and static & visual:
-            raise ValueError(f"early fusion needs layers of its own; {sorted(static & visual)} hold prompts too")
+            shared = sorted(static & visual)
+            raise ValueError(f"early fusion needs layers of its own; {shared} hold static prompts too")
         if self.vision.fusion == "add":
             if self.prompt is None or not visual <= static:
                 raise ValueError("add fusion needs static prompts in each of its layers")
-            if self.vision.num_tokens not in (1, self.prompt.length):
-                raise ValueError(f"{self.vision.num_tokens} visual tokens cannot be added to {self.prompt.length}")
+            visual_len, static_len = self.vision.num_tokens, self.prompt.length
+            if visual_len not in (1, static_len):
+                raise ValueError(f"{visual_len} visual tokens cannot be added to {static_len} prompt rows")
         return self

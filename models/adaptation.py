@@ -1,0 +1,202 @@
+"""What adapters change in norms and linears: for one adapter, and for a batch that mixes many.
+
+    y = s_out ⊙ (W (s_in ⊙ x) + b) + (alpha / R) · B A x
+
+Shapes: N tokens, L layers, S bank slots, A slots that are active in the batch, C hidden size, R rank.
+A *vector* is any per-layer parameter that acts element by element: a norm, a scale, a bias.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.adapter import Adapter, lora_scaling
+from models.adapter_config import LINEARS, LinearName
+from models.llama import Layer, Llama
+
+NORMS = ("attention_norm", "feed_forward_norm", "final_norm")
+
+
+def vectors(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's vectors by key, each [L, features]; `final_norm` is [1, C]."""
+    side = "scale_in" if adapter.config.scale_bias.scale == "input" else "scale_out"
+    found = {f"bias.{name}": value for name, value in adapter.bias.items()}
+    found |= {f"{side}.{name}": value for name, value in adapter.scale.items()}
+    if adapter.config.norms:
+        found |= {"attention_norm": adapter.attention_norm, "feed_forward_norm": adapter.feed_forward_norm}
+    if adapter.config.final_norm:
+        found["final_norm"] = adapter.final_norm[None]
+    return found
+
+
+class _Adaptation(ABC):
+    """The formula above, given where the vectors and low-rank terms come from."""
+
+    @abstractmethod
+    def vector(self, key: str, layer: int) -> Tensor | None:
+        """[features] or [N, features]; None where no adapter of the batch has it."""
+
+    @abstractmethod
+    def low_rank(self, layer: int, name: LinearName, x: Tensor) -> Tensor | None:
+        """(alpha / R) · B A x, [N, out]; None where no adapter of the batch has it."""
+
+    def norm_weight(self, layer: int, name: str, weight_C: Tensor) -> Tensor:
+        own = self.vector(name, layer)
+        return weight_C if own is None else own
+
+    def before(self, layer: int, name: LinearName, x: Tensor) -> Tensor:
+        scale = self.vector(f"scale_in.{name}", layer)
+        return x if scale is None else x * scale
+
+    def scales_input(self, names: Sequence[LinearName]) -> bool:
+        return any(self.vector(f"scale_in.{name}", 0) is not None for name in names)
+
+    def after(self, layer: int, name: LinearName, x: Tensor, y: Tensor) -> Tensor:
+        bias, scale = self.vector(f"bias.{name}", layer), self.vector(f"scale_out.{name}", layer)
+        if bias is not None:
+            y = y + bias
+        if scale is not None:
+            y = y * scale
+        low = self.low_rank(layer, name, x)
+        return y if low is None else y + low
+
+
+class OneAdapter(_Adaptation):
+    """Every token has the same adapter; gradients flow into its parameters. Training's view."""
+
+    def __init__(self, adapter: Adapter, dtype: torch.dtype) -> None:
+        self._adapter = adapter
+        self._dtype = dtype
+        self._vectors = vectors(adapter)
+
+    def vector(self, key: str, layer: int) -> Tensor | None:
+        value = self._vectors.get(key)
+        return None if value is None else value[layer].to(self._dtype)
+
+    def low_rank(self, layer: int, name: LinearName, x: Tensor) -> Tensor | None:
+        if name not in self._adapter.lora:
+            return None
+        a, b = (self._adapter.lora[name][side][layer].to(self._dtype) for side in ("a", "b"))  # type: ignore[index]
+        return lora_scaling(self._adapter.config) * F.linear(F.linear(x, a), b)
+
+
+class AdapterBank:
+    """The hot adapters' vectors and low-rank terms, stacked by slot; slot 0 is the untouched base.
+
+    A parameter's tensor, [L, S, …], is made when the first adapter that has it is placed; the slots of
+    adapters without it hold what changes nothing (the base's norms, ones, zeros).
+    """
+
+    def __init__(self, base: Llama, num_slots: int) -> None:
+        """`num_slots` counts the adapters; the identity's slot comes on top."""
+        self._base = base
+        self._num_slots = num_slots + 1
+        self.stacks: dict[str, Tensor] = {}
+        self.lora: dict[LinearName, tuple[Tensor, Tensor]] = {}  # a [L,S,R,in], b [L,S,R,out], scaled
+        self._keys: list[frozenset[str]] = [frozenset()] * self._num_slots
+
+    def keys_of(self, slots: Sequence[int]) -> frozenset[str]:
+        """What the adapters in these slots have: vector keys, and `lora.<linear>`."""
+        return frozenset().union(*(self._keys[slot] for slot in slots))
+
+    @torch.no_grad()
+    def place(self, slot: int, adapter: Adapter) -> None:
+        """Put an adapter into a slot, in place of whatever was there."""
+        assert 0 < slot < self._num_slots
+        own = vectors(adapter)
+        for key in own.keys() - self.stacks.keys():
+            self.stacks[key] = self._identity(key)[:, None].repeat(1, self._num_slots, 1)
+        for key, stack in self.stacks.items():
+            stack[:, slot] = own[key].to(stack.dtype) if key in own else self._identity(key)
+        self._place_lora(slot, adapter)
+        self._keys[slot] = frozenset(own) | {f"lora.{name}" for name in adapter.lora}
+
+    def _place_lora(self, slot: int, adapter: Adapter) -> None:
+        rank = adapter.config.lora.rank if adapter.config.lora else 0
+        for name in LINEARS:
+            own = name in adapter.lora
+            if own:
+                self._make_room(name, rank)
+            if name not in self.lora:
+                continue
+            a_LSRi, b_LSRo = self.lora[name]
+            a_LSRi[:, slot], b_LSRo[:, slot] = 0, 0
+            if own:
+                terms = adapter.lora[name]
+                a_LSRi[:, slot, :rank] = terms["a"].to(a_LSRi.dtype)  # type: ignore[index]
+                b_LSRo[:, slot, :rank] = lora_scaling(adapter.config) * terms["b"].mT.to(b_LSRo.dtype)  # type: ignore[index]
+
+    def _make_room(self, name: LinearName, rank: int) -> None:
+        """Let the stacks of one linear hold `rank`; terms already there are padded with zeros."""
+        have = self.lora[name][0].shape[2] if name in self.lora else 0
+        if have >= rank:
+            return
+        out_in = linear_shape_of(self._base, name)
+        stacks = []
+        for i, features in enumerate((out_in[1], out_in[0])):
+            grown = self._zeros(self._base.config.num_layers, self._num_slots, rank, features)
+            if have:
+                grown[:, :, :have] = self.lora[name][i]
+            stacks.append(grown)
+        self.lora[name] = (stacks[0], stacks[1])
+
+    def _identity(self, key: str) -> Tensor:
+        """[L, features] that changes nothing."""
+        layers = [layer for layer in self._base.layers if isinstance(layer, Layer)]
+        if key == "final_norm":
+            return self._base.norm[None]
+        if key in NORMS:
+            return torch.stack([getattr(layer, key) for layer in layers])
+        kind, name = key.split(".")
+        out_features, in_features = linear_shape_of(self._base, name)  # type: ignore[arg-type]
+        zeros = self._zeros(len(layers), in_features if kind == "scale_in" else out_features)
+        return zeros if kind == "bias" else zeros + 1
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self._base.dtype, device=self._base.device)
+
+
+class BatchAdaptation(_Adaptation):
+    """A step's tokens, each with the adapter in its slot of the bank."""
+
+    def __init__(self, bank: AdapterBank, slots_N: Tensor, active: Sequence[int]) -> None:
+        """`active`: the distinct slots in `slots_N`, ascending."""
+        self._bank = bank
+        self._keys = bank.keys_of(active)
+        # One slot for all: its rows broadcast, nothing is gathered.
+        self._index: Tensor | int = active[0] if len(active) == 1 else slots_N
+        self._with_lora = [
+            slot for slot in active if any(k.startswith("lora.") for k in bank.keys_of([slot]))
+        ]
+        self._slots_N = slots_N
+
+    @property
+    def changes_nothing(self) -> bool:
+        return not self._keys
+
+    def vector(self, key: str, layer: int) -> Tensor | None:
+        return self._bank.stacks[key][layer][self._index] if key in self._keys else None
+
+    def low_rank(self, layer: int, name: LinearName, x: Tensor) -> Tensor | None:
+        """All active slots' terms in two dense products, each token keeping its own slot's part."""
+        if f"lora.{name}" not in self._keys:
+            return None
+        a_SRi, b_SRo = (stack[layer][self._with_lora] for stack in self._bank.lora[name])
+        h_NAR = F.linear(x, a_SRi.flatten(0, 1)).unflatten(-1, a_SRi.shape[:2])
+        if not isinstance(self._index, int):
+            active = torch.tensor(self._with_lora, device=x.device)
+            h_NAR = h_NAR * (self._slots_N[:, None] == active)[..., None]
+        return h_NAR.flatten(1) @ b_SRo.flatten(0, 1)
+
+
+def linear_shape_of(base: Llama, name: LinearName) -> tuple[int, int]:
+    """(out, in) features of one linear."""
+    layer = base.layers[0]
+    assert isinstance(layer, Layer)
+    out_features, in_features = layer.linear(name).shape
+    return out_features, in_features

@@ -1,0 +1,267 @@
+"""One adapter: its parameters under their native names, and the prompts it makes.
+
+Shapes: L layers of the base, P layers with static prompts, Q layers with prompts of either kind,
+K prompt rows, n visual tokens, C hidden size, H query heads, G key/value heads, D head size, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.adapter_config import AdapterConfig, BaseSpec, LinearName
+from models.config import ModelConfig
+from models.errors import AdapterMismatch, CheckpointError
+from models.llama import Layer, Llama
+from models.vision.projector import build_projector
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompt keys and values of S slots, ready for attention; rows past `len_SL` are padding.
+
+    Prompts take no positions, so the keys are not rotated. `gate_SLH` is what multiplies the prompts'
+    part of the attention: activation and `new_gate` applied, 0 where a layer holds no prompts.
+    """
+
+    k_SLKGD: Tensor
+    v_SLKGD: Tensor
+    len_SL: Tensor
+    gate_SLH: Tensor
+
+
+class Adapter(nn.Module):
+    """Trainable parameters; `state_dict()` has the native tensor names (docs/design.md).
+
+    Fresh parameters change nothing: gates, biases and LoRA's B are zero, scales one. Norms of a fresh
+    adapter must be copied from the base: `start_from`.
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        base = config.base
+        L, C = base.num_layers, base.hidden_size
+        options = {"dtype": dtype, "device": device}
+
+        def full(value: float, *shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.full(shape, value, **options))  # type: ignore[call-overload]
+
+        def normal(std: float, *shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, **options) * std)  # type: ignore[call-overload]
+
+        if config.prompt:
+            self.prompt = normal(1.0, len(config.prompt.layers), config.prompt.length, C)
+        if config.gated_layers:
+            Q = len(config.gated_layers)
+            self.gate = full(0.0, Q, base.num_heads) if config.gate.per == "head" else full(0.0, Q)
+            if config.gate.new_gate:
+                self.new_gate = full(1.0, Q)
+        if config.norms:
+            self.attention_norm, self.feed_forward_norm = full(1.0, L, C), full(1.0, L, C)
+        if config.final_norm:
+            self.final_norm = full(1.0, C)
+        tuned = config.scale_bias
+        self.bias = nn.ParameterDict(
+            {name: full(0.0, L, linear_shape(base, name)[0]) for name in tuned.bias_targets}
+        )
+        side = 1 if tuned.scale == "input" else 0
+        self.scale = nn.ParameterDict(
+            {name: full(1.0, L, linear_shape(base, name)[side]) for name in tuned.scale_targets}
+        )
+        self.lora = nn.ModuleDict()
+        if config.lora:
+            for name in config.lora.targets:
+                out_features, in_features = linear_shape(base, name)
+                R = config.lora.rank
+                self.lora[name] = nn.ParameterDict(
+                    {"a": normal(in_features**-0.5, L, R, in_features), "b": full(0.0, L, out_features, R)}
+                )
+        if config.vision:
+            self.vision = build_projector(config.vision, C).to(**options)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def start_from(self, base: Llama) -> Adapter:
+        """Copy the base's norms into this adapter's own, where it has some."""
+        if self.config.norms:
+            for i, layer in enumerate(base.layers):
+                assert isinstance(layer, Layer)
+                self.attention_norm[i].copy_(layer.attention_norm)
+                self.feed_forward_norm[i].copy_(layer.feed_forward_norm)
+        if self.config.final_norm:
+            self.final_norm.copy_(base.norm)
+        return self
+
+    def load(self, tensors: Mapping[str, Tensor], source: str = "adapter") -> Adapter:
+        """Copy native tensors into place. Raises CheckpointError, naming keys, unless they fit exactly."""
+        wanted = self.state_dict()
+        for verdict, keys in (
+            ("missing", wanted.keys() - tensors.keys()),
+            ("unexpected", tensors.keys() - wanted.keys()),
+        ):
+            if keys:
+                raise CheckpointError(f"{source}: {verdict} tensors {', '.join(sorted(keys)[:8])}")
+        for name, place in wanted.items():
+            tensor = tensors[name]
+            if tensor.shape != place.shape:
+                raise CheckpointError(
+                    f"{source}: {name} has shape {list(tensor.shape)}, "
+                    f"its configuration asks for {list(place.shape)}"
+                )
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"{source}: {name} is {tensor.dtype}, not a floating-point tensor")
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{source}: {name} holds NaN or infinite values")
+            place.copy_(tensor)
+        return self
+
+    def gates(self) -> Tensor:
+        """Effective gates [L, H]: activation and `new_gate` applied, zero in layers without prompts."""
+        base, gate = self.config.base, self.config.gate
+        gates_LH = torch.zeros(base.num_layers, base.num_heads, device=self._device, dtype=self._dtype)
+        if not self.config.gated_layers:
+            return gates_LH
+        value = torch.tanh(self.gate) if gate.activation == "tanh" else self.gate
+        if gate.per == "layer":
+            value = value[:, None].expand(-1, base.num_heads)
+        if gate.new_gate:
+            value = value * self.new_gate[:, None]
+        rows = torch.tensor(self.config.gated_layers, device=self._device)
+        return gates_LH.index_copy(0, rows, value)
+
+    def see(self, features: Tensor) -> Tensor:
+        """Visual tokens [S, n, C] of encoder features [S, F] or [S, T, F]."""
+        visual: Tensor = self.vision(features.to(self._dtype))
+        return visual
+
+    def prompts(self, base: Llama, visual_SnC: Tensor | None = None) -> Prompts:
+        """Keys and values of the prompts through the base's own wk and wv (V1 eq. 3, 4, 10).
+
+        `visual_SnC` holds the visual tokens of S images; without it there is one slot, of the static
+        prompts alone. The raw prompt rows bypass the attention norm.
+        """
+        config = self.config
+        S = 1 if visual_SnC is None else visual_SnC.shape[0]
+        L, K = config.base.num_layers, config.max_prompt_len
+        G, D = config.base.num_kv_heads, base.config.head_dim
+        kv, lens = [], torch.zeros(L, dtype=torch.int32, device=base.device)
+        for layer in config.gated_layers:
+            rows_SkC = self._rows(layer, visual_SnC)
+            if rows_SkC is None:
+                continue
+            lens[layer] = rows_SkC.shape[1]
+            pad = (0, 0, 0, K - rows_SkC.shape[1])
+            kv.append((layer, *(F.pad(self._project(base, layer, n, rows_SkC), pad) for n in ("wk", "wv"))))
+        zeros = torch.zeros(S, K, G * D, dtype=base.dtype, device=base.device)
+        by_layer = {layer: (k, v) for layer, k, v in kv}
+        k_SLKGD, v_SLKGD = (
+            torch.stack([by_layer.get(layer, (zeros, zeros))[i] for layer in range(L)], dim=1).unflatten(
+                -1, (G, D)
+            )
+            for i in (0, 1)
+        )
+        return Prompts(
+            k_SLKGD=k_SLKGD,
+            v_SLKGD=v_SLKGD,
+            len_SL=lens.expand(S, L),
+            gate_SLH=(self.gates().to(base.device) * (lens > 0)[:, None]).expand(S, L, -1),
+        )
+
+    def _rows(self, layer: int, visual_SnC: Tensor | None) -> Tensor | None:
+        """Prompt rows [S, k, C] of one layer, or None where it has none for this request."""
+        prompt, vision = self.config.prompt, self.config.vision
+        static_1KC = None
+        if prompt and layer in prompt.layers:
+            static_1KC = self.prompt[prompt.layers.index(layer)][None]
+        if visual_SnC is None or vision is None or layer not in vision.layers:
+            if static_1KC is None or visual_SnC is None:
+                return static_1KC
+            return static_1KC.expand(visual_SnC.shape[0], -1, -1)
+        if vision.fusion == "early" or static_1KC is None:
+            return visual_SnC
+        return static_1KC + visual_SnC  # one visual token is repeated over the K rows
+
+    def _project(self, base: Llama, layer: int, name: LinearName, rows_SkC: Tensor) -> Tensor:
+        """A prompt's keys or values [S, k, G·D] through wk or wv, with the adapter's own scale and bias."""
+        weight = base.layers[layer].linear(name)  # type: ignore[operator]
+        rows = rows_SkC.to(weight.dtype)
+        x, y_scale = rows, None
+        if name in self.scale:
+            scale = self.scale[name][layer].to(weight.dtype)
+            x, y_scale = (rows * scale, None) if self.config.scale_bias.scale == "input" else (rows, scale)
+        y = F.linear(x, weight)
+        if name in self.bias:
+            y = y + self.bias[name][layer].to(weight.dtype)
+        if y_scale is not None:
+            y = y * y_scale
+        lora = self.config.lora
+        if lora and lora.on_prompts and name in lora.targets:
+            a, b = (self.lora[name][side][layer].to(weight.dtype) for side in ("a", "b"))  # type: ignore[index]
+            y = y + lora_scaling(self.config) * F.linear(F.linear(rows, a), b)
+        return y
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+def lora_scaling(config: AdapterConfig) -> float:
+    """alpha / rank, or 1 where the adapter states no alpha."""
+    if config.lora is None or config.lora.alpha is None:
+        return 1.0
+    return config.lora.alpha / config.lora.rank
+
+
+def linear_shape(base: BaseSpec, name: LinearName) -> tuple[int, int]:
+    """(out, in) features of one linear of the base."""
+    C, I = base.hidden_size, base.intermediate_size
+    q, kv = base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim
+    shapes: dict[LinearName, tuple[int, int]] = {
+        "wq": (q, C),
+        "wk": (kv, C),
+        "wv": (kv, C),
+        "wo": (C, q),
+        "w1": (I, C),
+        "w2": (C, I),
+        "w3": (I, C),
+    }
+    return shapes[name]
+
+
+def base_spec(config: ModelConfig, fingerprint: str | None = None) -> BaseSpec:
+    """What an adapter for this base says of it."""
+    return BaseSpec(
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        fingerprint=fingerprint,
+    )
+
+
+def check_fits(spec: BaseSpec, config: ModelConfig, fingerprint: str | None, source: str) -> None:
+    """Raise AdapterMismatch, naming each difference, unless the adapter was made for this base."""
+    actual = base_spec(config, fingerprint).model_dump()
+    wrong = [
+        f"{name} {wanted} (the base has {actual[name]})"
+        for name, wanted in spec.model_dump().items()
+        if wanted is not None and actual[name] is not None and wanted != actual[name]
+    ]
+    if wrong:
+        raise AdapterMismatch(f"{source} was made for another base: {', '.join(wrong)}")

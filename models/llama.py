@@ -1,0 +1,256 @@
+"""The LLaMA architecture: one forward pass for training and serving.
+
+Shapes: N tokens of a step (all sequences' tokens one after another), C hidden size, H query heads,
+G key/value heads, D head size, I feed-forward size, V vocabulary.
+
+The pass knows neither the KV cache nor the batch's layout: an `Attend` owns those. It knows of
+adapters only what `Adaptation` tells: other norm weights, and what to do around a linear. With no
+adaptation it is the plain base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.adapter_config import LinearName
+from models.config import ModelConfig
+from models.errors import CheckpointError
+
+
+class Attend(Protocol):
+    """Causal (and gated prompt) attention of one layer over the step's tokens."""
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        """Store the new keys and values where they belong and return [N, H, D]."""
+
+
+class Adaptation(Protocol):
+    """What the batch's adapters change in norms and linears; prompts are the `Attend`'s affair."""
+
+    def norm_weight(self, layer: int, name: str, weight_C: Tensor) -> Tensor:
+        """[C] or [N, C]; `name` is attention_norm, feed_forward_norm or final_norm (layer -1)."""
+
+    def before(self, layer: int, name: LinearName, x: Tensor) -> Tensor:
+        """The linear's input: x, or x·s for adapters that scale inputs."""
+
+    def scales_input(self, names: Sequence[LinearName]) -> bool:
+        """Whether `before` does anything for one of these linears in this batch."""
+
+    def after(self, layer: int, name: LinearName, x: Tensor, y: Tensor) -> Tensor:
+        """The linear's output y = W·before(x), with bias, output scale and low-rank terms."""
+
+
+class Linear(nn.Module):
+    """Several linears on one input, their weights stacked row by row and multiplied at once."""
+
+    def __init__(
+        self,
+        names: tuple[LinearName, ...],
+        in_features: int,
+        out_features: tuple[int, ...],
+        **factory: object,
+    ) -> None:
+        super().__init__()
+        self.names = names
+        self.out_features = out_features
+        self.weight = nn.Parameter(
+            torch.empty(sum(out_features), in_features, **factory),
+            requires_grad=False,  # type: ignore[arg-type]
+        )
+
+    def part(self, name: LinearName) -> Tensor:
+        """The rows of one linear, [out, in]; a view."""
+        return self.weight.split(self.out_features)[self.names.index(name)]
+
+    def forward(self, x: Tensor, layer: int, adaptation: Adaptation | None) -> list[Tensor]:
+        """x [N, in] → one [N, out] per name."""
+        if adaptation is None:
+            return list(F.linear(x, self.weight).split(self.out_features, dim=-1))
+        if adaptation.scales_input(self.names):
+            ys = [F.linear(adaptation.before(layer, name, x), self.part(name)) for name in self.names]
+        else:
+            ys = list(F.linear(x, self.weight).split(self.out_features, dim=-1))
+        return [adaptation.after(layer, name, x, y) for name, y in zip(self.names, ys, strict=True)]
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and SwiGLU feed-forward."""
+
+    def __init__(self, config: ModelConfig, index: int, **factory: object) -> None:
+        super().__init__()
+        self.index = index
+        self.config = config
+        C, I = config.hidden_size, config.intermediate_size
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv = Linear(("wq", "wk", "wv"), C, (q, kv, kv), **factory)
+        self.wo = Linear(("wo",), q, (C,), **factory)
+        self.gate_up = Linear(("w1", "w3"), C, (I, I), **factory)
+        self.w2 = Linear(("w2",), I, (C,), **factory)
+        self.attention_norm = nn.Parameter(torch.empty(C, **factory), requires_grad=False)  # type: ignore[arg-type]
+        self.feed_forward_norm = nn.Parameter(torch.empty(C, **factory), requires_grad=False)  # type: ignore[arg-type]
+
+    def forward(
+        self, x_NC: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, adaptation: Adaptation | None
+    ) -> Tensor:
+        h_NC = self._norm("attention_norm", x_NC, adaptation)
+        x_NC = x_NC + self._attention(h_NC, rotary, attend, adaptation)
+        h_NC = self._norm("feed_forward_norm", x_NC, adaptation)
+        gate_NI, up_NI = self.gate_up(h_NC, self.index, adaptation)
+        (y_NC,) = self.w2(F.silu(gate_NI) * up_NI, self.index, adaptation)
+        return x_NC + y_NC
+
+    def _norm(self, name: str, x_NC: Tensor, adaptation: Adaptation | None) -> Tensor:
+        weight: Tensor = getattr(self, name)
+        if adaptation is not None:
+            weight = adaptation.norm_weight(self.index, name, weight)
+        return rms_norm(x_NC, weight, self.config.rms_norm_eps)
+
+    def _attention(
+        self, h_NC: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, adaptation: Adaptation | None
+    ) -> Tensor:
+        D = self.config.head_dim
+        q, k, v = self.qkv(h_NC, self.index, adaptation)
+        q_NHD = rotate(q.unflatten(-1, (-1, D)), rotary)
+        k_NGD = rotate(k.unflatten(-1, (-1, D)), rotary)
+        out_NHD = attend(self.index, q_NHD, k_NGD, v.unflatten(-1, (-1, D)))
+        (y_NC,) = self.wo(out_NHD.flatten(-2), self.index, adaptation)
+        return y_NC
+
+    def linear(self, name: LinearName) -> Tensor:
+        """The weight [out, in] of one linear by LLaMA's name; a view."""
+        for module in (self.qkv, self.wo, self.gate_up, self.w2):
+            if name in module.names:
+                return module.part(name)
+        raise KeyError(name)
+
+
+class Llama(nn.Module):
+    """The frozen base. Weights come through `load`; a fresh model's are uninitialised."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        factory = {"dtype": dtype, "device": device}
+        self.config = config
+        V, C = config.vocab_size, config.hidden_size
+        self.embed = nn.Parameter(torch.empty(V, C, **factory), requires_grad=False)  # type: ignore[arg-type]
+        self.layers = nn.ModuleList(Layer(config, i, **factory) for i in range(config.num_layers))
+        self.norm = nn.Parameter(torch.empty(C, **factory), requires_grad=False)  # type: ignore[arg-type]
+        self.lm_head = (
+            self.embed
+            if config.tie_word_embeddings
+            else nn.Parameter(torch.empty(V, C, **factory), requires_grad=False)  # type: ignore[arg-type]
+        )
+        self.inverse_frequencies_D2 = rope_frequencies(config)  # float64, on the CPU: a small constant
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.device
+
+    def forward(
+        self,
+        tokens_N: Tensor,
+        positions_N: Tensor,
+        attend: Attend,
+        adaptation: Adaptation | None = None,
+        wrap: Callable[[Layer], Callable[..., Tensor]] | None = None,
+    ) -> Tensor:
+        """Hidden states [N, C] before the final norm.
+
+        `wrap` replaces each layer's call, for gradient checkpointing.
+        """
+        x_NC = F.embedding(tokens_N, self.embed)
+        rotary = self.rotary(positions_N)
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            call = layer if wrap is None else wrap(layer)
+            x_NC = call(x_NC, rotary, attend, adaptation)
+        return x_NC
+
+    def logits(self, x_MC: Tensor, adaptation: Adaptation | None = None) -> Tensor:
+        """[M, V] of M chosen rows of the hidden states; `adaptation` must be that of those rows."""
+        weight = self.norm if adaptation is None else adaptation.norm_weight(-1, "final_norm", self.norm)
+        return F.linear(rms_norm(x_MC, weight, self.config.rms_norm_eps), self.lm_head)
+
+    def rotary(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [N, 1, D] of the positions, in the model's dtype."""
+        angles = positions_N.double()[:, None] * self.inverse_frequencies_D2.to(positions_N.device)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], source: str = "weights") -> Llama:
+        """Copy canonical tensors (docs/design.md) into place, one at a time.
+
+        Raises CheckpointError for a missing, unexpected or wrongly shaped tensor.
+        """
+        places = dict(self._places())
+        for name, tensor in weights:
+            place = places.pop(name, None)
+            if place is None:
+                raise CheckpointError(f"{source}: unexpected or repeated tensor {name!r}")
+            if place.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{source}: {name} has shape {list(tensor.shape)}, "
+                    f"the configuration asks for {list(place.shape)}"
+                )
+            with torch.no_grad():
+                place.copy_(tensor)
+        if places:
+            some = ", ".join(sorted(places)[:5])
+            raise CheckpointError(f"{source}: {len(places)} tensors are missing, such as {some}")
+        return self
+
+    def _places(self) -> Iterable[tuple[str, Tensor]]:
+        yield "embed.weight", self.embed
+        yield "norm.weight", self.norm
+        if not self.config.tie_word_embeddings:
+            yield "lm_head.weight", self.lm_head
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            yield f"layers.{i}.attention_norm.weight", layer.attention_norm
+            yield f"layers.{i}.feed_forward_norm.weight", layer.feed_forward_norm
+            for module in (layer.qkv, layer.wo, layer.gate_up, layer.w2):
+                for name in module.names:
+                    yield f"layers.{i}.{name}.weight", module.part(name)
+
+
+def rms_norm(x_NC: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · w in float32 inside; `weight` is [C], or [N, C] where rows have their own."""
+    if weight.dim() == 1:
+        return F.rms_norm(x_NC, weight.shape, weight, eps)
+    return F.rms_norm(x_NC, x_NC.shape[-1:], None, eps) * weight
+
+
+def rotate(x_NHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding, half-rotated layout: pairs are (i, i + D/2)."""
+    cos, sin = rotary
+    first, second = x_NHD.chunk(2, dim=-1)
+    return x_NHD * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Inverse frequencies [D/2] in float64, with Llama-3's scaling where configured.
+
+    Wavelengths beyond original/low_freq_factor are stretched by `factor`, those below
+    original/high_freq_factor are kept, and between the two the stretch is interpolated.
+    """
+    D = config.head_dim
+    inverse = config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inverse
+    turns = scaling.original_max_position_embeddings * inverse / (2 * math.pi)
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = smooth.clamp(0, 1)
+    return inverse * (smooth + (1 - smooth) / scaling.factor)

@@ -1,0 +1,17 @@
+"""Fixtures that every test tree uses."""
+
+import pytest
+from support import CONFIGS, random_base
+
+from models.config import ModelConfig
+from models.llama import Llama
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    return CONFIGS[request.param]
+
+
+@pytest.fixture
+def base(config: ModelConfig) -> Llama:
+    return random_base(config)
