@@ -7,31 +7,17 @@ K prompt rows, n visual tokens, C hidden size, H query heads, G key/value heads,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.adapter_config import AdapterConfig, BaseSpec, LinearName
+from models.attention import Prompts
 from models.config import ModelConfig
 from models.errors import AdapterMismatch, CheckpointError
 from models.llama import Layer, Llama
 from models.vision.projector import build_projector
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompt keys and values of S slots, ready for attention; rows past `len_SL` are padding.
-
-    Prompts take no positions, so the keys are not rotated. `gate_SLH` is what multiplies the prompts'
-    part of the attention: activation and `new_gate` applied, 0 where a layer holds no prompts.
-    """
-
-    k_SLKGD: Tensor
-    v_SLKGD: Tensor
-    len_SL: Tensor
-    gate_SLH: Tensor
 
 
 class Adapter(nn.Module):

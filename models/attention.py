@@ -5,16 +5,30 @@
 Two independent softmaxes in float32. q is rotated, the prompts' keys are not; every token sees every
 prompt row. Query head h reads key/value head h // (H / G), its gate is its own.
 
-Shapes: N tokens, B sequences, T positions, H query heads, G key/value heads, D head size, K prompt rows.
+Shapes: S slots, L layers, N tokens, B sequences, T positions, H query heads, G key/value heads, D head size, K prompt rows.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.adapter import Prompts
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompt keys and values of S slots, ready for attention; rows past `len_SL` are padding.
+
+    Prompts take no positions, so the keys are not rotated. `gate_SLH` is what multiplies the prompts'
+    part of the attention: activation and `new_gate` applied, 0 where a layer holds no prompts.
+    """
+
+    k_SLKGD: Tensor
+    v_SLKGD: Tensor
+    len_SL: Tensor
+    gate_SLH: Tensor
 
 
 def causal_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor) -> Tensor:
