@@ -5,7 +5,8 @@
 Two independent softmaxes in float32. q is rotated, the prompts' keys are not; every token sees every
 prompt row. Query head h reads key/value head h // (H / G), its gate is its own.
 
-Shapes: S slots, L layers, N tokens, B sequences, T positions, H query heads, G key/value heads, D head size, K prompt rows.
+Shapes: S slots, L layers, N tokens, B sequences, T positions, H query heads, G key/value heads,
+D head size, K prompt rows.
 """
 
 from __future__ import annotations

@@ -84,6 +84,7 @@ class WorkerSettings(_Settings):
     prefix_caching: bool = True
     max_hot_adapters: int = Field(64, gt=0, description="adapters in the bank at once")
     prompt_slots: int = Field(256, gt=0, description="(adapter, image) prompts kept as keys and values")
+    max_body_bytes: int = Field(256 * MIB, gt=0, description="of one request; images ride in it as base64")
     drain_seconds: float = Field(30.0, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
