@@ -1,0 +1,91 @@
+"""One request's events as JSON lines, for as long as somebody reads them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+
+from fastapi.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from server.errors import ApiError, ServerFailure, Unavailable
+from server.serving import Drain
+from server.worker.messages import EVENT, Event, Failed
+from server.worker.metrics import RequestObserver
+
+log = logging.getLogger(__name__)
+
+
+class EventStream(Response):
+    """Sends `events` as `application/x-ndjson`.
+
+    An error before the first event is an HTTP status with the OpenAI error body, afterwards a `Failed`
+    line. Whatever ends the response, also a closed connection, closes the generator at once.
+    """
+
+    media_type = "application/x-ndjson"
+
+    def __init__(self, events: AsyncGenerator[Event, None], observer: RequestObserver, drain: Drain) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._events = events
+        self._observer = observer
+        self._drain = drain
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        produced = asyncio.create_task(self._produce(scope, receive, send))
+        gone = asyncio.create_task(_disconnected(receive))
+        expired = asyncio.create_task(self._drain.expired.wait())
+        try:
+            await asyncio.wait({produced, gone, expired}, return_when=asyncio.FIRST_COMPLETED)
+            if expired.done() and not (produced.done() or gone.done()):
+                await _cancelled(produced)
+                error = Unavailable("The worker is shutting down.", retry_after=1)
+                await self._fail(error, scope, receive, send)
+        finally:
+            await _cancelled(produced, gone, expired)
+            await self._events.aclose()
+
+    async def _produce(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async for event in self._events:
+                self._observer.see(event)
+                await self._write(event, send)
+            if not self._started:
+                raise RuntimeError("the engine ended a request without an event")
+        except ApiError as error:
+            await self._fail(error, scope, receive, send)
+        except Exception:
+            log.exception("a request failed")
+            bug = ServerFailure("The worker failed on this request; its log says why.")
+            await self._fail(bug, scope, receive, send)
+        else:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, event: Event, send: Send) -> None:
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        line = EVENT.dump_json(event) + b"\n"
+        await send({"type": "http.response.body", "body": line, "more_body": True})
+
+    async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._started:
+            response = JSONResponse(error.body(), error.status, error.headers())
+            await response(scope, receive, send)
+            return
+        await self._write(Failed(error.status, error.message, error.type, error.code, error.param), send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancelled(*tasks: asyncio.Task[None] | asyncio.Task[bool]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
