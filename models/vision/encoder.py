@@ -1,0 +1,77 @@
+"""One contract for every visual encoder, and the way from a name to one.
+
+Shapes: B images, T tokens of one image, F features, H×W pixels (both `image_size`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.errors import ModelError
+from models.vision.preprocess import Color
+
+
+class FeatureDims(Protocol):
+    """What a projector has to know of an encoder."""
+
+    @property
+    def token_dim(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def global_dim(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderDims:
+    """`FeatureDims` without an encoder, for whoever only converts or counts weights."""
+
+    token_dim: int
+    num_tokens: int
+    global_dim: int
+
+
+class VisionEncoder(FeatureDims, Protocol):
+    """A frozen encoder. Its features carry no gradient, and what follows them may be trained.
+
+    `version` changes whenever the features may: it belongs into every key that caches them.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def image_size(self) -> int: ...
+
+    def preprocess(self, image: Image.Image, color: Color = "rgb") -> Tensor:
+        """An RGB image → [3, H, W] float32 on the CPU, channels in the order that `color` says."""
+
+    def tokens(self, pixels_BCHW: Tensor) -> Tensor:
+        """[B, 3, H, W] → the encoder's last feature sequence [B, num_tokens, token_dim]."""
+
+    def global_features(self, pixels_BCHW: Tensor) -> Tensor:
+        """[B, 3, H, W] → pooled features of several scales, concatenated [B, global_dim] (V1 eq. 9)."""
+
+
+def load_encoder(name: str, device: torch.device | str = "cpu") -> VisionEncoder:
+    """The encoder of a `VisionConfig.encoder` name, in float32 and frozen.
+
+    Raises `ModelError` for an unknown name or a missing package, `CheckpointError` for bad weights.
+    """
+    if name == "efficientnet-lite0":
+        from models.vision.efficientnet import load_efficientnet
+
+        return load_efficientnet(device)
+    if name.startswith("open_clip:"):
+        from models.vision.clip import load_clip
+
+        return load_clip(name, device)
+    raise ModelError(
+        f"no visual encoder is called {name!r}; use 'efficientnet-lite0' or 'open_clip:MODEL:PRETRAINED'"
+    )

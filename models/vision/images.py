@@ -1,0 +1,95 @@
+"""Image files of unknown origin, decoded under limits to upright RGB."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Literal
+
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_ORIENTATION_TAG = 0x0112
+# EXIF orientation → what turns the stored picture upright (EXIF 2.32, table 6).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+Limit = Literal["bytes", "pixels", "format", "data"]
+
+
+class ImageError(ValueError):
+    """An image that is not read. `limit` says which rule it broke; `data`: the file is corrupt."""
+
+    def __init__(self, limit: Limit, message: str) -> None:
+        super().__init__(message)
+        self.limit = limit
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """`max_pixels` is held against the file's header, before any pixel is decoded."""
+
+    max_bytes: int = 20 * 1024 * 1024
+    max_pixels: int = 40_000_000
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Decode PNG, JPEG, WebP or GIF (of an animation the first frame) to an RGB image.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits.
+    Raises `ImageError` whatever the bytes are.
+    """
+    if len(data) > limits.max_bytes:
+        raise ImageError("bytes", f"The image has {len(data)} bytes; at most {limits.max_bytes} are read.")
+    # Pillow's decoders meet broken files with exceptions of a dozen unrelated classes (SyntaxError,
+    # struct.error, zlib.error, …); for the caller they all mean one thing.
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            _check_size(image, limits)
+            image.load()
+            return _rgb(_upright(image))
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("pixels", f"The image has too many pixels: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("format", "The image is not a PNG, JPEG, WebP or GIF file.") from error
+    except Exception as error:
+        raise ImageError("data", f"The image file is corrupt or truncated: {error}") from error
+
+
+def _check_size(image: Image.Image, limits: ImageLimits) -> None:
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            "pixels",
+            f"The image has {width}×{height} pixels; at most {limits.max_pixels} in all are decoded.",
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # a broken EXIF block says nothing about the picture itself
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    pasted = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", pasted.size, "white"), pasted).convert("RGB")
