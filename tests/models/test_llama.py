@@ -2,68 +2,12 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from support import canonical_weights, transformers_twin
 
 from models.attention import DenseAttend
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.llama import Llama
-
-
-def canonical_weights(model: Llama):
-    return {name: place.clone() for name, place in model._places()}
-
-
-def transformers_twin(model: Llama) -> LlamaForCausalLM:
-    """transformers' model with this model's weights."""
-    c = model.config
-    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-    if c.rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": c.rope_scaling.factor,
-            "low_freq_factor": c.rope_scaling.low_freq_factor,
-            "high_freq_factor": c.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": c.rope_scaling.original_max_position_embeddings,
-        }
-    twin = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            rms_norm_eps=c.rms_norm_eps,
-            rope_parameters=rope,
-            tie_word_embeddings=c.tie_word_embeddings,
-            max_position_embeddings=c.max_position_embeddings,
-        )
-    )
-    names = {
-        "embed": "model.embed_tokens",
-        "norm": "model.norm",
-        "lm_head": "lm_head",
-        "attention_norm": "input_layernorm",
-        "feed_forward_norm": "post_attention_layernorm",
-        "wq": "self_attn.q_proj",
-        "wk": "self_attn.k_proj",
-        "wv": "self_attn.v_proj",
-        "wo": "self_attn.o_proj",
-        "w1": "mlp.gate_proj",
-        "w2": "mlp.down_proj",
-        "w3": "mlp.up_proj",
-    }
-    state = {}
-    for name, tensor in canonical_weights(model).items():
-        *prefix, last, _ = name.split(".")
-        state[".".join([*(["model", *prefix] if prefix else []), names[last], "weight"])] = tensor
-    missing, unexpected = twin.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
-    twin.tie_weights()
-    return twin.eval()
 
 
 @torch.no_grad()
