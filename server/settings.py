@@ -35,68 +35,83 @@ class ImageLimits(_Settings):
     image_connect_seconds: float = Field(3.0, gt=0, description="to connect to an image's host")
     image_read_seconds: float = Field(5.0, gt=0, description="between two pieces of an image's body")
     image_total_seconds: float = Field(15.0, gt=0, description="for one image, redirects included")
-    image_max_redirects: int = Field(3, ge=0, le=10)
-    image_allowed_hosts: tuple[str, ...] = Field((), description="host names to fetch from; empty: any public one")
+    image_max_redirects: int = Field(3, ge=0, le=10, description="each target is checked again")
+    image_allowed_hosts: tuple[str, ...] = Field(
+        (), description="host names to fetch from; empty: any public one"
+    )
     image_allow_private: bool = Field(
         False, description="also fetch from private addresses; for closed networks only"
     )
 
 
 class GatewaySettings(ImageLimits):
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="0: any free one")
     worker_urls: tuple[str, ...] = Field((), description="http://host:port or unix:/path of each worker")
-    expert_urls: dict[str, str] = Field({}, description="name → http://host:port or unix:/path of its service")
+    expert_urls: dict[str, str] = Field(
+        {}, description="name → http://host:port or unix:/path of its service"
+    )
     expert_seconds: float = Field(20.0, gt=0, description="an expert that takes longer is left out")
     expert_cache_entries: int = Field(1024, ge=0, description="readings kept by (expert, version, image)")
     api_keys: tuple[str, ...] = Field((), description="empty: no key is asked for")
     admin_keys: tuple[str, ...] = Field((), description="for /v1/adapters; empty: those routes are closed")
-    max_body_bytes: int = Field(64 * MIB, gt=0)
+    max_body_bytes: int = Field(64 * MIB, gt=0, description="of one request")
     max_concurrent_requests: int = Field(256, gt=0, description="over it: 429 with Retry-After")
     request_seconds: float = Field(600.0, gt=0, description="deadline of one request")
     max_n: int = Field(8, ge=1, description="choices in one request")
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = Field((), description="origins whose pages may call; empty: none")
     drain_seconds: float = Field(30.0, ge=0, description="what runs may take this long after SIGTERM")
     worker_poll_seconds: float = Field(1.0, gt=0, description="between two looks at a worker's readiness")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
 
 
 class WorkerSettings(_Settings):
-    host: str = "127.0.0.1"
-    port: int = Field(8001, ge=0, le=65535)
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8001, ge=0, le=65535, description="0: any free one")
     uds: Path | None = Field(None, description="a Unix socket instead of host and port")
     base: str = Field("smollm2-135m", description="an id that `llama-adapter pull` knows, or a path")
     base_id: str | None = Field(None, description="the base's model id; default: the name of `base`")
     adapters: tuple[str, ...] = Field((), description="id=path[,option=value …] of each adapter")
+    adapter_dir: Path | None = Field(
+        None,
+        description="folder whose subfolders are adapters, each served under its name; "
+        "default: the ones shipped with this project, with the default base",
+    )
     adapter_root: Path | None = Field(None, description="folder that run-time loading may read from")
-    cache_dir: Path = Field(default_factory=default_cache_dir)
+    cache_dir: Path = Field(default_factory=default_cache_dir, description="where converted bases live")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"
     )
-    device: str = "cpu"
+    device: str = Field("cpu", description="of torch, such as cpu or cuda:0")
     num_threads: int = Field(0, ge=0, description="of torch; 0: one per core")
     max_model_len: int | None = Field(None, gt=0, description="default: the base's own context")
     block_size: int = Field(16, gt=0, description="tokens per block of the KV cache")
-    kv_cache_mib: int = Field(1024, gt=0)
+    kv_cache_mib: int = Field(1024, gt=0, description="memory for the KV cache, in MiB")
     max_num_seqs: int = Field(64, gt=0, description="sequences in one step")
-    max_num_batched_tokens: int = Field(512, gt=0, description="tokens in one step; longer prompts are chunked")
+    max_num_batched_tokens: int = Field(
+        512, gt=0, description="tokens in one step; longer prompts are chunked"
+    )
     max_waiting: int = Field(256, ge=0, description="over it: 429 with Retry-After")
-    prefix_caching: bool = True
+    prefix_caching: bool = Field(True, description="keep the blocks of prompts that may come again")
     max_hot_adapters: int = Field(64, gt=0, description="adapters in the bank at once")
     prompt_slots: int = Field(256, gt=0, description="(adapter, image) prompts kept as keys and values")
     max_body_bytes: int = Field(256 * MIB, gt=0, description="of one request; images ride in it as base64")
-    drain_seconds: float = Field(30.0, ge=0)
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    drain_seconds: float = Field(30.0, ge=0, description="what runs may take this long after SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
 
 
 class ExpertSettings(_Settings):
-    host: str = "127.0.0.1"
-    port: int = Field(8002, ge=0, le=65535)
-    uds: Path | None = None
-    max_image_bytes: int = Field(20 * MIB, gt=0)
-    max_image_pixels: int = Field(40_000_000, gt=0)
-    classifier_min_confidence: float = Field(0.3, ge=0, le=1, description="below it the classifier says nothing")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8002, ge=0, le=65535, description="0: any free one")
+    uds: Path | None = Field(None, description="a Unix socket instead of host and port")
+    max_image_bytes: int = Field(20 * MIB, gt=0, description="bytes of one encoded image")
+    max_image_pixels: int = Field(40_000_000, gt=0, description="pixels, checked before decoding")
+    classifier_min_confidence: float = Field(
+        0.3, ge=0, le=1, description="below it the classifier says nothing"
+    )
     ocr_min_confidence: float = Field(0.6, ge=0, le=1, description="lines below it are dropped")
-    ocr_engine: Literal["rapidocr", "paddleocr"] = "rapidocr"
-    num_threads: int = Field(0, ge=0)
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    ocr_engine: Literal["rapidocr", "paddleocr"] = Field(
+        "rapidocr", description="what the ocr expert runs on"
+    )
+    num_threads: int = Field(0, ge=0, description="of each expert; 0: one per core")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
