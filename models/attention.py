@@ -50,23 +50,24 @@ def causal_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor) -> Tensor:
 
 
 def prompt_attention(
-    q_BTHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, len_B: Tensor, gate_BH: Tensor
+    q_BTHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, len_B: Tensor | None, gate_BH: Tensor
 ) -> Tensor:
     """g · softmax(q·k_aᵀ/√D)·v_a for B sequences (or 1, for all alike); [B, T, H, D].
 
-    Rows from `len_B` on are padding. A sequence without prompts gets exactly zero.
+    Rows from `len_B` on are padding; None: there is none. A sequence without prompts gets exactly zero.
     """
     *_, H, D = q_BTHD.shape
     K, G = k_BKGD.shape[1:3]
     exact = torch.promote_types(q_BTHD.dtype, torch.float32)
     q_BTGRD = q_BTHD.to(exact).unflatten(2, (G, H // G))
     scores_BTGRK = torch.einsum("btgrd,bkgd->btgrk", q_BTGRD, k_BKGD.to(exact)) * D**-0.5
-    padding_BK = torch.arange(K, device=len_B.device) >= len_B[:, None]
-    scores_BTGRK = scores_BTGRK.masked_fill(padding_BK[:, None, None, None], torch.finfo(exact).min)
-    weights_BTGRK = scores_BTGRK.softmax(-1)
-    out_BTGRD = torch.einsum("btgrk,bkgd->btgrd", weights_BTGRK, v_BKGD.to(exact))
-    gate_B1H1 = (gate_BH.to(exact) * (len_B > 0)[:, None])[:, None, :, None]
-    return (out_BTGRD.flatten(2, 3) * gate_B1H1).to(q_BTHD.dtype)
+    gate_BH = gate_BH.to(exact)
+    if len_B is not None:
+        padding_BK = torch.arange(K, device=len_B.device) >= len_B[:, None]
+        scores_BTGRK = scores_BTGRK.masked_fill(padding_BK[:, None, None, None], torch.finfo(exact).min)
+        gate_BH = gate_BH * (len_B > 0)[:, None]
+    out_BTGRD = torch.einsum("btgrk,bkgd->btgrd", scores_BTGRK.softmax(-1), v_BKGD.to(exact))
+    return (out_BTGRD.flatten(2, 3) * gate_BH[:, None, :, None]).to(q_BTHD.dtype)
 
 
 class DenseAttend:

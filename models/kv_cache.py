@@ -1,0 +1,149 @@
+"""Where keys and values live: the paged cache of tokens, and the cache of adapters' prompts.
+
+Shapes: L layers, P blocks of s positions, S prompt slots, K prompt rows, G key/value heads, D head
+size, H query heads, M blocks of the longest sequence, N tokens of a step, B sequences of a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.attention import Prompts, causal_attention, prompt_attention
+from models.config import ModelConfig
+from models.kernels import paged_cpu
+
+Int32 = NDArray[np.int32]
+
+
+class KVCache:
+    """Keys and values of every layer, `[L, P, s, G, D]` each; blocks are handed out elsewhere."""
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.k_LPsGD = torch.zeros(shape, dtype=dtype, device=device)
+        self.v_LPsGD = torch.zeros(shape, dtype=dtype, device=device)
+        self.block_size = block_size
+
+    @staticmethod
+    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+    def write(self, layer: int, slots_N: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> None:
+        """Store the step's keys and values at their flat positions block · s + offset."""
+        self.k_LPsGD[layer].flatten(0, 1).index_copy_(0, slots_N, k_NGD)
+        self.v_LPsGD[layer].flatten(0, 1).index_copy_(0, slots_N, v_NGD)
+
+    def read(self, layer: int, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """A sequence's first `length` keys and values [length, G, D], gathered. For prompts' chunks."""
+        k, v = (cache[layer][blocks].flatten(0, 1)[:length] for cache in (self.k_LPsGD, self.v_LPsGD))
+        return k, v
+
+
+class PromptCache:
+    """Prompt keys, values and effective gates by slot; slot 0 is empty, for requests without prompts.
+
+    Grows in K when an adapter with longer prompts comes. `lens_LS` is numpy's, for it steers loops.
+    """
+
+    def __init__(self, config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        """`num_slots` counts the prompts; the empty slot comes on top."""
+        L, S, G, D = config.num_layers, num_slots + 1, config.num_kv_heads, config.head_dim
+        self.k_LSKGD = torch.zeros(L, S, 0, G, D, dtype=dtype, device=device)
+        self.v_LSKGD = torch.zeros_like(self.k_LSKGD)
+        self.gate_LSH = torch.zeros(L, S, config.num_heads, dtype=torch.float32, device=device)
+        self.lens_LS: Int32 = np.zeros((L, S), np.int32)
+
+    @torch.no_grad()
+    def place(self, slot: int, prompts: Prompts, row: int) -> None:
+        """Put slot `row` of `prompts` into `slot`, in place of whatever was there."""
+        assert slot > 0
+        K = prompts.k_SLKGD.shape[2]
+        have = self.k_LSKGD.shape[2]
+        if K > have:
+            self.k_LSKGD, self.v_LSKGD = (
+                F.pad(x, (0, 0, 0, 0, 0, K - have)) for x in (self.k_LSKGD, self.v_LSKGD)
+            )
+        self.k_LSKGD[:, slot, :K] = prompts.k_SLKGD[row]
+        self.v_LSKGD[:, slot, :K] = prompts.v_SLKGD[row]
+        self.gate_LSH[:, slot] = prompts.gate_SLH[row]
+        self.lens_LS[:, slot] = prompts.len_SL[row].cpu().numpy()
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """How a step's flat tokens fall into sequences: first those of one token, then longer chunks.
+
+    Sequence b has the tokens `starts[b]:starts[b + 1]`, which are the last of its `lens_B[b]` positions.
+    """
+
+    num_single: int  # sequences of one token, the first ones
+    starts: list[int]
+    lens_B: Int32
+    blocks_BM: Int32
+    prompt_slots_B: Int32
+    slots_N: Tensor  # flat cache positions of the step's tokens, int64
+
+
+class PagedAttend:
+    """One step's attention over the paged cache: writes the new keys and values, then reads."""
+
+    def __init__(self, cache: KVCache, prompts: PromptCache, layout: StepLayout) -> None:
+        self._cache = cache
+        self._prompts = prompts
+        self._layout = layout
+        device = cache.k_LPsGD.device
+        self._blocks = [
+            torch.from_numpy(blocks[: -(-length // cache.block_size)]).to(device)
+            for blocks, length in zip(layout.blocks_BM, layout.lens_B, strict=True)
+        ]
+        self._fused = device.type == "cpu" and cache.k_LPsGD.dtype in paged_cpu.SUPPORTED_DTYPES
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        layout = self._layout
+        self._cache.write(layer, layout.slots_N, k_NGD, v_NGD)
+        out_NHD = torch.empty_like(q_NHD)
+        first_chunk = layout.num_single if self._fused else 0
+        if first_chunk:
+            out_NHD[:first_chunk] = self._singles(layer, q_NHD[:first_chunk])
+        for b in range(first_chunk, len(layout.lens_B)):
+            tokens = slice(layout.starts[b], layout.starts[b + 1])
+            out_NHD[tokens] = self._chunk(layer, b, q_NHD[tokens], k_NGD[tokens], v_NGD[tokens])
+        return out_NHD
+
+    def _singles(self, layer: int, q_BHD: Tensor) -> Tensor:
+        B, prompts = q_BHD.shape[0], self._prompts
+        return paged_cpu.paged_decode(
+            q_BHD,
+            self._cache.k_LPsGD[layer],
+            self._cache.v_LPsGD[layer],
+            self._layout.blocks_BM[:B],
+            self._layout.lens_B[:B],
+            prompts.k_LSKGD[layer],
+            prompts.v_LSKGD[layer],
+            self._layout.prompt_slots_B[:B],
+            prompts.lens_LS[layer],
+            prompts.gate_LSH[layer].numpy(),
+        )
+
+    def _chunk(self, layer: int, b: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+        """One sequence's chunk. What it attends to besides itself is gathered, once for the chunk."""
+        length = int(self._layout.lens_B[b])
+        if length > q_THD.shape[0]:
+            k_TGD, v_TGD = self._cache.read(layer, self._blocks[b], length)
+        out_THD = causal_attention(q_THD, k_TGD, v_TGD)
+        slot = int(self._layout.prompt_slots_B[b])
+        prompts = self._prompts
+        K = int(prompts.lens_LS[layer, slot])
+        if K:
+            k_1KGD, v_1KGD = prompts.k_LSKGD[layer, slot, None, :K], prompts.v_LSKGD[layer, slot, None, :K]
+            gate_1H = prompts.gate_LSH[layer, slot, None]
+            out_THD = out_THD + prompt_attention(q_THD[None], k_1KGD, v_1KGD, None, gate_1H)[0]
+        return out_THD
