@@ -1,0 +1,37 @@
+"""Metadata of untrusted files: JSON objects and their typed, bounded fields."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from models.errors import CheckpointError
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises CheckpointError for any other."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: holds a {type(value).__name__}, not an object; fetch it again")
+    return value
+
+
+def parse(model: type[_Model], raw: dict[str, Any], file: Path) -> _Model:
+    """`raw` as a `model`. Raises CheckpointError naming the file and the first field that is wrong."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = "".join(f"{part}: " for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise CheckpointError(
+            f"{file}: {field}{message}; use the unmodified file that belongs to the weights"
+        ) from error
