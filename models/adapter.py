@@ -17,6 +17,7 @@ from models.attention import Prompts
 from models.config import ModelConfig
 from models.errors import AdapterMismatch, CheckpointError
 from models.llama import Layer, Llama
+from models.vision.encoder import EncoderDims
 from models.vision.projector import build_projector
 
 
@@ -73,7 +74,9 @@ class Adapter(nn.Module):
                     {"a": normal(in_features**-0.5, L, R, in_features), "b": full(0.0, L, out_features, R)}
                 )
         if config.vision:
-            self.vision = build_projector(config.vision, C).to(**options)  # type: ignore[call-overload]
+            F_, n = config.vision.feature_dim, config.vision.num_tokens
+            dims = EncoderDims(token_dim=F_, num_tokens=n, global_dim=F_)
+            self.vision = build_projector(config.vision, dims, C).to(**options)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def start_from(self, base: Llama) -> Adapter:
