@@ -49,14 +49,21 @@ class BaseSpec(_Strict):
     head_dim: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     vocab_size: int | None = None
-    fingerprint: str | None = None  # of the embedding, where it is known: `models.registry.fingerprint`
+    fingerprint: str | None = None  # of the embedding, where it is known: `models.fingerprint`
 
 
 class PromptConfig(_Strict):
-    """Static prompts P_l [K, C] (V1 eq. 1): `length` K rows in each of `layers`."""
+    """Static prompts P_l [K, C] (V1 eq. 1): `length` K rows in each of `layers`.
+
+    projection  `wk_wv`: keys and values are wk P_l and wv P_l.
+                `regrouped`: LitGPT 0.5.5 to 0.5.13 cut the rows of [wq; wk; wv] P_l into G groups of
+                H/G + 2 heads and take each group's last two for its key and value, whichever of the
+                three linears they come from; adapters trained so only work so
+    """
 
     length: int = Field(gt=0, le=1024)
     layers: Layers
+    projection: Literal["wk_wv", "regrouped"] = "wk_wv"
 
 
 class GateConfig(_Strict):
@@ -135,6 +142,7 @@ class AdapterConfig(_Strict):
     gate: GateConfig = GateConfig()
     norms: bool = False  # attention and feed-forward norms of every layer are the adapter's own
     final_norm: bool = False
+    head: bool = False  # logits are s(Wx + b) with the adapter's own s and b (LitGPT's V2)
     scale_bias: ScaleBiasConfig = ScaleBiasConfig()
     lora: LoraConfig | None = None
     vision: VisionConfig | None = None
@@ -167,6 +175,8 @@ class AdapterConfig(_Strict):
         top = max([*self.gated_layers, -1])
         if top >= self.base.num_layers:
             raise ValueError(f"layer {top} does not exist in a base of {self.base.num_layers} layers")
+        if self.head and self.base.vocab_size is None:
+            raise ValueError("`head` needs `base.vocab_size`")
         if self.vision is None:
             return self
         static = set(self.prompt.layers) if self.prompt else set()
