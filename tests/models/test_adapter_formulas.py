@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -242,6 +241,7 @@ def test_zero_gates_silence_any_prompt_bit_for_bit(config: ModelConfig, name: st
     assert not torch.equal(silent, spoken)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 @pytest.mark.parametrize("num_layers", [1, 3, 4])
 def test_peft_adaption_prompt_is_v1_with_a_raw_gate_per_layer(name: str, num_layers: int):
@@ -258,12 +258,10 @@ def test_peft_adaption_prompt_is_v1_with_a_raw_gate_per_layer(name: str, num_lay
         }
     )
     base, adapter = random_base(config), random_adapter(variant)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"peft\..*")
-        theirs = get_peft_model(
-            transformers_twin(base),
-            AdaptionPromptConfig(adapter_len=K, adapter_layers=num_layers, task_type="CAUSAL_LM"),
-        ).eval()
+    theirs = get_peft_model(
+        transformers_twin(base),
+        AdaptionPromptConfig(adapter_len=K, adapter_layers=num_layers, task_type="CAUSAL_LM"),
+    ).eval()
     attentions = [m for m in theirs.modules() if hasattr(m, "adaption_prompt")]
     assert len(attentions) == num_layers
     with torch.no_grad():
