@@ -46,7 +46,7 @@ class ClipEncoder:
 
     def preprocess(self, image: Image.Image, color: Color = "rgb") -> Tensor:
         """An RGB image → [3, image_size, image_size] float32."""
-        return to_pixels(center_crop(image, self.image_size), self._mean, self._std, color)
+        return to_pixels(center_crop(image, self.image_size, self.image_size), self._mean, self._std, color)
 
     @torch.no_grad()
     def tokens(self, pixels_BCHW: Tensor) -> Tensor:

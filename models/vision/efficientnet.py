@@ -23,7 +23,7 @@ NUM_CLASSES = 1000
 
 # The model was trained on the central 224 of 256 and on (x - 127) / 128 of 8-bit values.
 IMAGE_SIZE = 224
-_CROP = 224 / 256
+_RESIZE = 256
 _MEAN = (127 / 255,) * 3
 _STD = (128 / 255,) * 3
 
@@ -48,7 +48,7 @@ class EfficientNetLite0:
 
     def preprocess(self, image: Image.Image, color: Color = "rgb") -> Tensor:
         """An RGB image → [3, 224, 224] float32."""
-        return to_pixels(center_crop(image, IMAGE_SIZE, _CROP), _MEAN, _STD, color)
+        return to_pixels(center_crop(image, IMAGE_SIZE, _RESIZE), _MEAN, _STD, color)
 
     def tokens(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, 3, 224, 224] → [B, 49, 1280], row by row."""

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from models.adapter_config import VisionConfig
 from models.errors import ModelError
 from models.vision.preprocess import Color
 
@@ -29,7 +30,7 @@ class FeatureDims(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EncoderDims:
-    """`FeatureDims` without an encoder, for whoever only converts or counts weights."""
+    """`FeatureDims` for whoever has weights to lay out but no encoder."""
 
     token_dim: int
     num_tokens: int
@@ -75,3 +76,26 @@ def load_encoder(name: str, device: torch.device | str = "cpu") -> VisionEncoder
     raise ModelError(
         f"no visual encoder is called {name!r}; use 'efficientnet-lite0' or 'open_clip:MODEL:PRETRAINED'"
     )
+
+
+def check_features(config: VisionConfig, dims: FeatureDims) -> None:
+    """Raises `ModelError` where an encoder's features are not those that `config` was made for."""
+    width = dims.token_dim if config.features == "tokens" else dims.global_dim
+    if config.feature_dim != width:
+        raise ModelError(
+            f"vision: `feature_dim` is {config.feature_dim}, but the encoder {config.encoder!r} gives "
+            f"{width} `{config.features}` features; name the encoder that the adapter was trained with"
+        )
+    row_per_token = config.features == "tokens" and config.projector != "query_blocks"
+    if row_per_token and config.num_tokens != dims.num_tokens:
+        raise ModelError(
+            f"vision: `{config.projector}` gives a row per token, {dims.num_tokens} with the encoder "
+            f"{config.encoder!r}, so `num_tokens` cannot be {config.num_tokens}"
+        )
+
+
+def encode(config: VisionConfig, encoder: VisionEncoder, pixels_BCHW: Tensor) -> Tensor:
+    """The features that `config` reads: [B, T, F] tokens or [B, F] global ones."""
+    if config.features == "tokens":
+        return encoder.tokens(pixels_BCHW)
+    return encoder.global_features(pixels_BCHW)

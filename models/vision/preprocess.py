@@ -13,16 +13,19 @@ from torch import Tensor
 Color = Literal["rgb", "bgr"]
 
 
-def center_crop(image: Image.Image, size: int, crop: float = 1.0) -> Image.Image:
-    """The central square, `crop` of the shorter side wide, as `size`×`size` pixels (bicubic).
+def center_crop(image: Image.Image, size: int, resize: int) -> Image.Image:
+    """The central `size`×`size` pixels of the image, its shorter side first resized to `resize` (bicubic).
 
-    With `crop` 1 it equals a resize of the shorter side to `size` followed by a crop, but for a rounding
-    and without the image between the two, whose size a hostile aspect ratio could blow up.
+    Rounds as torchvision's Resize and CenterCrop do, but never makes the image between the two, whose
+    size a hostile aspect ratio would blow up: the resampler reads the crop's own box of the original.
     """
-    side = min(image.size) * crop
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    short = min(image.size)
+    whole = [int(resize * side / short) for side in image.size]
+    start = [round((side - size) / 2) for side in whole]
+    scale = [original / resized for original, resized in zip(image.size, whole, strict=True)]
+    left, top = (start[i] * scale[i] for i in (0, 1))
+    right, bottom = (min((start[i] + size) * scale[i], image.size[i]) for i in (0, 1))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
 
 
 def to_pixels(image: Image.Image, mean: Sequence[float], std: Sequence[float], color: Color) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from models.adapter_config import VisionConfig
 from models.errors import ModelError
-from models.vision.encoder import FeatureDims
+from models.vision.encoder import FeatureDims, check_features
 
 _LAYER_NORM_EPS = 1e-5
 _MLP_RATIO = 4
@@ -21,11 +21,11 @@ _MLP_RATIO = 4
 class Linear(nn.Module):
     """One Linear; of a global vector it gives all n rows at once, of tokens a row each."""
 
-    def __init__(self, config: VisionConfig, feature_dim: int, hidden_size: int) -> None:
+    def __init__(self, config: VisionConfig, hidden_size: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
-        self.input_norm = nn.LayerNorm(feature_dim, eps=_LAYER_NORM_EPS) if config.input_norm else None
-        self.proj = nn.Linear(feature_dim, _out_dim(config, hidden_size))
+        self.input_norm = nn.LayerNorm(config.feature_dim, eps=_LAYER_NORM_EPS) if config.input_norm else None
+        self.proj = nn.Linear(config.feature_dim, _out_dim(config, hidden_size))
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, F] or [B, n, F] → [B, n, C]."""
@@ -37,11 +37,11 @@ class Linear(nn.Module):
 class Mlp(nn.Module):
     """Linear-GELU-Linear, rows as `Linear`'s."""
 
-    def __init__(self, config: VisionConfig, feature_dim: int, hidden_size: int) -> None:
+    def __init__(self, config: VisionConfig, hidden_size: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
-        self.input_norm = nn.LayerNorm(feature_dim, eps=_LAYER_NORM_EPS) if config.input_norm else None
-        self.fc1 = nn.Linear(feature_dim, config.hidden_size)
+        self.input_norm = nn.LayerNorm(config.feature_dim, eps=_LAYER_NORM_EPS) if config.input_norm else None
+        self.fc1 = nn.Linear(config.feature_dim, config.hidden_size)
         self.fc2 = nn.Linear(config.hidden_size, _out_dim(config, hidden_size))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -57,10 +57,10 @@ class QueryBlocks(nn.Module):
     V = LN(W_out · Blocks([query; LN(W_in · tokens)])[:n])
     """
 
-    def __init__(self, config: VisionConfig, feature_dim: int, hidden_size: int) -> None:
+    def __init__(self, config: VisionConfig, hidden_size: int) -> None:
         super().__init__()
         width = config.hidden_size
-        self.input_proj = nn.Linear(feature_dim, width)
+        self.input_proj = nn.Linear(config.feature_dim, width)
         self.input_norm = nn.LayerNorm(width, eps=_LAYER_NORM_EPS)
         self.query = nn.Parameter(torch.randn(config.num_tokens, width))  # unit scale, as normed tokens have
         self.blocks = nn.ModuleList(Block(width, config.num_heads) for _ in range(config.num_blocks))
@@ -131,15 +131,15 @@ def build_projector(config: VisionConfig, dims: FeatureDims, hidden_size: int) -
 
     Works under `torch.device("meta")`. Raises `ModelError` where config and encoder do not fit.
     """
-    feature_dim = dims.token_dim if config.features == "tokens" else dims.global_dim
-    _check(config, dims, feature_dim)
+    check_features(config, dims)
+    _check(config)
     match config.projector:
         case "linear":
-            return Linear(config, feature_dim, hidden_size)
+            return Linear(config, hidden_size)
         case "mlp":
-            return Mlp(config, feature_dim, hidden_size)
+            return Mlp(config, hidden_size)
         case "query_blocks":
-            return QueryBlocks(config, feature_dim, hidden_size)
+            return QueryBlocks(config, hidden_size)
 
 
 def projector_shapes(config: VisionConfig, dims: FeatureDims, hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -149,7 +149,7 @@ def projector_shapes(config: VisionConfig, dims: FeatureDims, hidden_size: int) 
     return {key: tuple(tensor.shape) for key, tensor in projector.state_dict().items()}
 
 
-def _check(config: VisionConfig, dims: FeatureDims, feature_dim: int) -> None:
+def _check(config: VisionConfig) -> None:
     if config.projector == "query_blocks":
         if config.num_blocks < 1 or config.num_heads < 1 or config.hidden_size % config.num_heads:
             raise ModelError(
@@ -158,16 +158,10 @@ def _check(config: VisionConfig, dims: FeatureDims, feature_dim: int) -> None:
             )
         if config.input_norm:
             raise ModelError("vision: `query_blocks` has an input norm of its own; leave `input_norm` false")
-        return
-    if config.features == "tokens" and config.num_tokens != dims.num_tokens:
+    elif config.projector == "linear" and config.hidden_size != config.feature_dim:
         raise ModelError(
-            f"vision: `{config.projector}` gives a row per token, {dims.num_tokens} with the encoder "
-            f"{config.encoder!r}, so `num_tokens` cannot be {config.num_tokens}"
-        )
-    if config.projector == "linear" and config.hidden_size != feature_dim:
-        raise ModelError(
-            f"vision: `hidden_size` of a `linear` projector is the features' own, {feature_dim} with the "
-            f"encoder {config.encoder!r}, not {config.hidden_size}"
+            "vision: `hidden_size` of a `linear` projector is the features' own, "
+            f"{config.feature_dim}, not {config.hidden_size}"
         )
 
 
