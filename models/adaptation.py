@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from models.adapter import Adapter, lora_scaling
 from models.adapter_config import LINEARS, LinearName
-from models.llama import Layer, Llama
+from models.llama import Head, Layer, Llama
 
 NORMS = ("attention_norm", "feed_forward_norm", "final_norm")
 
 
 def vectors(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's vectors by key, each [L, features]; `final_norm` is [1, C]."""
+    """The adapter's vectors by key, each [L, features]; those outside the layers are [1, features]."""
     side = "scale_in" if adapter.config.scale_bias.scale == "input" else "scale_out"
     found = {f"bias.{name}": value for name, value in adapter.bias.items()}
     found |= {f"{side}.{name}": value for name, value in adapter.scale.items()}
@@ -31,6 +31,8 @@ def vectors(adapter: Adapter) -> dict[str, Tensor]:
         found |= {"attention_norm": adapter.attention_norm, "feed_forward_norm": adapter.feed_forward_norm}
     if adapter.config.final_norm:
         found["final_norm"] = adapter.final_norm[None]
+    if adapter.config.head:
+        found |= {"scale_out.head": adapter.head_scale[None], "bias.head": adapter.head_bias[None]}
     return found
 
 
@@ -42,7 +44,7 @@ class _Adaptation(ABC):
         """[features] or [N, features]; None where no adapter of the batch has it."""
 
     @abstractmethod
-    def low_rank(self, layer: int, name: LinearName, x: Tensor) -> Tensor | None:
+    def low_rank(self, layer: int, name: LinearName | Head, x: Tensor) -> Tensor | None:
         """(alpha / R) · B A x, [N, out]; None where no adapter of the batch has it."""
 
     def norm_weight(self, layer: int, name: str, weight_C: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ class _Adaptation(ABC):
     def scales_input(self, names: Sequence[LinearName]) -> bool:
         return any(self.vector(f"scale_in.{name}", 0) is not None for name in names)
 
-    def after(self, layer: int, name: LinearName, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, layer: int, name: LinearName | Head, x: Tensor, y: Tensor) -> Tensor:
         bias, scale = self.vector(f"bias.{name}", layer), self.vector(f"scale_out.{name}", layer)
         if bias is not None:
             y = y + bias
@@ -78,7 +80,7 @@ class OneAdapter(_Adaptation):
         value = self._vectors.get(key)
         return None if value is None else value[layer].to(self._dtype)
 
-    def low_rank(self, layer: int, name: LinearName, x: Tensor) -> Tensor | None:
+    def low_rank(self, layer: int, name: LinearName | Head, x: Tensor) -> Tensor | None:
         if name not in self._adapter.lora:
             return None
         a, b = (self._adapter.lora[name][side][layer].to(self._dtype) for side in ("a", "b"))  # type: ignore[index]
@@ -153,8 +155,11 @@ class AdapterBank:
         if key in NORMS:
             return torch.stack([getattr(layer, key) for layer in layers])
         kind, name = key.split(".")
-        out_features, in_features = linear_shape_of(self._base, name)  # type: ignore[arg-type]
-        zeros = self._zeros(len(layers), in_features if kind == "scale_in" else out_features)
+        if name == "head":
+            zeros = self._zeros(1, self._base.config.vocab_size)
+        else:
+            out_features, in_features = linear_shape_of(self._base, name)  # type: ignore[arg-type]
+            zeros = self._zeros(len(layers), in_features if kind == "scale_in" else out_features)
         return zeros if kind == "bias" else zeros + 1
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -182,9 +187,9 @@ class BatchAdaptation(_Adaptation):
     def vector(self, key: str, layer: int) -> Tensor | None:
         return self._bank.stacks[key][layer][self._index] if key in self._keys else None
 
-    def low_rank(self, layer: int, name: LinearName, x: Tensor) -> Tensor | None:
+    def low_rank(self, layer: int, name: LinearName | Head, x: Tensor) -> Tensor | None:
         """All active slots' terms in two dense products, each token keeping its own slot's part."""
-        if f"lora.{name}" not in self._keys:
+        if name == "head" or f"lora.{name}" not in self._keys:
             return None
         a_SRi, b_SRo = (stack[layer][self._with_lora] for stack in self._bank.lora[name])
         h_NAR = F.linear(x, a_SRi.flatten(0, 1)).unflatten(-1, a_SRi.shape[:2])

@@ -57,6 +57,9 @@ class Adapter(nn.Module):
             self.attention_norm, self.feed_forward_norm = full(1.0, L, C), full(1.0, L, C)
         if config.final_norm:
             self.final_norm = full(1.0, C)
+        if config.head:
+            assert base.vocab_size
+            self.head_scale, self.head_bias = full(1.0, base.vocab_size), full(0.0, base.vocab_size)
         tuned = config.scale_bias
         self.bias = nn.ParameterDict(
             {name: full(0.0, L, linear_shape(base, name)[0]) for name in tuned.bias_targets}
@@ -149,7 +152,7 @@ class Adapter(nn.Module):
                 continue
             lens[layer] = rows_SkC.shape[1]
             pad = (0, 0, 0, K - rows_SkC.shape[1])
-            kv.append((layer, *(F.pad(self._project(base, layer, n, rows_SkC), pad) for n in ("wk", "wv"))))
+            kv.append((layer, *(F.pad(x, pad) for x in self._keys_and_values(base, layer, rows_SkC))))
         zeros = torch.zeros(S, K, G * D, dtype=base.dtype, device=base.device)
         by_layer = {layer: (k, v) for layer, k, v in kv}
         k_SLKGD, v_SLKGD = (
@@ -178,6 +181,16 @@ class Adapter(nn.Module):
         if vision.fusion == "early" or static_1KC is None:
             return visual_SnC
         return static_1KC + visual_SnC  # one visual token is repeated over the K rows
+
+    def _keys_and_values(self, base: Llama, layer: int, rows_SkC: Tensor) -> tuple[Tensor, Tensor]:
+        """A prompt's keys and values, each [S, k, G·D], by the configured projection."""
+        prompt, spec = self.config.prompt, self.config.base
+        if prompt is None or prompt.projection == "wk_wv":
+            k, v = (self._project(base, layer, name, rows_SkC) for name in ("wk", "wv"))
+            return k, v
+        qkv = torch.cat([self._project(base, layer, name, rows_SkC) for name in ("wq", "wk", "wv")], dim=-1)
+        heads = qkv.unflatten(-1, (spec.num_kv_heads, spec.num_heads // spec.num_kv_heads + 2, spec.head_dim))
+        return heads[..., -2, :].flatten(-2), heads[..., -1, :].flatten(-2)
 
     def _project(self, base: Llama, layer: int, name: LinearName, rows_SkC: Tensor) -> Tensor:
         """A prompt's keys or values [S, k, G·D] through wk or wv, with the adapter's own scale and bias."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from torch.nn import functional as F
 from models.adapter_config import LinearName
 from models.config import ModelConfig
 from models.errors import CheckpointError
+
+
+Head = Literal["head"]
 
 
 class Attend(Protocol):
@@ -42,8 +45,11 @@ class Adaptation(Protocol):
     def scales_input(self, names: Sequence[LinearName]) -> bool:
         """Whether `before` does anything for one of these linears in this batch."""
 
-    def after(self, layer: int, name: LinearName, x: Tensor, y: Tensor) -> Tensor:
-        """The linear's output y = W·before(x), with bias, output scale and low-rank terms."""
+    def after(self, layer: int, name: LinearName | Head, x: Tensor, y: Tensor) -> Tensor:
+        """The linear's output y = W·before(x), with bias, output scale and low-rank terms.
+
+        The output head (layer -1) is asked about too; it knows bias and output scale only.
+        """
 
 
 class Linear(nn.Module):
@@ -180,8 +186,11 @@ class Llama(nn.Module):
 
     def logits(self, x_MC: Tensor, adaptation: Adaptation | None = None) -> Tensor:
         """[M, V] of M chosen rows of the hidden states; `adaptation` must be that of those rows."""
-        weight = self.norm if adaptation is None else adaptation.norm_weight(-1, "final_norm", self.norm)
-        return F.linear(rms_norm(x_MC, weight, self.config.rms_norm_eps), self.lm_head)
+        if adaptation is None:
+            return F.linear(rms_norm(x_MC, self.norm, self.config.rms_norm_eps), self.lm_head)
+        weight = adaptation.norm_weight(-1, "final_norm", self.norm)
+        h_MC = rms_norm(x_MC, weight, self.config.rms_norm_eps)
+        return adaptation.after(-1, "head", h_MC, F.linear(h_MC, self.lm_head))
 
     def rotary(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [N, 1, D] of the positions, in the model's dtype."""
