@@ -59,9 +59,12 @@ class GatewaySettings(ImageLimits):
     max_concurrent_requests: int = Field(256, gt=0, description="over it: 429 with Retry-After")
     request_seconds: float = Field(600.0, gt=0, description="deadline of one request")
     max_n: int = Field(8, ge=1, description="choices in one request")
+    max_prompts: int = Field(128, ge=1, description="prompts in one plain completion")
     cors_origins: tuple[str, ...] = Field((), description="origins whose pages may call; empty: none")
     drain_seconds: float = Field(30.0, ge=0, description="what runs may take this long after SIGTERM")
     worker_poll_seconds: float = Field(1.0, gt=0, description="between two looks at a worker's readiness")
+    worker_connect_seconds: float = Field(3.0, gt=0, description="to connect to a worker")
+    worker_read_seconds: float = Field(120.0, gt=0, description="between two events of a worker")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
 
 

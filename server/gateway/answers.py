@@ -1,0 +1,104 @@
+"""What the answers of chat and plain completions have in common."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.gateway.pipeline import Job
+from server.worker.messages import Delta, Event, Finished, PromptScored, TokenLogprob, Usage
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice's events, put together."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt: PromptScored | None = None
+    finish_reason: str | None = None
+    usage: Usage = field(default_factory=lambda: Usage(0, 0))
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+async def collect(job: Job, events: AsyncGenerator[tuple[int, Event], None]) -> list[Choice]:
+    """Every choice of `job`, complete. Closes `events`."""
+    choices = [Choice() for _ in job.choices]
+    async with aclosing(events):
+        async for index, event in events:
+            choice = choices[index]
+            match event:
+                case PromptScored():
+                    choice.prompt = event
+                case Delta():
+                    choice.texts.append(event.text)
+                    choice.logprobs += event.logprobs
+                case Finished():
+                    choice.finish_reason, choice.usage = event.finish_reason, event.usage
+    return choices
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+    if usage.cached_tokens:
+        body["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+    return body
+
+
+def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """The `logprobs` of a chat choice."""
+    return {
+        "content": [
+            {
+                **_scored(token.token, token.logprob),
+                "top_logprobs": [_scored(top.token, top.logprob) for top in token.top],
+            }
+            for token in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def _scored(token: str, logprob: float | None) -> dict[str, Any]:
+    # A token that is a part of a character has no text of its own, hence no bytes that we know.
+    known = "\N{REPLACEMENT CHARACTER}" not in token
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if known else None}
+
+
+class LegacyLogprobs:
+    """The `logprobs` of a plain completion; keeps count of `text_offset` from one piece to the next."""
+
+    def __init__(self) -> None:
+        self._offset = 0
+
+    def body(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token.token)
+        return {
+            "tokens": [token.token for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [_alternatives(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
+    """Token → log-probability, the chosen one always among them; None for a prompt's first token."""
+    if token.logprob is None:
+        return None
+    best: dict[str, float] = {}
+    for top in token.top:  # different ids may have the same text: the likelier one speaks for it
+        best[top.token] = max(top.logprob, best.get(top.token, top.logprob))
+    best.setdefault(token.token, token.logprob)
+    return best

@@ -1,0 +1,216 @@
+"""All workers: who is ready, who holds which model, who is least loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from server.errors import ApiError, Conflict, NotFound, Unavailable, model_not_found
+from server.gateway.clients.workers import WorkerClient
+from server.gateway.tasks import cancelled
+from server.worker.messages import (
+    Detokenized,
+    DetokenizeRequest,
+    EngineStats,
+    Event,
+    GenerateRequest,
+    LoadAdapterRequest,
+    ModelInfo,
+    Tokenized,
+    TokenizeRequest,
+)
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(eq=False, slots=True)
+class Worker:
+    """What is known of one worker, as of the last poll."""
+
+    client: WorkerClient
+    ready: bool = False
+    models: dict[str, ModelInfo] = field(default_factory=dict)
+    stats: EngineStats | None = None
+    in_flight: int = 0  # this gateway's own requests
+    others: int = 0  # requests of anybody else, at the last poll
+
+    @property
+    def load(self) -> int:
+        return self.in_flight + self.others
+
+    @property
+    def base(self) -> str:
+        return next((info.id for info in self.models.values() if info.kind == "base"), "")
+
+    async def poll(self, seconds: float) -> None:
+        """Look again; what cannot be had within `seconds` makes it unready, keeping what is known."""
+        was_ready = self.ready
+        try:
+            ready = await self.client.ready(seconds)
+            if ready:
+                models = await self.client.models(seconds)
+                self.models = {info.id: info for info in models}
+                self.stats = await self.client.stats(seconds)
+                self.others = max(0, self.stats.running + self.stats.waiting - self.in_flight)
+            self.ready = ready
+        except ApiError as error:
+            self.ready = False
+            log.warning(
+                "a worker cannot be polled", extra={"worker": self.client.url, "cause": error.message}
+            )
+        if self.ready != was_ready:
+            word = "ready" if self.ready else "not ready"
+            log.info("a worker is %s", word, extra={"worker": self.client.url})
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+
+class WorkerPool:
+    """Polls the workers every `poll_seconds` between `start` and `close`."""
+
+    def __init__(self, workers: list[WorkerClient], poll_seconds: float) -> None:
+        self.workers = [Worker(client) for client in workers]
+        self._poll_seconds = poll_seconds
+        self._polls: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        await asyncio.gather(*(worker.poll(self._poll_seconds) for worker in self.workers))
+        self._polls = [asyncio.create_task(self._poll_forever(worker)) for worker in self.workers]
+
+    async def close(self) -> None:
+        await cancelled(self._polls)
+        await asyncio.gather(*(worker.client.close() for worker in self.workers))
+
+    async def _poll_forever(self, worker: Worker) -> None:
+        while True:
+            await asyncio.sleep(self._poll_seconds)
+            try:
+                await worker.poll(max(1.0, self._poll_seconds))
+            except Exception:
+                log.exception("polling a worker failed")
+                worker.ready = False
+
+    @property
+    def ready(self) -> bool:
+        return any(worker.ready for worker in self.workers)
+
+    def stats(self) -> list[tuple[str, str, EngineStats]]:
+        """(URL, base's id, last snapshot) of each ready worker."""
+        return [(w.client.url, w.base, w.stats) for w in self.workers if w.ready and w.stats]
+
+    def models(self) -> list[ModelInfo]:
+        """Each model that a ready worker holds, bases first, once."""
+        held = {
+            info.id: info
+            for worker in reversed(self.workers)
+            if worker.ready
+            for info in worker.models.values()
+        }
+        return sorted(held.values(), key=lambda info: (info.kind != "base", info.id))
+
+    def model(self, id: str) -> ModelInfo:
+        """Raises `NotFound` for an unknown id, `Unavailable` where nobody can say now."""
+        return self._choose(id, ()).models[id]
+
+    def _choose(self, model: str, tried: tuple[Worker, ...]) -> Worker:
+        holders = [worker for worker in self.workers if model in worker.models]
+        usable = [worker for worker in holders if worker.ready and worker not in tried]
+        if usable:
+            return min(usable, key=lambda worker: worker.load)
+        if holders or not self.ready:
+            raise Unavailable("No worker is ready to serve this model; try again.", retry_after=1)
+        raise model_not_found(model)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """The events of the best worker; one that fails before its first event is replaced by the next."""
+        tried: tuple[Worker, ...] = ()
+        while True:
+            worker = self._choose(request.model, tried)
+            begun = False
+            try:
+                with worker.counted():
+                    async with aclosing(worker.client.generate(request)) as events:
+                        async for event in events:
+                            begun = True
+                            yield event
+                return
+            except ApiError as error:
+                if begun or not self._elsewhere(worker, error, request.model, tried):
+                    raise
+                tried += (worker,)
+
+    def _elsewhere(self, worker: Worker, error: ApiError, model: str, tried: tuple[Worker, ...]) -> bool:
+        """Whether another worker may do better than `worker`, which answered `error`."""
+        if isinstance(error, Unavailable):
+            worker.ready = False  # until the next poll says otherwise
+        if error.status < 500 and error.status not in (404, 429):
+            return False
+        log.warning("a worker refused a request", extra={"worker": worker.client.url, "cause": error.message})
+        return any(w.ready and model in w.models and w is not worker and w not in tried for w in self.workers)
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokenized:
+        return await self._ask(request.model, lambda client: client.tokenize(request))
+
+    async def detokenize(self, request: DetokenizeRequest) -> Detokenized:
+        return await self._ask(request.model, lambda client: client.detokenize(request))
+
+    async def _ask(self, model: str, question: Callable[[WorkerClient], Awaitable[Answer]]) -> Answer:
+        tried: tuple[Worker, ...] = ()
+        while True:
+            worker = self._choose(model, tried)
+            try:
+                return await question(worker.client)
+            except ApiError as error:
+                if not self._elsewhere(worker, error, model, tried):
+                    raise
+                tried += (worker,)
+
+    async def load_adapter(self, request: LoadAdapterRequest) -> ModelInfo:
+        """Load it on every ready worker, or on none: where one refuses, the others give it back."""
+        workers = self._ready_workers()
+        had = {worker for worker in workers if request.id in worker.models}
+        results = await self._on_each(workers, lambda client: client.load_adapter(request))
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:
+            loaded = [
+                w for w, r in zip(workers, results, strict=True) if isinstance(r, ModelInfo) and w not in had
+            ]
+            await self._on_each(loaded, lambda client: client.unload_adapter(request.id))
+            raise errors[0]
+        return next(result for result in results if isinstance(result, ModelInfo))
+
+    async def unload_adapter(self, id: str) -> None:
+        """Unload it wherever it is. Raises `NotFound` where no worker has it."""
+        holders = [worker for worker in self._ready_workers() if id in worker.models]
+        if not holders:
+            raise NotFound(f"No adapter {id!r} is loaded; GET /v1/adapters lists them.", param="id")
+        if any(worker.models[id].kind == "base" for worker in holders):
+            raise Conflict(f"{id!r} is the base model; it cannot be unloaded.")
+        for result in await self._on_each(holders, lambda client: client.unload_adapter(id)):
+            if isinstance(result, BaseException):
+                raise result
+
+    def _ready_workers(self) -> list[Worker]:
+        workers = [worker for worker in self.workers if worker.ready]
+        if not workers:
+            raise Unavailable("No worker is ready; try again.", retry_after=1)
+        return workers
+
+    async def _on_each(
+        self, workers: list[Worker], change: Callable[[WorkerClient], Awaitable[Answer]]
+    ) -> list[Answer | BaseException]:
+        results = await asyncio.gather(*(change(worker.client) for worker in workers), return_exceptions=True)
+        await asyncio.gather(*(worker.poll(self._poll_seconds) for worker in workers))
+        return results

@@ -1,0 +1,307 @@
+"""What surrounds every route, outermost first. Each is plain ASGI and passes streams on unbuffered.
+
+RequestContext  x-request-id, access log
+Cors            as configured
+Errors          every failure as OpenAI's error body, or as a stream's last event
+Authentication  API keys
+Admission       at most so many requests at once; none while draining
+Lifetime        a vanished client, a passed deadline or an expired drain ends a request's work
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import (
+    ApiError,
+    Forbidden,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RateLimited,
+    ServerFailure,
+    Timeout,
+    Unauthenticated,
+    Unavailable,
+    from_wire,
+)
+from server.gateway.metrics import GatewayMetrics
+from server.gateway.streaming import sse
+from server.serving import Drain
+from server.telemetry import request_id
+
+log = logging.getLogger(__name__)
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+_CLIENT_GONE = 499  # in logs and metrics only: nobody is there to receive it
+
+
+class RequestContext:
+    """Gives each request its id, taken from the client's `x-request-id` if that is sane."""
+
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        id = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        token = request_id.set(id)
+        begun = time.monotonic()
+        status = _CLIENT_GONE
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            self._note(scope, status, time.monotonic() - begun)
+            request_id.reset(token)
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unknown")
+        self._metrics.http_requests.labels(route, str(status)).inc()
+        level = logging.DEBUG if scope["path"] in _OPEN_PATHS else logging.INFO
+        fields = {"method": scope["method"], "path": scope["path"][:500], "status": status}
+        log.log(level, "request", extra={**fields, "seconds": round(seconds, 4)})
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, with our error body for a refused preflight."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        error = InvalidRequest(
+            "This origin, method or header is not allowed here (cors_origins).", code="cors"
+        )
+        headers = {k: v for k, v in response.headers.items() if k not in ("content-length", "content-type")}
+        return JSONResponse(error.body(), error.status, headers)
+
+
+class Errors:
+    """Turns what is raised below into an answer: a JSON body, or a stream's error event."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = streaming = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal begun, streaming
+            if message["type"] == "http.response.start":
+                begun = True
+                streaming = (
+                    Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
+                )
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        except ClientDisconnect:
+            return
+        except Exception as caught:
+            error = _as_api_error(caught)
+            if not begun:
+                await _answer(error)(scope, receive, send)
+            elif streaming:
+                await send({"type": "http.response.body", "body": sse(error.body()), "more_body": False})
+            else:
+                raise
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    log.exception("a request failed", exc_info=error)
+    return ServerFailure("The server failed on this request; its log says why, under the request's id.")
+
+
+def _answer(error: ApiError) -> Response:
+    headers = error.headers()
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def refuse_route(request: Request, error: Exception) -> Response:
+    """An exception handler: Starlette's own refusals (no such route or method) in our words."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path[:200]}"
+    if error.status_code == 404:
+        refusal: ApiError = NotFound(f"There is no route {where}.")
+    elif error.status_code == 405:
+        refusal = MethodNotAllowed(f"{where}: this method is not allowed here.")
+    else:
+        refusal = from_wire(error.status_code, f"{where}: {error.detail}", "invalid_request_error")
+    response = _answer(refusal)
+    response.headers.update(error.headers or {})
+    return response
+
+
+class Keys:
+    """Compares a request's Bearer token with the known ones, in time that does not tell how near it is."""
+
+    def __init__(self, api_keys: Iterable[str], admin_keys: Iterable[str]) -> None:
+        self._api = [key.encode() for key in api_keys]
+        self._admin = [key.encode() for key in admin_keys]
+
+    def check(self, headers: Headers) -> None:
+        """Raises `Unauthenticated` unless no key is asked for, or a known one is given."""
+        if self._api and not self._matches(headers, [*self._api, *self._admin]):
+            raise Unauthenticated("Give a valid API key: `Authorization: Bearer KEY`.")
+
+    def check_admin(self, headers: Headers) -> None:
+        """Raises `Forbidden` or `Unauthenticated` unless an admin key is given."""
+        if not self._admin:
+            raise Forbidden("This server has no admin keys (admin_keys), so adapters cannot be changed.")
+        if not _token(headers):
+            raise Unauthenticated("Give an admin key: `Authorization: Bearer KEY`.")
+        if not self._matches(headers, self._admin):
+            raise Forbidden("This key is not an admin key.")
+
+    def _matches(self, headers: Headers, keys: list[bytes]) -> bool:
+        token = _token(headers)
+        return sum(hmac.compare_digest(token, key) for key in keys) > 0  # compares with all of them, always
+
+
+def _token(headers: Headers) -> bytes:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+
+
+class Authentication:
+    """Asks for a key on every route but health, also on those that do not exist."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
+            self._keys.check(Headers(scope=scope))
+        await self._app(scope, receive, send)
+
+
+class Admission:
+    """Lets `limit` POST requests run at once, before their bodies are read; the next is a 429."""
+
+    def __init__(self, app: ASGIApp, limit: int, drain: Drain) -> None:
+        self._app = app
+        self._limit = limit
+        self._drain = drain
+        self._running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if self._drain.draining:
+            raise Unavailable("The server is shutting down; try again.", retry_after=1)
+        if self._running >= self._limit:
+            raise RateLimited(f"{self._limit} requests run already; try again.", retry_after=1)
+        self._running += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._running -= 1
+
+
+class Lifetime:
+    """Cancels a POST request's work once its client is gone, its time is up or the drain has expired."""
+
+    def __init__(self, app: ASGIApp, seconds: float, drain: Drain) -> None:
+        self._app = app
+        self._seconds = seconds
+        self._drain = drain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        client = _Client(receive)
+        work = asyncio.create_task(_run(self._app, scope, client.receive, send))
+        gone = asyncio.create_task(client.gone())
+        expired = asyncio.create_task(_wait(self._drain.expired))
+        tasks = {work, gone, expired}
+        try:
+            await asyncio.wait(tasks, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+            reason = _why_ended(work, gone, expired)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if work.cancelled() and reason is not None:
+            raise reason
+        work.result()
+
+
+async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    await app(scope, receive, send)
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+def _why_ended(
+    work: asyncio.Task[None], gone: asyncio.Task[None], expired: asyncio.Task[None]
+) -> Exception | None:
+    if work.done():
+        return None
+    if gone.done():
+        return ClientDisconnect()
+    if expired.done():
+        return Unavailable("The server is shutting down; try again.", retry_after=1)
+    return Timeout("The request's deadline has passed (request_seconds).")
+
+
+class _Client:
+    """The receiving side of a request: hands on its body, then watches whether the client stays."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._body_read = asyncio.Event()
+        self._disconnected = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._disconnected = True
+            self._body_read.set()
+        elif not message.get("more_body", False):
+            self._body_read.set()
+        return message
+
+    async def gone(self) -> None:
+        """Returns when the client has left. Listens only once the body is read: it is not to be lost here."""
+        await self._body_read.wait()
+        while not self._disconnected:
+            self._disconnected = (await self._receive())["type"] == "http.disconnect"

@@ -1,0 +1,102 @@
+"""From the bytes of a body to a checked request, or a 400 that names the field."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from server.errors import InvalidRequest, TooLarge, UnsupportedMedia
+from server.gateway.schemas import INCONSISTENT, Body
+
+log = logging.getLogger(__name__)
+
+Schema = TypeVar("Schema", bound=Body)
+
+_TYPE_NAMES = frozenset({"str", "int", "float", "bool", "constrained-str"})
+_MAX_REMEMBERED = 1000  # unknown field names; clients choose them, so there must be an end
+
+
+class IgnoredFields:
+    """Tells the log once of each field that clients send and nobody reads."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def note(self, body: BaseModel) -> None:
+        for name in (body.model_extra or {}).keys() - self._seen:
+            if len(self._seen) < _MAX_REMEMBERED:
+                self._seen.add(name)
+                log.warning("a request field is unknown and ignored", extra={"field": name[:100]})
+
+
+def json_body(schema: type[Schema]) -> Callable[[Request], Awaitable[Schema]]:
+    """A dependency that reads the request's body as `schema`."""
+
+    async def read(request: Request) -> Schema:
+        gateway = request.app.state.gateway
+        body = parse(schema, await _read(request, gateway.settings.max_body_bytes))
+        gateway.ignored_fields.note(body)
+        return body
+
+    return read
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise UnsupportedMedia(
+            f"The body must be JSON; send `Content-Type: application/json`, not {kind[:100]!r}."
+        )
+    too_large = TooLarge(f"The body is over {max_bytes} bytes; send less, or images as URLs.")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > max_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_large
+    return bytes(body)
+
+
+def parse(schema: type[Schema], raw: bytes) -> Schema:
+    """`raw` as `schema`. Raises `InvalidRequest` naming the field in `param`."""
+    try:
+        body = schema.model_validate_json(raw)
+    except ValidationError as error:
+        raise _refusal(error.errors(include_url=False, include_input=False)[0]) from None
+    for name, harmless in schema.UNSUPPORTED.items():
+        if (body.model_extra or {}).get(name) not in harmless:
+            raise InvalidRequest(
+                f"{name} is not supported by this server; leave it out.",
+                param=name,
+                code="unsupported_parameter",
+            )
+    return body
+
+
+def _refusal(error: ErrorDetails) -> InvalidRequest:
+    if error["type"] == "json_invalid":
+        return InvalidRequest(f"The body is not valid JSON: {error['msg']}.", code="invalid_json")
+    if error["type"] == "model_type":
+        return InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    own_field = (error["ctx"]["field"],) if error["type"] == INCONSISTENT else ()
+    param = _param(error["loc"] + own_field)
+    message = "this field is required" if error["type"] == "missing" else error["msg"]
+    return InvalidRequest(f"{param or 'body'}: {message}", param=param)
+
+
+def _param(loc: tuple[int | str, ...]) -> str | None:
+    """`messages[0].content[1].text` of pydantic's location, without the names of union branches."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in _TYPE_NAMES and not any(sign in part for sign in "[(<"):
+            path += f".{part[:100]}" if path else part[:100]
+    return path or None

@@ -1,0 +1,180 @@
+"""A request's way: validate → images → experts → generate → stream."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field, replace
+
+from server.errors import InvalidRequest, Unavailable
+from server.gateway.clients.pool import WorkerPool
+from server.gateway.context import ExpertPanel, ExpertReport, context_items
+from server.gateway.images import Image, ImageLoader
+from server.gateway.metrics import ChoiceObserver, GatewayMetrics
+from server.gateway.schemas import ChatRequest, CompletionRequest
+from server.gateway.tasks import all_or_none, merged
+from server.settings import GatewaySettings
+from server.worker.messages import (
+    ChatPrompt,
+    Event,
+    Finished,
+    GenerateRequest,
+    ModelInfo,
+    Prompt,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+    Usage,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request of a client: an answer's id and a generation for each of its choices."""
+
+    id: str
+    created: int
+    model: str
+    choices: tuple[GenerateRequest, ...]
+    choices_per_prompt: int = 1
+    reports: tuple[ExpertReport, ...] | None = None  # None: no expert was concerned
+    arrived: float = field(default_factory=time.monotonic)
+
+    def usage(self, usages: Sequence[Usage]) -> Usage:
+        """The sum over choices (in their order), each prompt counted once."""
+        firsts = usages[:: self.choices_per_prompt]
+        return Usage(
+            sum(usage.prompt_tokens for usage in firsts),
+            sum(usage.completion_tokens for usage in usages),
+            sum(usage.cached_tokens for usage in firsts),
+        )
+
+
+class Pipeline:
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        pool: WorkerPool,
+        images: ImageLoader,
+        experts: ExpertPanel,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._images = images
+        self._experts = experts
+        self._metrics = metrics
+
+    async def prepare_chat(self, body: ChatRequest) -> Job:
+        """Fetch the images, hear the experts, and say what to generate. Raises `ApiError`."""
+        arrived = time.monotonic()
+        model = self._pool.model(body.model)
+        n = self._checked_n(body.n)
+        names = self._experts.choose(body.experts)
+        images = await self._images.load(body.image_urls)
+        self._refuse_blindness(body, model, names, images)
+        reports = await self._experts.read(names, images)
+        messages = tuple(message.for_worker() for message in body.messages)
+        prompt = ChatPrompt(messages, context_items(reports))
+        seen = tuple(image.data for image in images) if model.reads_images else ()
+        concerned = bool(images) or bool(body.experts and body.experts != "auto")
+        return self._job(
+            "chatcmpl",
+            body.model,
+            [prompt],
+            n,
+            body.sampling(),
+            seen,
+            reports if concerned else None,
+            arrived,
+        )
+
+    def prepare_completion(self, body: CompletionRequest) -> Job:
+        """Say what to generate. Raises `ApiError`."""
+        arrived = time.monotonic()
+        self._pool.model(body.model)
+        n = self._checked_n(body.n)
+        if len(body.prompts) > self._settings.max_prompts:
+            raise InvalidRequest(
+                f"prompt: at most {self._settings.max_prompts} prompts are allowed (max_prompts).",
+                param="prompt",
+            )
+        special = body.add_special_tokens is not False
+        prompts: list[Prompt] = [
+            TextPrompt(prompt, special) if isinstance(prompt, str) else TokenPrompt(prompt)
+            for prompt in body.prompts
+        ]
+        return self._job("cmpl", body.model, prompts, n, body.sampling(), (), None, arrived)
+
+    def _checked_n(self, n: int | None) -> int:
+        if n is not None and n > self._settings.max_n:
+            raise InvalidRequest(f"n: at most {self._settings.max_n} choices are allowed (max_n).", param="n")
+        return n or 1
+
+    def _refuse_blindness(
+        self, body: ChatRequest, model: ModelInfo, names: Sequence[str], images: Sequence[Image]
+    ) -> None:
+        """A picture that nobody would look at is a mistake, unless the caller asked for just that."""
+        if images and not names and not model.reads_images and body.experts != []:
+            raise InvalidRequest(
+                f"The model {model.id!r} does not read images and this server has no experts; "
+                "send `experts: []` to have the images ignored.",
+                param="messages",
+                code="images_not_supported",
+            )
+
+    def _job(
+        self,
+        kind: str,
+        model: str,
+        prompts: Sequence[Prompt],
+        n: int,
+        sampling: SamplingParams,
+        images: tuple[bytes, ...],
+        reports: tuple[ExpertReport, ...] | None,
+        arrived: float,
+    ) -> Job:
+        id = f"{kind}-{uuid.uuid4().hex}"
+        remaining = max(0.001, arrived + self._settings.request_seconds - time.monotonic())
+        choices = tuple(
+            GenerateRequest(f"{id}-{p * n + i}", model, prompt, _reseeded(sampling, i), images, remaining)
+            for p, prompt in enumerate(prompts)
+            for i in range(n)
+        )
+        return Job(id, int(time.time()), model, choices, n, reports, arrived)
+
+    async def run(self, job: Job) -> AsyncGenerator[tuple[int, Event], None]:
+        """The events of all choices, each with its choice's index; the first `Started` of each come first.
+
+        Nothing is yielded before every choice was accepted. Raises `ApiError` at whatever point
+        something fails; closing the generator aborts every choice.
+        """
+        async with AsyncExitStack() as stack:
+            observers = [self._metrics.observe(job.model, job.arrived) for _ in job.choices]
+            sources = [self._pool.generate(choice) for choice in job.choices]
+            for source in sources:
+                await stack.enter_async_context(aclosing(source))
+            started = await all_or_none(_next(source) for source in sources)
+            for index, event in enumerate(started):
+                yield index, _seen(observers[index], event)
+            rest = await stack.enter_async_context(aclosing(merged(sources)))
+            async for index, event in rest:
+                yield index, _seen(observers[index], event)
+
+
+async def _next(source: AsyncGenerator[Event, None]) -> Event:
+    return await anext(source)
+
+
+def _seen(observer: ChoiceObserver, event: Event) -> Event:
+    if isinstance(event, Finished) and event.finish_reason == "abort":
+        raise Unavailable("The worker aborted the request; try again.", retry_after=1)
+    observer.see(event)
+    return event
+
+
+def _reseeded(sampling: SamplingParams, index: int) -> SamplingParams:
+    """Choices of one prompt must differ, and must do so again with the same seed."""
+    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)

@@ -1,0 +1,36 @@
+"""GET and POST /v1/adapters, DELETE /v1/adapters/{id}: for admin keys only"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.responses import JSONResponse, Response
+
+from server.gateway.parsing import json_body
+from server.gateway.routes.models import model_body
+from server.gateway.schemas import AdapterBody
+from server.gateway.state import AdminOnly, GatewayDep
+from server.worker.messages import LoadAdapterRequest
+
+router = APIRouter(dependencies=[AdminOnly])
+
+
+@router.get("/v1/adapters")
+async def list_adapters(gateway: GatewayDep) -> Response:
+    adapters = [model_body(info) for info in gateway.pool.models() if info.kind == "adapter"]
+    return JSONResponse({"object": "list", "data": adapters})
+
+
+@router.post("/v1/adapters")
+async def load_adapter(
+    body: Annotated[AdapterBody, Depends(json_body(AdapterBody))], gateway: GatewayDep
+) -> Response:
+    info = await gateway.pool.load_adapter(LoadAdapterRequest(body.id, body.path))
+    return JSONResponse(model_body(info), status_code=201)
+
+
+@router.delete("/v1/adapters/{id:path}")
+async def unload_adapter(id: str, gateway: GatewayDep) -> Response:
+    await gateway.pool.unload_adapter(id)
+    return JSONResponse({"id": id, "object": "model", "deleted": True})

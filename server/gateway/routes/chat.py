@@ -1,0 +1,87 @@
+"""POST /v1/chat/completions"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from starlette.responses import JSONResponse, Response
+
+from server.gateway.answers import Choice, chat_logprobs, collect, usage_body
+from server.gateway.parsing import json_body
+from server.gateway.pipeline import Job, Pipeline
+from server.gateway.schemas import ChatRequest
+from server.gateway.state import GatewayDep
+from server.gateway.streaming import DONE, EventStream, sse
+from server.worker.messages import Delta, Finished, Started
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create(
+    body: Annotated[ChatRequest, Depends(json_body(ChatRequest))], gateway: GatewayDep
+) -> Response:
+    if body.stream:
+        return EventStream(_stream(gateway.pipeline, body))
+    job = await gateway.pipeline.prepare_chat(body)
+    choices = await collect(job, gateway.pipeline.run(job))
+    return JSONResponse(_completion(job, choices, bool(body.logprobs)))
+
+
+def _completion(job: Job, choices: list[Choice], with_logprobs: bool) -> dict[str, Any]:
+    return {
+        **_head(job, "chat.completion"),
+        "choices": [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "logprobs": chat_logprobs(choice.logprobs) if with_logprobs else None,
+                "finish_reason": choice.finish_reason,
+            }
+            for index, choice in enumerate(choices)
+        ],
+        "usage": usage_body(job.usage([choice.usage for choice in choices])),
+        **_experts(job),
+    }
+
+
+async def _stream(pipeline: Pipeline, body: ChatRequest) -> AsyncGenerator[bytes, None]:
+    job = await pipeline.prepare_chat(body)
+    head = _head(job, "chat.completion.chunk") | ({"usage": None} if body.include_usage else {})
+    first = _experts(job)  # rides on the first chunk alone
+    usages = {}
+    async with aclosing(pipeline.run(job)) as events:
+        async for index, event in events:
+            match event:
+                case Started():
+                    yield sse(
+                        {**head, "choices": [_delta(index, {"role": "assistant", "content": ""})], **first}
+                    )
+                    first = {}
+                case Delta() if event.text or event.logprobs:
+                    choice = _delta(index, {"content": event.text})
+                    if body.logprobs:
+                        choice["logprobs"] = chat_logprobs(event.logprobs)
+                    yield sse({**head, "choices": [choice]})
+                case Finished():
+                    usages[index] = event.usage
+                    yield sse({**head, "choices": [_delta(index, {}, event.finish_reason)]})
+    if body.include_usage:
+        total = job.usage([usages[index] for index in sorted(usages)])
+        yield sse({**head, "choices": [], "usage": usage_body(total)})
+    yield DONE
+
+
+def _head(job: Job, kind: str) -> dict[str, Any]:
+    return {"id": job.id, "object": kind, "created": job.created, "model": job.model}
+
+
+def _experts(job: Job) -> dict[str, Any]:
+    return {} if job.reports is None else {"experts": [report.wire() for report in job.reports]}
+
+
+def _delta(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

@@ -1,0 +1,42 @@
+"""POST /tokenize and /detokenize"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.responses import JSONResponse, Response
+
+from server.gateway.parsing import json_body
+from server.gateway.schemas import DetokenizeBody, TokenizeBody
+from server.gateway.state import GatewayDep
+from server.worker.messages import ChatPrompt, DetokenizeRequest, Prompt, TextPrompt, TokenizeRequest
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(
+    body: Annotated[TokenizeBody, Depends(json_body(TokenizeBody))], gateway: GatewayDep
+) -> Response:
+    prompt: Prompt
+    if body.messages is not None:
+        prompt = ChatPrompt(tuple(message.for_worker() for message in body.messages))
+    else:
+        prompt = TextPrompt(body.prompt or "", body.add_special_tokens is not False)
+    answer = await gateway.pool.tokenize(TokenizeRequest(body.model, prompt))
+    return JSONResponse(
+        {
+            "tokens": answer.token_ids,
+            "count": len(answer.token_ids),
+            "max_model_len": answer.max_model_len,
+        }
+    )
+
+
+@router.post("/detokenize")
+async def detokenize(
+    body: Annotated[DetokenizeBody, Depends(json_body(DetokenizeBody))], gateway: GatewayDep
+) -> Response:
+    answer = await gateway.pool.detokenize(DetokenizeRequest(body.model, tuple(body.tokens)))
+    return JSONResponse({"prompt": answer.text})

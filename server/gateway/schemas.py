@@ -1,0 +1,293 @@
+"""The bodies of requests, as OpenAI's description has them.
+
+Explicit nulls mean the default. Unknown fields are kept in `model_extra`, where the parser finds them
+to log them once; those of `UNSUPPORTED` would change the answer and are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, LiteralString, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.worker.messages import ChatMessage, SamplingParams, ToolCall
+
+MAX_TOP_LOGPROBS = 20
+MAX_TOKENS = 2**31 - 1
+
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+Count = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+
+
+INCONSISTENT = "inconsistent"
+
+
+def _inconsistent(field: str, message: LiteralString) -> PydanticCustomError:
+    """A check of several fields failed, and `field` is the one to mend."""
+    return PydanticCustomError(INCONSISTENT, message, {"field": field})
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    # field → the values that ask for nothing; anything else is a 400
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class _Generation(Body):
+    """What chat and plain completions share."""
+
+    model: str = Field(min_length=1, max_length=512)
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
+        | None
+    ) = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    n: int | None = Field(None, ge=1, le=1024)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    user: str | None = Field(None, max_length=512)
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> Self:
+        if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _inconsistent("min_tokens", "must not be over max_tokens")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def _sampling(
+        self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
+        given = {
+            name: value
+            for name in (
+                "min_tokens", "temperature", "top_p", "min_p", "seed", "presence_penalty",
+                "frequency_penalty", "repetition_penalty", "logit_bias", "ignore_eos",
+            )
+            if (value := getattr(self, name)) is not None
+        }  # fmt: skip
+        return SamplingParams(
+            **given,
+            max_tokens=max_tokens,
+            top_k=max(self.top_k or 0, 0),
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(Body):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+class ImageUrl(Body):
+    url: str = Field(min_length=1)
+    detail: Literal["auto", "low", "high"] | None = None  # experts and encoders choose their own size
+
+
+class ImagePart(Body):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _part_type(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return f"<{kind}>" if isinstance(kind, str) else None  # brackets: a tag, not a field's name
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[RefusalPart, Tag("<refusal>")],
+    Discriminator(
+        _part_type,
+        custom_error_type="part_type",
+        custom_error_message="a part's `type` must be text or image_url",
+    ),
+]
+
+
+class FunctionCall(Body):
+    name: str = Field(min_length=1)
+    arguments: str
+
+
+class ToolCallBody(Body):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise _inconsistent("content", "this field is required")
+        if self.tool_calls and self.role != "assistant":
+            raise _inconsistent("tool_calls", "only an assistant's message may have tool calls")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise _inconsistent("tool_call_id", "belongs to messages of role tool, and is required there")
+        if self.role != "user" and any(isinstance(part, ImagePart) for part in self.parts):
+            raise _inconsistent("content", "only a user's message may have images")
+        return self
+
+    @property
+    def parts(self) -> list[Part]:
+        return self.content if isinstance(self.content, list) else []
+
+    def for_worker(self) -> ChatMessage:
+        """Its text; images travel apart, in order."""
+        texts = [part.text for part in self.parts if not isinstance(part, ImagePart)]
+        text = self.content if isinstance(self.content, str) else "\n".join(texts)
+        calls = (
+            ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ()
+        )
+        role = "system" if self.role == "developer" else self.role
+        return ChatMessage(role, text, tuple(calls), self.tool_call_id)
+
+
+def _image_urls(messages: list[Message]) -> Iterator[tuple[str, str]]:
+    for m, message in enumerate(messages):
+        for p, part in enumerate(message.parts):
+            if isinstance(part, ImagePart):
+                yield f"messages[{m}].content[{p}].image_url.url", part.image_url.url
+
+
+class ChatRequest(_Generation):
+    UNSUPPORTED = {
+        "tools": (None, []),
+        "tool_choice": (None, "none", "auto"),
+        "functions": (None, []),
+        "function_call": (None, "none", "auto"),
+        "response_format": (None, {"type": "text"}),
+        "modalities": (None, ["text"]),
+        "audio": (None,),
+        "web_search_options": (None,),
+        "best_of": (None, 1),
+    }
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    experts: Literal["auto"] | list[str] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _inconsistent("top_logprobs", "needs logprobs to be true")
+        return self
+
+    @property
+    def image_urls(self) -> list[tuple[str, str]]:
+        """Where each image stands in the body, and its URL; oldest first."""
+        return list(_image_urls(self.messages))
+
+    def sampling(self) -> SamplingParams:
+        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        return self._sampling(limit, (self.top_logprobs or 0) if self.logprobs else None, None)
+
+
+class CompletionRequest(_Generation):
+    UNSUPPORTED = {
+        "suffix": (None, ""),
+        "best_of": (None, 1),
+        "use_beam_search": (None, False),
+        "response_format": (None, {"type": "text"}),
+    }
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    add_special_tokens: bool | None = None
+
+    @property
+    def prompts(self) -> list[str | tuple[int, ...]]:
+        """One entry per prompt: a text, or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        flat = [item for item in self.prompt if isinstance(item, int)]
+        if flat:
+            return [tuple(flat)]
+        return [
+            item if isinstance(item, str) else tuple(item)
+            for item in self.prompt
+            if not isinstance(item, int)
+        ]
+
+    def sampling(self) -> SamplingParams:
+        # 16 is OpenAI's default here.
+        limit = 16 if self.max_tokens is None else self.max_tokens
+        return self._sampling(limit, self.logprobs, self.logprobs if self.echo else None)
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> Self:
+        if not self.prompts or () in self.prompts:
+            raise _inconsistent("prompt", "must not be an empty list")
+        if self.max_tokens == 0 and not self.echo:
+            raise _inconsistent("max_tokens", "may be 0 only with echo")
+        return self
+
+
+class TokenizeBody(Body):
+    model: str = Field(min_length=1, max_length=512)
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise _inconsistent("prompt", "give either prompt or messages")
+        if any(_image_urls(self.messages or [])):
+            raise _inconsistent(
+                "messages", "cannot be counted with images, whose text experts are yet to read"
+            )
+        return self
+
+
+class DetokenizeBody(Body):
+    model: str = Field(min_length=1, max_length=512)
+    tokens: list[TokenId]
+
+
+class AdapterBody(Body):
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")
+    path: str = Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")

@@ -1,0 +1,53 @@
+"""The gateway's parts, and how routes get at them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.gateway.clients.pool import WorkerPool
+from server.gateway.context import ExpertPanel
+from server.gateway.fetching import ImageFetcher
+from server.gateway.metrics import GatewayMetrics
+from server.gateway.middleware import Keys
+from server.gateway.parsing import IgnoredFields
+from server.gateway.pipeline import Pipeline
+from server.serving import Drain
+from server.settings import GatewaySettings
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    settings: GatewaySettings
+    pool: WorkerPool
+    experts: ExpertPanel
+    fetcher: ImageFetcher
+    pipeline: Pipeline
+    metrics: GatewayMetrics
+    keys: Keys
+    drain: Drain
+    ignored_fields: IgnoredFields = field(default_factory=IgnoredFields)
+
+    async def start(self) -> None:
+        await self.experts.start()
+        await self.pool.start()
+
+    async def close(self) -> None:
+        await self.pool.close()
+        await self.experts.close()
+        await self.fetcher.close()
+
+
+def _gateway(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+def _require_admin(request: Request) -> None:
+    _gateway(request).keys.check_admin(request.headers)
+
+
+GatewayDep = Annotated[Gateway, Depends(_gateway)]
+AdminOnly = Depends(_require_admin)

@@ -1,0 +1,42 @@
+"""Server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+DONE = b"data: [DONE]\n\n"
+
+
+def sse(data: dict[str, Any]) -> bytes:
+    """One event of one line. In ASCII, since many clients split lines at U+2028 and U+0085 too."""
+    return b"data: %s\n\n" % json.dumps(data, separators=(",", ":")).encode("ascii")
+
+
+class EventStream(Response):
+    """Sends `chunks` as they come, unbuffered.
+
+    The status is sent with the first chunk: an error before it is still an HTTP status, made by the
+    `Errors` middleware, as is the error event after it. Whatever ends the response closes `chunks`.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._chunks):
+            first = await anext(self._chunks)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": first, "more_body": True})
+            async for chunk in self._chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
