@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.checkpoints.gguf import open_gguf
+from models.checkpoints.gguf_file import find_gguf
 from models.checkpoints.huggingface import open_huggingface
 from models.checkpoints.layout import BaseCheckpoint
 from models.checkpoints.meta import open_meta
 from models.errors import CheckpointError
 
-__all__ = ["BaseCheckpoint", "find_gguf", "open_base"]
+__all__ = ["BaseCheckpoint", "open_base"]
 
 
 def open_base(path: Path) -> BaseCheckpoint:
@@ -36,12 +37,3 @@ def open_base(path: Path) -> BaseCheckpoint:
         f"{path}: holds neither config.json (Hugging Face) nor params.json (Meta) nor a .gguf file; "
         "give the folder of a LLaMA checkpoint"
     )
-
-
-def find_gguf(folder: Path) -> Path | None:
-    """The one `.gguf` file of a folder, None if there is none. Raises CheckpointError for several."""
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise CheckpointError(f"{folder}: holds several models ({names}); give the path of one of them")
-    return files[0] if files else None

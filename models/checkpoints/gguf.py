@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.gguf_reader import ReaderTensor
@@ -16,6 +17,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from models.checkpoints.fields import parse
+from models.checkpoints.gguf_file import metadata, read_gguf
 from models.checkpoints.layout import (
     BaseCheckpoint,
     Entry,
@@ -56,29 +58,6 @@ def open_gguf(file: Path) -> BaseCheckpoint:
     return BaseCheckpoint(
         file, "gguf", config, {name: _rotated(name, entry, config) for name, entry in checked.items()}
     )
-
-
-def read_gguf(file: Path) -> GGUFReader:
-    """The parsed and memory-mapped file. Raises CheckpointError for a damaged or truncated one."""
-    try:
-        # Copy-on-write rather than read-only, as torch has no read-only tensors; nothing is written.
-        return GGUFReader(file, "c")
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError) as error:
-        raise CheckpointError(
-            f"{file}: damaged, truncated or no GGUF file ({error}); fetch it again"
-        ) from error
-
-
-def metadata(file: Path, reader: GGUFReader, prefix: str) -> dict[str, Any]:
-    """The key-value pairs whose keys start with `prefix`. Raises CheckpointError for a damaged one."""
-    pairs: dict[str, Any] = {}
-    for key, field in reader.fields.items():
-        if key.startswith(prefix):
-            try:
-                pairs[key] = field.contents()
-            except (ValueError, IndexError, TypeError) as error:
-                raise CheckpointError(f"{file}: {key} is damaged ({error}); fetch the file again") from error
-    return pairs
 
 
 def _entry(file: Path, tensor: ReaderTensor) -> Entry:
@@ -196,9 +175,7 @@ def _rope_scaling(file: Path, reader: GGUFReader, theta: float, head_dim: int) -
     return scaling
 
 
-def _llama3_factors(
-    scaling: RopeScaling, theta: float, head_dim: int
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _llama3_factors(scaling: RopeScaling, theta: float, head_dim: int) -> npt.NDArray[np.float64]:
     """What each RoPE frequency is divided by, `[head_dim / 2]`: 1 for high ones, `factor` for low ones."""
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
