@@ -54,8 +54,8 @@ def create_app(engine: Engine, settings: WorkerSettings, drain: Drain | None = N
 
     app = FastAPI(title="LLaMA-Adapter worker", lifespan=lifespan, docs_url=None, redoc_url=None)
     _add_error_handlers(app)
-    _add_inference_routes(app, engine, drain, settings.max_body_bytes)
-    _add_adapter_routes(app, engine, settings.max_body_bytes)
+    _add_inference_routes(app, engine, drain, settings.max_message_bytes)
+    _add_adapter_routes(app, engine, settings.max_message_bytes)
     _add_watch_routes(app, engine, drain)
     return app
 
@@ -131,7 +131,7 @@ async def _parse(request: Request, adapter: TypeAdapter[Message], max_bytes: int
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
-            raise TooLarge(f"The body is over {max_bytes} bytes; send less, or raise max_body_bytes.")
+            raise TooLarge(f"The body is over {max_bytes} bytes; send less, or raise max_message_bytes.")
     try:
         return adapter.validate_json(bytes(body))
     except ValidationError as error:

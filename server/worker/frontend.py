@@ -1,0 +1,136 @@
+"""What happens to a request before its first step: the model's template, tokens, limits, pixels.
+
+Synchronous and without state of its own; called on threads beside the event loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from models.prompts import Context, Turn, render
+
+from models.errors import PromptError
+from models.tokenizer import Tokenizer
+from models.vision.images import ImageError, ImageLimits, decode_image
+from server.errors import InvalidRequest, model_not_found
+from server.worker.messages import ChatPrompt, GenerateRequest, ModelInfo, TextPrompt, TokenPrompt
+from server.worker.runner import ImageInput, LoadedAdapter
+from server.worker.scheduler import Scheduler, SequenceRejected
+from server.worker.step_loop import Prepared
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """An id that requests may name, and what answers to it. `adapter` is None for the base."""
+
+    info: ModelInfo
+    adapter: LoadedAdapter | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.info.id, self.info.version)
+
+    @property
+    def template(self) -> str:
+        return self.adapter.adapter.config.template if self.adapter else "chat"
+
+
+class Frontend:
+    def __init__(
+        self, tokenizer: Tokenizer, scheduler: Scheduler, vocab_size: int, limits: ImageLimits
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._vocab_size = vocab_size
+        self._limits = limits
+
+    @staticmethod
+    def find(models: Mapping[str, ServedModel], id: str) -> ServedModel:
+        model = models.get(id)
+        if model is None:
+            raise model_not_found(id)
+        return model
+
+    def prepare(self, model: ServedModel, request: GenerateRequest) -> Prepared:
+        """Raises `InvalidRequest` for what can never be answered."""
+        token_ids, stop = self._encode(model, request.prompt)
+        params = request.sampling
+        room = self._scheduler.max_sequence_len - len(token_ids)
+        max_tokens = max(room, 1) if params.max_tokens is None else params.max_tokens
+        try:
+            self._scheduler.check_fits(len(token_ids), max_tokens)
+        except SequenceRejected as error:
+            param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+            raise InvalidRequest(
+                f"This model's context holds {self._scheduler.max_sequence_len} tokens: {error}.",
+                param=param,
+                code="context_length_exceeded",
+            ) from None
+        self._check_bias(params.logit_bias)
+        return Prepared(
+            request_id=request.request_id,
+            token_ids=token_ids,
+            sampling=params,
+            max_tokens=max_tokens,
+            stop=(*params.stop, *stop),
+            adapter=model.adapter,
+            image=self._image(model.adapter, request.images),
+        )
+
+    def tokenize(self, model: ServedModel, prompt: Prompt) -> list[int]:
+        return self._encode(model, prompt)[0]
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        self._check_ids(token_ids, "tokens")
+        return self._tokenizer.decode(token_ids)
+
+    def _encode(self, model: ServedModel, prompt: Prompt) -> tuple[list[int], tuple[str, ...]]:
+        """Token ids, and the stop strings that belong to the template."""
+        match prompt:
+            case TokenPrompt():
+                self._check_ids(prompt.token_ids, "prompt")
+                return list(prompt.token_ids), ()
+            case TextPrompt():
+                return self._tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens), ()
+            case ChatPrompt():
+                return self._encode_chat(model, prompt)
+
+    def _encode_chat(self, model: ServedModel, prompt: ChatPrompt) -> tuple[list[int], tuple[str, ...]]:
+        try:
+            rendered = render(
+                model.template,
+                [Turn(message.role, message.content) for message in prompt.messages],
+                [Context(item.expert, item.text) for item in prompt.context],
+                self._tokenizer,
+            )
+            encoded = self._tokenizer.encode_segments(rendered.segments)
+        except PromptError as error:
+            raise InvalidRequest(str(error), param="messages") from error
+        return encoded.ids, tuple(rendered.stop)
+
+    def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        bad = next((id for id in token_ids if not 0 <= id < self._vocab_size), None)
+        if bad is not None:
+            raise InvalidRequest(f"Token id {bad} is not in 0 … {self._vocab_size - 1}.", param=param)
+
+    def _check_bias(self, logit_bias: Mapping[int, float]) -> None:
+        self._check_ids(tuple(logit_bias), "logit_bias")
+
+    def _image(self, loaded: LoadedAdapter | None, images: Sequence[bytes]) -> ImageInput | None:
+        """What the adapter sees: the last image, or what its configuration puts for none."""
+        if loaded is None or loaded.encoder is None or loaded.adapter.config.vision is None:
+            return None
+        vision, encoder = loaded.adapter.config.vision, loaded.encoder
+        if not images:
+            size = encoder.image_size
+            return ImageInput("zero", torch.zeros(3, size, size)) if vision.no_image == "zero" else None
+        try:
+            pixels = encoder.preprocess(decode_image(images[-1], self._limits), vision.color)
+        except ImageError as error:
+            raise InvalidRequest(str(error), param="messages", code="invalid_image") from error
+        return ImageInput(hashlib.sha256(images[-1]).hexdigest(), pixels)

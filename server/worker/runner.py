@@ -1,0 +1,195 @@
+"""One step on the accelerator: from a scheduled batch to the rows of logits it asks for.
+
+The runner owns what lies in device memory: the base, the KV cache, the adapter bank, the prompt
+cache. It decides nothing about who runs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.adaptation import AdapterBank, BatchAdaptation
+from models.adapter import Adapter
+from models.attention import Prompts
+from models.kv_cache import KVCache, PagedAttend, PromptCache, StepLayout
+from models.llama import Llama
+from models.vision.encoder import VisionEncoder
+from server.worker.adapter_slots import SlotTable
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedAdapter:
+    """One version of one adapter. Requests hold on to theirs, whatever is loaded or unloaded meanwhile."""
+
+    key: tuple[str, int]  # id, version
+    adapter: Adapter
+    encoder: VisionEncoder | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageInput:
+    """Pixels [3, H, W] as the adapter's encoder wants them. `key` is the image's hash."""
+
+    key: str
+    pixels: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepItem:
+    """One sequence's part of a step: its positions `start` … `start + len(tokens) - 1`."""
+
+    tokens: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    adapter: LoadedAdapter | None
+    image: ImageInput | None
+    wants_logits: slice  # of the chunk's tokens
+
+
+class Runner:
+    def __init__(
+        self,
+        base: Llama,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_hot_adapters: int,
+        prompt_slots: int,
+        feature_cache_entries: int = 1024,
+    ) -> None:
+        config = base.config
+        self.base = base
+        self.block_size = block_size
+        self.kv_cache = KVCache(config, num_blocks, block_size, base.dtype, base.device)
+        self.bank = AdapterBank(base, max_hot_adapters)
+        self.adapter_slots = SlotTable(max_hot_adapters)
+        self.prompt_cache = PromptCache(config, prompt_slots, base.dtype, base.device)
+        self.prompt_slots = SlotTable(prompt_slots)
+        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._feature_cache_entries = feature_cache_entries
+
+    @torch.inference_mode()
+    def run(self, items: Sequence[StepItem]) -> Tensor:
+        """Compute the step; logits [M, V] in float32 of the rows wanted, item after item.
+
+        Items of one token must come first: those are the decodes.
+        """
+        adapter_slots, prompt_slots = self._place(items)
+        layout = self._layout(items, prompt_slots)
+        tokens_N = torch.tensor([t for item in items for t in item.tokens], device=self.base.device)
+        positions_N = torch.tensor(
+            [p for item in items for p in range(item.start, item.start + len(item.tokens))],
+            device=self.base.device,
+        )
+        counts = [len(item.tokens) for item in items]
+        adaptation = self._adaptation(adapter_slots, counts)
+        attend = PagedAttend(self.kv_cache, self.prompt_cache, layout)
+        hidden_NC = self.base(tokens_N, positions_N, attend, adaptation)
+
+        wanted = [range(len(item.tokens))[item.wants_logits] for item in items]
+        rows_M = [start + i for start, chunk in zip(layout.starts, wanted, strict=False) for i in chunk]
+        adaptation = self._adaptation(adapter_slots, [len(chunk) for chunk in wanted])
+        return self.base.logits(hidden_NC[rows_M], adaptation).float()
+
+    def forget(self, key: tuple[str, int]) -> None:
+        """Give back the slots of one version of an adapter."""
+        self.adapter_slots.forget(lambda held: held == key)
+        self.prompt_slots.forget(lambda held: isinstance(held, tuple) and held[0] == key)
+
+    def _place(self, items: Sequence[StepItem]) -> tuple[list[int], list[int]]:
+        """Bank and prompt slot of each item, after filling those that are new."""
+        adapters = {item.adapter.key: item.adapter for item in items if item.adapter}
+        slots, missing = self.adapter_slots.assign(adapters)
+        prompt_keys = [_prompt_key(item) for item in items]
+        prompt_slots, missing_prompts = self.prompt_slots.assign(prompt_keys)
+        try:
+            for key in missing:
+                self.bank.place(slots[key], adapters[key].adapter)  # type: ignore[index]
+            by_key = dict(zip(prompt_keys, items, strict=True))
+            self._fill_prompts({prompt_slots[key]: by_key[key] for key in missing_prompts})
+        except BaseException:
+            # What was not filled must not be taken for filled by the next step.
+            self.adapter_slots.forget(lambda key: key in missing)
+            self.prompt_slots.forget(lambda key: key in missing_prompts)
+            raise
+        bank_slots = [slots[item.adapter.key if item.adapter else None] for item in items]
+        return bank_slots, [prompt_slots[key] for key in prompt_keys]
+
+    def _fill_prompts(self, by_slot: dict[int, StepItem]) -> None:
+        """Compute prompt keys and values, the images of one adapter together."""
+        groups: dict[tuple[LoadedAdapter, bool], list[int]] = {}
+        for slot, item in by_slot.items():
+            assert item.adapter is not None
+            groups.setdefault((item.adapter, item.image is not None), []).append(slot)
+        for (loaded, sees), slots in groups.items():
+            images = [image for slot in slots if (image := by_slot[slot].image)]
+            prompts = self._prompts(loaded, images if sees else [])
+            for row, slot in enumerate(slots):
+                self.prompt_cache.place(slot, prompts, row)
+
+    def _prompts(self, loaded: LoadedAdapter, images: Sequence[ImageInput]) -> Prompts:
+        if not images:
+            return loaded.adapter.prompts(self.base)
+        visual_SnC = loaded.adapter.see(self._see(loaded, images))
+        return loaded.adapter.prompts(self.base, visual_SnC)
+
+    def _see(self, loaded: LoadedAdapter, images: Sequence[ImageInput]) -> Tensor:
+        """Encoder features [S, …] of the images, from the cache or computed in one batch."""
+        vision, encoder = loaded.adapter.config.vision, loaded.encoder
+        assert vision is not None
+        assert encoder is not None
+        keys = [(encoder.name, encoder.version, vision.features, vision.color, i.key) for i in images]
+        missing = {key: i.pixels for key, i in zip(keys, images, strict=True) if key not in self._features}
+        if missing:
+            see = encoder.global_features if vision.features == "global" else encoder.tokens
+            features = see(torch.stack(list(missing.values())).to(self.base.device))
+            self._features.update(zip(missing, features.unbind(), strict=True))
+        found = [self._features[key] for key in keys]
+        for key in keys:
+            self._features.move_to_end(key)
+        while len(self._features) > self._feature_cache_entries:
+            self._features.popitem(last=False)
+        return torch.stack(found)
+
+    def _adaptation(self, slots: Sequence[int], counts: Sequence[int]) -> BatchAdaptation | None:
+        """Of `counts[b]` tokens for each item; None where no adapter changes norms or linears."""
+        active = sorted({slot for slot, count in zip(slots, counts, strict=True) if count})
+        if not self.bank.keys_of(active):
+            return None
+        slots_N = torch.tensor(slots).repeat_interleave(torch.tensor(counts))
+        return BatchAdaptation(self.bank, slots_N.to(self.base.device), active)
+
+    def _layout(self, items: Sequence[StepItem], prompt_slots: Sequence[int]) -> StepLayout:
+        singles = [len(item.tokens) == 1 for item in items]
+        assert singles == sorted(singles, reverse=True), "items of one token come first"
+        starts = [0]
+        for item in items:
+            starts.append(starts[-1] + len(item.tokens))
+        blocks_BM = np.zeros((len(items), max(len(item.block_table) for item in items)), np.int32)
+        flat = np.empty(starts[-1], np.int64)
+        for b, item in enumerate(items):
+            blocks_BM[b, : len(item.block_table)] = item.block_table
+            positions = np.arange(item.start, item.start + len(item.tokens))
+            blocks = blocks_BM[b, positions // self.block_size].astype(np.int64)
+            flat[starts[b] : starts[b + 1]] = blocks * self.block_size + positions % self.block_size
+        return StepLayout(
+            num_single=sum(singles),
+            starts=starts,
+            lens_B=np.array([item.start + len(item.tokens) for item in items], np.int32),
+            blocks_BM=blocks_BM,
+            prompt_slots_B=np.array(prompt_slots, np.int32),
+            slots_N=torch.from_numpy(flat).to(self.base.device),
+        )
+
+
+def _prompt_key(item: StepItem) -> Hashable:
+    """Prompts depend on adapter, version and image; None for requests without any."""
+    if item.adapter is None or not item.adapter.adapter.config.gated_layers:
+        return None
+    return item.adapter.key, item.image.key if item.image else None

@@ -1,0 +1,142 @@
+"""From logits to tokens: one pass for the whole batch, each row by its own parameters.
+
+A row's token depends on that row alone: its random number comes from its own generator, so that a
+seeded request repeats itself whatever else is in the batch. Shapes: M rows, V vocabulary, W candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import torch
+from torch import Tensor
+
+from server.worker.messages import SamplingParams
+
+# Rows that cut off their tail (top-k, top-p) sort this many candidates first, and the whole
+# vocabulary only where these do not hold enough probability.
+CANDIDATES = 512
+
+
+@dataclass(slots=True)
+class SamplerState:
+    """One request's parameters and what they need to remember."""
+
+    params: SamplingParams
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
+    num_generated: int = 0
+    random: Random = field(init=False)
+    _counts_V: Tensor | None = field(init=False, default=None)  # of generated tokens
+    _in_prompt_V: Tensor | None = field(init=False, default=None)
+    _bias: tuple[Tensor, Tensor] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        p = self.params
+        self.random = Random(p.seed)  # noqa: S311  (sampling is no cryptography)
+        if p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1:
+            self._counts_V = torch.zeros(self.vocab_size)
+            self._in_prompt_V = torch.zeros(self.vocab_size, dtype=torch.bool)
+            self._in_prompt_V[torch.tensor(list(self.prompt_ids))] = True
+        if p.logit_bias:
+            self._bias = (torch.tensor(list(p.logit_bias)), torch.tensor(list(p.logit_bias.values())))
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature == 0
+
+    def adjust(self, logits_V: Tensor) -> None:
+        """Penalties, bias and what may not come yet, in place."""
+        p = self.params
+        if self._counts_V is not None and self._in_prompt_V is not None:
+            counts_V = self._counts_V.to(logits_V.device)
+            seen_V = (counts_V > 0) | self._in_prompt_V.to(logits_V.device)
+            penalised_V = torch.where(
+                logits_V > 0, logits_V / p.repetition_penalty, logits_V * p.repetition_penalty
+            )
+            torch.where(seen_V, penalised_V, logits_V, out=logits_V)
+            logits_V -= p.frequency_penalty * counts_V + p.presence_penalty * (counts_V > 0)
+        if self._bias is not None:
+            ids, values = (x.to(logits_V.device) for x in self._bias)
+            logits_V.index_add_(0, ids, values)
+        if self.num_generated < p.min_tokens and self.eos_ids:
+            logits_V[torch.tensor(self.eos_ids, device=logits_V.device)] = -torch.inf
+
+    def take(self, token: int) -> None:
+        """The request's next token is this one."""
+        self.num_generated += 1
+        if self._counts_V is not None:
+            self._counts_V[token] += 1
+
+
+def sample(logits_MV: Tensor, states: Sequence[SamplerState]) -> list[int]:
+    """One token per row. `logits_MV` is float32 and is changed."""
+    for logits_V, state in zip(logits_MV, states, strict=True):
+        state.adjust(logits_V)
+    tokens_M = logits_MV.argmax(-1)
+    drawn = [m for m, state in enumerate(states) if not state.greedy]
+    if drawn:
+        rows = torch.tensor(drawn, device=logits_MV.device)
+        tokens_M[rows] = _draw(logits_MV[rows], [states[m] for m in drawn])
+    tokens: list[int] = tokens_M.tolist()
+    for token, state in zip(tokens, states, strict=True):
+        state.take(token)
+    return tokens
+
+
+def _draw(logits_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
+    """Tokens [M] drawn from softmax(logits / temperature), cut to top-k, top-p and min-p in this order."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=logits_MV.device)[:, None]
+
+    temperature_M1 = column([state.params.temperature for state in states])
+    uniform_M1 = column([state.random.random() for state in states])
+    # Subtracting the maximum first keeps tiny temperatures from overflowing.
+    scaled_MV = (logits_MV - logits_MV.amax(-1, keepdim=True)) / temperature_M1
+    probs_MV = scaled_MV.softmax(-1)
+    if all(s.params.top_p == 1 and s.params.top_k == 0 for s in states):
+        kept_MV = _at_least(probs_MV, column([s.params.min_p for s in states]))
+        return _invert(kept_MV, uniform_M1)
+
+    V = probs_MV.shape[-1]
+    top_k_M1 = column([float(s.params.top_k or V) for s in states])
+    top_p_M1 = column([s.params.top_p for s in states])
+    min_p_M1 = column([s.params.min_p for s in states])
+    W = min(V, CANDIDATES)
+    probs_MW, ids_MW = probs_MV.topk(W, sorted=True)
+    enough_M = ((probs_MW.sum(-1, keepdim=True) >= top_p_M1) | (top_k_M1 <= W)).flatten()
+    if not enough_M.all():
+        probs_MW, ids_MW = probs_MV.sort(-1, descending=True)
+    ranks_W = torch.arange(probs_MW.shape[-1], device=probs_MW.device)
+    probs_MW = probs_MW * (ranks_W < top_k_M1)
+    probs_MW = probs_MW / probs_MW.sum(-1, keepdim=True).where(top_k_M1 < V, torch.ones_like(top_k_M1))
+    before_MW = probs_MW.cumsum(-1) - probs_MW
+    probs_MW = probs_MW * (before_MW < top_p_M1)  # the token that crosses top_p still counts
+    kept_MW = _at_least(probs_MW, min_p_M1)
+    return ids_MW.gather(-1, _invert(kept_MW, uniform_M1)[:, None]).flatten()
+
+
+def _at_least(probs_MW: Tensor, min_p_M1: Tensor) -> Tensor:
+    """Zero what is less than `min_p` times the row's best."""
+    return probs_MW * (probs_MW >= min_p_M1 * probs_MW.amax(-1, keepdim=True))
+
+
+def _invert(weights_MW: Tensor, uniform_M1: Tensor) -> Tensor:
+    """The index [M] at which each row's cumulated weights pass `uniform` of their sum."""
+    cumulated_MW = weights_MW.double().cumsum(-1)
+    threshold_M1 = uniform_M1.double() * cumulated_MW[:, -1:]
+    index_M1 = torch.searchsorted(cumulated_MW, threshold_M1, right=True)
+    # Rounding must not lead past the last index that has weight.
+    last_M1 = (weights_MW.shape[-1] - 1) - weights_MW.flip(-1).gt(0).int().argmax(-1, keepdim=True)
+    return torch.minimum(index_M1, last_M1).flatten()
+
+
+def log_probabilities(logprobs_MV: Tensor, chosen_M: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows of log softmax: the chosen tokens' [M], the best ones' [M, n], and the ids of these [M, n]."""
+    chosen = logprobs_MV.gather(-1, chosen_M[:, None]).flatten()
+    top, ids = logprobs_MV.topk(num_top, dim=-1)
+    return chosen, top, ids

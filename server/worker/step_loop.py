@@ -1,0 +1,314 @@
+"""One step: schedule, run, postprocess. Synchronous, one thread, no sockets.
+
+loop.add(request)        # its events go to request.emit
+while loop.has_work:
+    loop.step()
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models.tokenizer import IncrementalDecoder, Tokenizer
+from server.worker.messages import (
+    EngineStats,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    PromptScored,
+    SamplingParams,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from server.worker.output import OutputStream
+from server.worker.runner import ImageInput, LoadedAdapter, Runner, StepItem
+from server.worker.sampler import SamplerState, log_probabilities, sample
+from server.worker.scheduler import Batch, ScheduledSequence, Scheduler
+from server.worker.sequence import Sequence as TokenSequence
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request as the step loop wants it: tokens instead of text, pixels instead of files."""
+
+    request_id: str
+    token_ids: list[int]
+    sampling: SamplingParams
+    max_tokens: int
+    stop: tuple[str, ...]
+    adapter: LoadedAdapter | None = None
+    image: ImageInput | None = None
+
+    @property
+    def cache_key(self) -> Hashable:
+        """All that keys and values depend on besides the tokens."""
+        return (self.adapter.key if self.adapter else None, self.image.key if self.image else None)
+
+
+@dataclass(slots=True, eq=False)
+class ActiveRequest:
+    """A request on its way through the steps. `emit` takes its events; it must not block."""
+
+    prepared: Prepared
+    emit: Callable[[Event], None]
+    seq: TokenSequence
+    sampler: SamplerState
+    output: OutputStream
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A sampled token; `finite` is False where the logits were not."""
+
+    request: ActiveRequest
+    token: int
+    finite: bool
+    logprob: TokenLogprob | None
+
+
+class StepLoop:
+    def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._requests: dict[str, ActiveRequest] = {}
+        self._eos_ids = tuple(sorted(tokenizer.eos_ids))
+        self.num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def add(self, prepared: Prepared, emit: Callable[[Event], None]) -> None:
+        """Queue a request. Raises `SequenceRejected` for one that can never run."""
+        params = prepared.sampling
+        seq = TokenSequence(
+            prepared.request_id,
+            list(prepared.token_ids),
+            max_tokens=prepared.max_tokens,
+            adapter_id=prepared.adapter.key if prepared.adapter else None,
+            cache_key=prepared.cache_key,
+            skip_prefix_lookup=params.prompt_logprobs is not None,
+        )
+        self._scheduler.add(seq)
+        self._requests[prepared.request_id] = ActiveRequest(
+            prepared,
+            emit,
+            seq,
+            SamplerState(params, self._runner.base.config.vocab_size, self._eos_ids, prepared.token_ids),
+            OutputStream(IncrementalDecoder(self._tokenizer), prepared.stop),
+        )
+
+    def abort(self, request_id: str) -> None:
+        """End a request, if it still runs; its blocks are free before the next step."""
+        if self._requests.pop(request_id, None):
+            self._scheduler.abort(request_id)
+
+    def forget(self, adapter_key: tuple[str, int]) -> None:
+        """Drop all that was cached for one version of an adapter; nothing of it may be running."""
+        self._runner.forget(adapter_key)
+        self._scheduler.forget(lambda key: isinstance(key, tuple) and key[0] == adapter_key)
+
+    def step(self) -> None:
+        batch = self._scheduler.schedule()
+        items = sorted(batch.sequences, key=lambda item: item.num_tokens != 1)
+        try:
+            logits_MV = self._runner.run([self._step_item(item) for item in items])
+            drawn = self._draw(items, logits_MV)
+        except Exception:
+            log.exception("a step failed; its %d requests end in an error", len(items))
+            self._fail(batch, "The engine failed to compute this request.")
+            return
+        self.num_steps += 1
+        self._scheduler.postprocess(batch, {row.request.seq.request_id: row.token for row in drawn})
+        for row in drawn:
+            self._advance(row)
+        for item in items:
+            request = self._requests.get(item.seq.request_id)
+            if request is not None and item.seq.is_complete:
+                self._finish(request, "length")
+
+    def stats(self) -> EngineStats:
+        scheduler, blocks = self._scheduler, self._scheduler.blocks.stats
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_blocks_total=scheduler.blocks.num_blocks,
+            kv_blocks_used=blocks.used,
+            prefix_cache_queries=blocks.prefix_queries,
+            prefix_cache_hits=blocks.prefix_hits,
+            preemptions=scheduler.num_preemptions,
+            adapters_loaded=0,
+            adapters_hot=len(self._runner.adapter_slots),
+            prompt_slots_used=len(self._runner.prompt_slots),
+            steps=self.num_steps,
+        )
+
+    def check_integrity(self) -> None:
+        self._scheduler.check_integrity()
+        self._runner.adapter_slots.check_integrity()
+        self._runner.prompt_slots.check_integrity()
+        assert self._scheduler.has_work == bool(self._requests), "a request is lost"
+
+    def _step_item(self, item: ScheduledSequence) -> StepItem:
+        request = self._requests[item.seq.request_id]
+        end = item.start + item.num_tokens
+        if self._scores_prompt(request, item):
+            wants = slice(0, item.num_tokens)
+        else:
+            wants = slice(item.num_tokens - item.samples, item.num_tokens)
+        return StepItem(
+            tokens=item.seq.token_ids[item.start : end],
+            start=item.start,
+            block_table=item.seq.block_table,
+            adapter=request.prepared.adapter,
+            image=request.prepared.image,
+            wants_logits=wants,
+        )
+
+    def _scores_prompt(self, request: ActiveRequest, item: ScheduledSequence) -> bool:
+        wanted = request.prepared.sampling.prompt_logprobs is not None
+        return wanted and len(request.prompt_logprobs) < item.seq.num_prompt_tokens
+
+    def _draw(self, items: Sequence[ScheduledSequence], logits_MV: Tensor) -> list[_Drawn]:
+        """Score prompts, and sample the rows that want a token."""
+        rows: list[int] = []
+        requests: list[ActiveRequest] = []
+        end = 0
+        for item in items:
+            request = self._requests[item.seq.request_id]
+            start = end
+            if self._scores_prompt(request, item):
+                end += item.num_tokens
+                self._score_prompt(request, item, logits_MV[start:end])
+            else:
+                end += item.samples
+            if item.samples:
+                rows.append(end - 1)
+                requests.append(request)
+        if not requests:
+            return []
+        logits_MV = logits_MV[rows]
+        finite = logits_MV.amax(-1).isfinite().tolist()
+        logprobs = self._raw_logprobs(requests, logits_MV)
+        tokens = sample(logits_MV, [request.sampler for request in requests])
+        return [
+            _Drawn(request, token, ok, self._token_logprob(logprobs.get(m), token, request))
+            for m, (request, token, ok) in enumerate(zip(requests, tokens, finite, strict=True))
+        ]
+
+    def _advance(self, row: _Drawn) -> None:
+        """One generated token: show it, or end the request."""
+        request = row.request
+        if not row.finite:
+            self._refuse(request, "The model gave logits that are not finite; check the adapter's weights.")
+        elif row.token in self._eos_ids and not request.prepared.sampling.ignore_eos:
+            self._finish(request, "stop")
+        else:
+            delta = request.output.push(row.token, row.logprob)
+            if delta is not None:
+                request.emit(delta)
+            if request.output.stopped:
+                self._finish(request, "stop")
+
+    def _finish(self, request: ActiveRequest, reason: FinishReason) -> None:
+        seq = request.seq
+        if not request.output.stopped:
+            delta = request.output.finish()
+            if delta is not None:
+                request.emit(delta)
+            reason = "stop" if request.output.stopped else reason
+        usage = Usage(
+            prompt_tokens=seq.num_prompt_tokens,
+            completion_tokens=len(seq) - seq.num_prompt_tokens,
+            cached_tokens=seq.num_cached_tokens,
+        )
+        request.emit(Finished(reason, usage))
+        self._drop(request)
+
+    def _refuse(self, request: ActiveRequest, message: str) -> None:
+        request.emit(Failed(status=500, message=message, error_type="server_error", code="internal_error"))
+        self._drop(request)
+
+    def _drop(self, request: ActiveRequest) -> None:
+        del self._requests[request.seq.request_id]
+        self._scheduler.finish(request.seq.request_id)
+
+    def _fail(self, batch: Batch, message: str) -> None:
+        for item in batch.sequences:
+            request = self._requests.get(item.seq.request_id)
+            if request is not None:
+                self._refuse(request, message)
+        self._scheduler.discard(batch)
+
+    def fail_all(self, status: int, message: str) -> None:
+        """End every request with an error, such as at shutdown."""
+        for request in list(self._requests.values()):
+            request.emit(
+                Failed(status=status, message=message, error_type="server_error", code="unavailable")
+            )
+            self.abort(request.seq.request_id)
+
+    def _score_prompt(self, request: ActiveRequest, item: ScheduledSequence, logits_TV: Tensor) -> None:
+        """The prompt's own log-probabilities: row t of the chunk foretells position start + t + 1."""
+        seq, params = item.seq, request.prepared.sampling
+        assert params.prompt_logprobs is not None
+        if not request.prompt_logprobs:
+            first = seq.token_ids[0]
+            request.prompt_logprobs.append(TokenLogprob(first, self._tokenizer.token_text(first), None))
+        # After a preemption, what was scored already is computed once more and left alone here.
+        known = len(request.prompt_logprobs)
+        targets = range(
+            max(item.start + 1, known), min(item.start + item.num_tokens + 1, seq.num_prompt_tokens)
+        )
+        if targets:
+            rows = logits_TV[targets.start - item.start - 1 : targets.stop - item.start - 1]
+            chosen = torch.tensor(seq.token_ids[targets.start : targets.stop], device=rows.device)
+            n = params.prompt_logprobs
+            picked = log_probabilities(rows.log_softmax(-1), chosen, n)
+            request.prompt_logprobs += self._describe(chosen.tolist(), *picked)
+        if len(request.prompt_logprobs) == seq.num_prompt_tokens:
+            text = self._tokenizer.decode(seq.token_ids[: seq.num_prompt_tokens])
+            request.emit(PromptScored(tuple(request.prompt_logprobs), text))
+
+    def _raw_logprobs(self, requests: Sequence[ActiveRequest], logits_MV: Tensor) -> dict[int, Tensor]:
+        """log softmax [V] of the rows that report it, before sampling changes the logits."""
+        wanted = [m for m, r in enumerate(requests) if r.prepared.sampling.logprobs is not None]
+        if not wanted:
+            return {}
+        return dict(zip(wanted, logits_MV[wanted].log_softmax(-1), strict=True))
+
+    def _token_logprob(
+        self, logprobs_V: Tensor | None, token: int, request: ActiveRequest
+    ) -> TokenLogprob | None:
+        if logprobs_V is None:
+            return None
+        chosen = torch.tensor([token], device=logprobs_V.device)
+        picked = log_probabilities(logprobs_V[None], chosen, request.prepared.sampling.logprobs or 0)
+        return self._describe([token], *picked)[0]
+
+    def _describe(
+        self, tokens: list[int], chosen_M: Tensor, top_Mn: Tensor, ids_Mn: Tensor
+    ) -> list[TokenLogprob]:
+        text = self._tokenizer.token_text
+        return [
+            TokenLogprob(
+                token,
+                text(token),
+                logprob,
+                tuple(TopLogprob(i, text(i), value) for i, value in zip(ids, values, strict=True)),
+            )
+            for token, logprob, values, ids in zip(
+                tokens, chosen_M.tolist(), top_Mn.tolist(), ids_Mn.tolist(), strict=True
+            )
+        ]

@@ -1,0 +1,330 @@
+"""Whatever shares a step with a request, its tokens are those it gets alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from support import CONFIGS, random_adapter, random_base
+
+from models.adaptation import OneAdapter
+from models.adapter import Adapter, base_spec
+from models.adapter_config import (
+    AdapterConfig,
+    GateConfig,
+    LoraConfig,
+    PromptConfig,
+    ScaleBiasConfig,
+    VisionConfig,
+)
+from models.attention import DenseAttend
+from models.llama import Llama
+from server.worker.blocks import BlockManager
+from server.worker.messages import Delta, Failed, Finished, PromptScored, SamplingParams
+from server.worker.runner import ImageInput, LoadedAdapter, Runner
+from server.worker.scheduler import Scheduler
+from server.worker.step_loop import Prepared, StepLoop
+
+
+class Bytes:
+    """A tokenizer of one token per byte value below the vocabulary's size; 1 ends an answer."""
+
+    eos_ids = frozenset({1})
+    strips_leading_space = False
+
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([id])
+
+    def token_text(self, id: int) -> str:
+        return chr(id)
+
+    def decode(self, ids) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+class ToyEncoder:
+    """Features that depend on every pixel; stands where a real encoder would."""
+
+    name, version, image_size = "toy", "1", 4
+    token_dim, num_tokens, global_dim = 48, 1, 48
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def global_features(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return pixels_BCHW.flatten(1)
+
+
+def adapter_configs(base: Llama) -> list[AdapterConfig]:
+    """V1, V2 text with scale after, V2 text with scale before and LoRA, V1 and V2 multimodal."""
+    spec = base_spec(base.config)
+    C = base.config.hidden_size
+    look = {
+        "encoder": "efficientnet-lite0",
+        "features": "global",
+        "projector": "linear",
+        "feature_dim": 48,
+        "hidden_size": C,
+    }
+    every = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+    return [
+        AdapterConfig(base=spec, prompt=PromptConfig(length=5, layers=(2, 3))),
+        AdapterConfig(
+            base=spec,
+            prompt=PromptConfig(length=10, layers=(1, 2, 3)),
+            gate=GateConfig(activation="raw"),
+            norms=True,
+            final_norm=True,
+            scale_bias=ScaleBiasConfig(scale="output", scale_targets=every, bias_targets=every),
+        ),
+        AdapterConfig(
+            base=spec,
+            scale_bias=ScaleBiasConfig(scale="input", scale_targets=every, bias_targets=("wq", "w2")),
+            lora=LoraConfig(rank=3, targets=("wq", "wo", "w3")),
+        ),
+        AdapterConfig(
+            base=spec,
+            prompt=PromptConfig(length=4, layers=(1, 2, 3)),
+            vision=VisionConfig(fusion="add", layers=(2, 3), num_tokens=1, **look),
+        ),
+        AdapterConfig(
+            base=spec,
+            prompt=PromptConfig(length=3, layers=(2, 3)),
+            norms=True,
+            vision=VisionConfig(fusion="early", layers=(0,), num_tokens=7, **look),
+        ),
+    ]
+
+
+class Deployment:
+    """A base with adapters, and the plain path: the whole sequence again for each token."""
+
+    def __init__(self, name: str = "gqa", dtype: torch.dtype = torch.float32) -> None:
+        self.base = random_base(CONFIGS[name], dtype)
+        self.encoder = ToyEncoder()
+        self.adapters: list[LoadedAdapter | None] = [None]
+        for i, config in enumerate(adapter_configs(self.base)):
+            adapter = random_adapter(config, seed=i)
+            self.adapters.append(
+                LoadedAdapter((f"a{i}", 1), adapter, self.encoder if config.vision else None)
+            )
+
+    def loop(self, *, num_blocks=64, budget=64, seqs=16, hot=16, prompts=16, prefix_caching=True) -> StepLoop:
+        runner = Runner(
+            self.base, num_blocks=num_blocks, block_size=4, max_hot_adapters=hot, prompt_slots=prompts
+        )
+        scheduler = Scheduler(
+            BlockManager(num_blocks, 4, prefix_caching),
+            max_num_seqs=seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=200,
+        )
+        return StepLoop(runner, scheduler, Bytes())  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def alone(self, prepared: Prepared) -> list[int]:
+        """Greedy tokens by the training-time forward pass, without any cache."""
+        tokens = list(prepared.token_ids)
+        adapter: Adapter | None = prepared.adapter.adapter if prepared.adapter else None
+        prompts = adaptation = None
+        if adapter is not None:
+            visual = None
+            if prepared.image is not None:
+                visual = adapter.see(self.encoder.global_features(prepared.image.pixels[None]))
+            prompts = adapter.prompts(self.base, visual)
+            adaptation = OneAdapter(adapter, self.base.dtype)
+        while len(tokens) - len(prepared.token_ids) < prepared.max_tokens:
+            N = len(tokens)
+            hidden = self.base(torch.tensor(tokens), torch.arange(N), DenseAttend(1, prompts), adaptation)
+            tokens.append(int(self.base.logits(hidden[-1:], adaptation).argmax()))
+            if tokens[-1] == 1:
+                break
+        return tokens[len(prepared.token_ids) :]
+
+    def request(self, i: int, rng: random.Random, **changes) -> Prepared:
+        adapter = self.adapters[rng.randrange(len(self.adapters))]
+        image = None
+        if adapter is not None and adapter.encoder is not None and rng.random() < 0.8:
+            pixels = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(rng.randrange(3)))
+            image = ImageInput(str(pixels.flatten()[0].item()), pixels)
+        prefix = [5, 9, 2, 7] * rng.randrange(4)  # shared between requests: cache hits
+        params = SamplingParams(temperature=0)
+        prepared = Prepared(
+            request_id=str(i),
+            token_ids=prefix + [rng.randrange(2, 97) for _ in range(rng.randrange(1, 20))],
+            sampling=params,
+            max_tokens=rng.randrange(1, 14),
+            stop=(),
+            adapter=adapter,
+            image=image,
+        )
+        return replace(prepared, **changes)
+
+
+def run(loop: StepLoop, requests: list[Prepared], arrivals: random.Random | None = None) -> dict[str, list]:
+    """All requests' events, the requests arriving at random steps."""
+    events: dict[str, list] = {r.request_id: [] for r in requests}
+    waiting = list(requests)
+    while waiting or loop.has_work:
+        while waiting and (arrivals is None or not loop.has_work or arrivals.random() < 0.5):
+            request = waiting.pop(0)
+            loop.add(request, events[request.request_id].append)
+        loop.step()
+        loop.check_integrity()
+    return events
+
+
+def tokens_of(events: list) -> list[int]:
+    return [token for event in events if isinstance(event, Delta) for token in event.token_ids]
+
+
+def without_eos(tokens: list[int]) -> list[int]:
+    return tokens[:-1] if tokens[-1] == 1 else tokens
+
+
+POOLS = {
+    "roomy": {},
+    "chunks of 5": {"budget": 5, "seqs": 4},
+    "preempting": {"num_blocks": 18, "seqs": 8},
+    "no prefix cache": {"prefix_caching": False},
+    "few slots": {"seqs": 2, "hot": 2, "prompts": 2},
+}
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("pool", POOLS)
+def test_tokens_equal_those_of_the_request_alone(name: str, pool: str):
+    deployment = Deployment(name)
+    loop = deployment.loop(**POOLS[pool])
+    rng = random.Random(f"{name} {pool}")
+    requests = [deployment.request(i, rng) for i in range(24)]
+    events = run(loop, requests, arrivals=rng)
+    for request in requests:
+        assert isinstance(events[request.request_id][-1], Finished)
+        assert tokens_of(events[request.request_id]) == without_eos(deployment.alone(request))
+    stats = loop.stats()
+    assert stats.kv_blocks_used == 0
+    assert stats.running == stats.waiting == 0
+    assert (stats.preemptions > 0) == (pool == "preempting")
+    assert (stats.prefix_cache_hits > 0) == (pool != "no prefix cache")
+
+
+def test_an_image_is_encoded_once():
+    deployment = Deployment()
+    loop = deployment.loop(prompts=16)
+    image = ImageInput("x", torch.ones(3, 4, 4))
+    sees = deployment.adapters[-1]
+    requests = [
+        deployment.request(i, random.Random(i), adapter=sees, image=image, max_tokens=3) for i in range(6)
+    ]
+    run(loop, requests)
+    assert deployment.encoder.calls == 1
+
+
+def test_aborted_requests_give_their_blocks_back_before_the_next_step():
+    deployment = Deployment()
+    loop = deployment.loop()
+    requests = [deployment.request(i, random.Random(i), max_tokens=50) for i in range(4)]
+    for request in requests:
+        loop.add(request, lambda event: None)
+    loop.step()
+    assert loop.stats().running == 4
+    for request in requests:
+        loop.abort(request.request_id)
+    assert loop.stats().kv_blocks_used == 0
+    assert not loop.has_work
+    loop.check_integrity()
+
+
+def test_a_failing_encoder_fails_its_step_and_leaves_no_stale_prompts(caplog: pytest.LogCaptureFixture):
+    deployment = Deployment()
+    loop = deployment.loop()
+    sees = deployment.adapters[-1]
+    image = ImageInput("y", torch.ones(3, 4, 4))
+    request = deployment.request(0, random.Random(0), adapter=sees, image=image)
+    good = deployment.encoder.global_features
+    deployment.encoder.global_features = lambda pixels: 1 / 0  # type: ignore[method-assign]
+    events = run(loop, [request])
+    assert isinstance(events["0"][-1], Failed)
+    deployment.encoder.global_features = good  # type: ignore[method-assign]
+    events = run(loop, [request])
+    assert tokens_of(events["0"]) == without_eos(deployment.alone(request))
+    assert "a step failed" in caplog.text
+
+
+def test_weights_that_are_not_finite_end_their_own_request_only():
+    deployment = Deployment()
+    bad = deployment.adapters[1]
+    assert bad is not None
+    with torch.no_grad():
+        bad.adapter.gate.fill_(float("nan"))
+    loop = deployment.loop()
+    requests = [
+        deployment.request(0, random.Random(0), adapter=bad, image=None),
+        deployment.request(1, random.Random(1), adapter=None, image=None),
+    ]
+    events = run(loop, requests)
+    assert isinstance(events["0"][-1], Failed)
+    assert isinstance(events["1"][-1], Finished)
+    assert tokens_of(events["1"]) == without_eos(deployment.alone(requests[1]))
+
+
+@pytest.mark.parametrize("budget", [64, 7])
+def test_prompt_logprobs_are_those_of_the_plain_pass(budget: int):
+    deployment = Deployment()
+    loop = deployment.loop(budget=budget, seqs=4)
+    params = SamplingParams(temperature=0, prompt_logprobs=2, logprobs=3)
+    requests = [deployment.request(i, random.Random(i), sampling=params) for i in range(3)]
+    requests.append(replace(requests[0], request_id="scored only", max_tokens=0))
+    events = run(loop, requests)
+    for request in requests:
+        adapter = request.adapter.adapter if request.adapter else None
+        visual = None
+        if adapter is not None and request.image is not None:
+            visual = adapter.see(deployment.encoder.global_features(request.image.pixels[None]))
+        prompts = adapter.prompts(deployment.base, visual) if adapter else None
+        adaptation = OneAdapter(adapter, torch.float32) if adapter else None
+        with torch.no_grad():
+            ids = torch.tensor(request.token_ids)
+            hidden = deployment.base(ids, torch.arange(len(ids)), DenseAttend(1, prompts), adaptation)
+            logprobs = deployment.base.logits(hidden, adaptation).log_softmax(-1)
+        (scored,) = [e for e in events[request.request_id] if isinstance(e, PromptScored)]
+        assert [item.token_id for item in scored.logprobs] == request.token_ids
+        assert scored.logprobs[0].logprob is None
+        for position, item in enumerate(scored.logprobs[1:]):
+            assert item.logprob == pytest.approx(logprobs[position, item.token_id].item(), abs=1e-5)
+            best = logprobs[position].topk(2).indices.tolist()
+            assert [top.token_id for top in item.top] == best
+        deltas = [e for e in events[request.request_id] if isinstance(e, Delta)]
+        first = [item for delta in deltas for item in delta.logprobs][:1]
+        if first:
+            assert first[0].logprob == pytest.approx(logprobs[-1].max().item(), abs=1e-5)
+            assert len(first[0].top) == 3
+
+
+def test_bfloat16_batches_stay_near_the_plain_pass():
+    """bfloat16 has 8 bits of mantissa; four layers of it part by less than 2 % of the logits' range."""
+    deployment = Deployment("gqa", torch.bfloat16)
+    loop = deployment.loop(budget=9, seqs=8)
+    params = SamplingParams(temperature=0, prompt_logprobs=0)
+    rng = random.Random(4)
+    requests = [deployment.request(i, rng, sampling=params, max_tokens=0) for i in range(12)]
+    events = run(loop, requests)
+    for request in requests:
+        adapter = request.adapter.adapter if request.adapter else None
+        visual = None
+        if adapter is not None and request.image is not None:
+            visual = adapter.see(deployment.encoder.global_features(request.image.pixels[None]))
+        prompts = adapter.prompts(deployment.base, visual) if adapter else None
+        adaptation = OneAdapter(adapter, torch.bfloat16) if adapter else None
+        with torch.no_grad():
+            ids = torch.tensor(request.token_ids)
+            hidden = deployment.base(ids, torch.arange(len(ids)), DenseAttend(1, prompts), adaptation)
+            logits = deployment.base.logits(hidden, adaptation).float()
+        (scored,) = [e for e in events[request.request_id] if isinstance(e, PromptScored)]
+        for position, item in enumerate(scored.logprobs[1:]):
+            expected = logits[position].log_softmax(-1)[item.token_id].item()
+            assert item.logprob == pytest.approx(expected, abs=0.02 * float(logits.max() - logits.min()))
