@@ -98,7 +98,9 @@ class WorkerSettings(_Settings):
     prefix_caching: bool = Field(True, description="keep the blocks of prompts that may come again")
     max_hot_adapters: int = Field(64, gt=0, description="adapters in the bank at once")
     prompt_slots: int = Field(256, gt=0, description="(adapter, image) prompts kept as keys and values")
-    max_body_bytes: int = Field(256 * MIB, gt=0, description="of one request; images ride in it as base64")
+    max_message_bytes: int = Field(
+        256 * MIB, gt=0, description="of one request to a worker, images as base64"
+    )
     drain_seconds: float = Field(30.0, ge=0, description="what runs may take this long after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
 

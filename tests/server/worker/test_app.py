@@ -240,11 +240,11 @@ async def test_bad_bodies_are_400(tmp_path: Path, content: bytes, param: str | N
 
 
 async def test_body_over_the_limit_is_413(tmp_path: Path) -> None:
-    async with served(ScriptedEngine(STORY), tmp_path, max_body_bytes=500) as worker:
+    async with served(ScriptedEngine(STORY), tmp_path, max_message_bytes=500) as worker:
         assert (await worker.client.post("/generate", content=body())).status_code == 200
         response = await worker.client.post("/generate", content=body(images=(bytes(1000),)))
         assert response.status_code == 413
-        assert "max_body_bytes" in response.json()["error"]["message"]
+        assert "max_message_bytes" in response.json()["error"]["message"]
 
 
 async def test_unknown_routes_and_methods_have_openai_errors(tmp_path: Path) -> None:

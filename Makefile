@@ -1,0 +1,65 @@
+# Five commands do everything: make serve, make test, make lint, make bench, make image.
+
+PYTHON ?= python3.11
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+IMAGE ?= llama-adapter
+
+BIN := .venv/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+FAST := not weights and not server and not clip and not gpu and not paddle
+
+.PHONY: help serve test lint bench image constraints clean
+
+help:
+	@echo 'make serve   start the service at http://$(HOST):$(PORT)   [HOST= PORT= ARGS="--adapter poet=./poet"]'
+	@echo 'make test    every test that this machine can run           [TESTS=tests/server]'
+	@echo 'make lint    style, types and import directions'
+	@echo 'make bench   tokens per second of the server at PORT        [ARGS="--models base"]'
+	@echo 'make image   build the container image                      [IMAGE=llama-adapter]'
+
+serve: .venv/.serve
+	$(BIN)/llama-adapter serve --host $(HOST) --port $(PORT) $(ARGS)
+
+# The fast ones first: what they find needs no waiting for the rest.
+TESTS ?= tests
+test: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS) -m "$(FAST)"
+	$(BIN)/llama-adapter pull smollm2-135m
+	$(BIN)/pytest $(TESTS) -m "weights or server or clip or gpu or paddle"
+
+lint: .venv/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.dev
+	$(BIN)/python bench/serve.py --url http://$(HOST):$(PORT) $(ARGS)
+
+image:
+	@command -v docker >/dev/null || { echo 'make image needs docker, which is not installed here.' >&2; exit 1; }
+	docker build --tag $(IMAGE) --file deploy/Dockerfile .
+
+# Torch comes first and by itself: a CPU or CUDA build of this version that pip already knows satisfies
+# everything after it. Stamps keep the second start quick.
+.venv/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install $(TORCH)
+	touch $@
+
+.venv/.serve: .venv/.torch pyproject.toml
+	$(BIN)/pip install --constraint constraints.txt --editable '.[worker,experts]'
+	touch $@
+
+.venv/.dev: .venv/.serve
+	$(BIN)/pip install --constraint constraints.txt --editable '.[worker,experts,dev]'
+	touch $@
+
+# After a change of versions in .venv: pin them for everybody.
+constraints: .venv/.dev
+	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch(vision)?==[^+]*)\+.*/\1/' > constraints.txt
+
+clean:
+	rm -rf .venv build dist *.egg-info

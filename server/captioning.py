@@ -1,0 +1,38 @@
+"""Captions by the worker: a LLaMA-Adapter that tells what an image shows (LLaMA-Adapter V2, section 4.4)."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable
+
+from experts.contract import ExpertError
+from server.errors import ApiError
+from server.gateway.clients.workers import WorkerClient
+from server.worker.messages import ChatMessage, ChatPrompt, Delta, GenerateRequest, SamplingParams
+
+CAPTION_ADAPTER = "caption"  # an adapter served under this id is offered as an expert
+
+_MAX_TOKENS = 64
+
+
+def caption_generator(worker: WorkerClient) -> Callable[[bytes, str], Awaitable[str]]:
+    """`generate(image, prompt)`: the caption adapter's greedy answer. It raises `ExpertError`."""
+
+    async def generate(image: bytes, prompt: str) -> str:
+        try:
+            events = [event async for event in worker.generate(_request(image, prompt))]
+        except ApiError as error:
+            raise ExpertError(f"the worker gave no caption: {error.message}") from error
+        return "".join(event.text for event in events if isinstance(event, Delta))
+
+    return generate
+
+
+def _request(image: bytes, prompt: str) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=f"caption-{uuid.uuid4().hex}",
+        model=CAPTION_ADAPTER,
+        prompt=ChatPrompt((ChatMessage("user", prompt),)),
+        sampling=SamplingParams(max_tokens=_MAX_TOKENS, temperature=0.0),
+        images=(image,),
+    )
