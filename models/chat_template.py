@@ -16,8 +16,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, meta
-from jinja2.ext import loopcontrols
+from jinja2 import Template, TemplateError, meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from models.errors import PromptError
@@ -160,15 +161,25 @@ def _segments(text: str, shield: _Shield, answers: Sequence[tuple[int, int]]) ->
 def _render(template: Template, **variables: Any) -> str:
     try:
         return template.render(**variables)
-    except (TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+    except Exception as error:  # a template is a program, which may fail in any way
         raise PromptError(f"the model's chat template refuses the conversation: {error}") from error
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks answers for other trainers; here its body is rendered and no more."""
+
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @lru_cache(maxsize=32)
 def _compile(source: str) -> tuple[Template, frozenset[str]]:
     """The template, and the variables that it reads."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise

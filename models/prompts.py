@@ -83,11 +83,11 @@ def template_names() -> tuple[str, ...]:
 
 
 def context_text(context: Iterable[Context]) -> str:
-    """The experts' readings, a line each: `OCR Context: …` and `[Caption expert: …]`, as the paper has them."""
+    """The experts' readings as the paper has them, a line each: `OCR Context: …`, `[Caption expert: …]`."""
     lines = (
         f"OCR Context: {item.text.strip()}"
         if item.expert == "ocr"
-        else f"[{item.expert.capitalize()} expert: {item.text.strip()}]"
+        else f"[{item.expert[:1].upper()}{item.expert[1:]} expert: {item.text.strip()}]"
         for item in context
         if item.text.strip()
     )
@@ -95,7 +95,7 @@ def context_text(context: Iterable[Context]) -> str:
 
 
 def _with_context(turns: Sequence[Turn], text: str) -> list[Turn]:
-    """The turns with the context before the question, in the last user turn; one is added if there is none."""
+    """The turns with the context before the question, in the last user turn; at worst one of its own."""
     turns = list(turns)
     if not text:
         return turns

@@ -90,6 +90,7 @@ def write_huggingface(folder: Path, config: ModelConfig, tensors: Iterable[tuple
     assert config.rope_scaling is None, "no caller writes scaled RoPE"
     weights = {NAMES.original(name): tensor.contiguous() for name, tensor in tensors}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
     (folder / "config.json").write_text(
         json.dumps(
             {
