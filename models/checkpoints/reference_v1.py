@@ -1,0 +1,101 @@
+"""LLaMA-Adapter V1 files of the reference code: prompts of the top layers in one table, a gate per layer.
+
+    adapter_query.weight             [P·K, C]       (cap_adapter_query.weight in the caption adapter)
+    layers.{i}.attention.gate        [1, H, 1, 1]   in all layers; [1] in files of v.1.0.0's code
+
+Neither K nor whether the gates pass through tanh is in an extracted file. The reference inference code
+takes K = 10; training uses tanh, and the one released file is run without it (its issue 39).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.adapter_config import AdapterConfig, BaseSpec, GateConfig, PromptConfig
+from models.checkpoints.adapter_table import (
+    AdapterOptions,
+    Entry,
+    NameTable,
+    Unused,
+    static_prompts,
+    top_layers,
+)
+from models.checkpoints.reference import BASE_NORMS, BASE_WEIGHTS, gate_entry, ignored
+from models.checkpoints.tensor_file import TensorFile
+from models.errors import CheckpointError
+
+RELEASED = "llama_adapter_len10_layer30_release.pth"
+GATE = "layers.{i}.attention.gate"
+_DEFAULT_LENGTH = 10
+
+
+@dataclass(frozen=True)
+class ReferenceV1:
+    """`query` is the prompt table's key; caption adapters have one of their own."""
+
+    name: str = "reference-v1"
+    query: str = "adapter_query.weight"
+    template: str = "alpaca"
+    options: frozenset[str] = frozenset({"gate", "length"})
+
+    def matches(self, file: TensorFile) -> bool:
+        return file.has(self.query) and file.has(GATE) and not file.has("visual_query.weight")
+
+    def dimensions(self, file: TensorFile) -> dict[str, int]:
+        layers = file.numbers(GATE)
+        found = {"hidden_size": file.dim(self.query, 1, rank=2), "num_layers": layers[-1] + 1}
+        gate = GATE.format(i=layers[-1])
+        if file.tensor(gate).dim() > 1:
+            found["num_heads"] = file.dim(gate, 1, rank=4)
+        return found
+
+    def config(self, file: TensorFile, base: BaseSpec, options: AdapterOptions) -> AdapterConfig:
+        rows, length = file.dim(self.query, 0, rank=2), self._length(file, options)
+        count = rows // length
+        if rows % length or count > base.num_layers:
+            raise CheckpointError(
+                f"{file.path}: {self.query} has {rows} rows, which are no whole number of prompts of "
+                f"{length} rows in at most {base.num_layers} layers; say the prompts' length, "
+                "such as length=10"
+            )
+        return AdapterConfig(
+            base=base,
+            prompt=PromptConfig(length=length, layers=top_layers(base, count)),
+            gate=GateConfig(
+                per="layer" if file.tensor(GATE.format(i=base.num_layers - 1)).dim() == 1 else "head",
+                activation=options.gate or ("raw" if file.path.name == RELEASED else "tanh"),
+            ),
+            template=self.template,
+        )
+
+    def table(self, config: AdapterConfig) -> NameTable:
+        base, prompt = config.base, static_prompts(config)
+        count, K, C = len(prompt.layers), prompt.length, base.hidden_size
+        gate = gate_entry(base, prompt.layers, config.gate.per, GATE)
+        return NameTable(
+            entries=(Entry("prompt", self.query, (count * K, C), (count, K, C)), gate),
+            unused=tuple(Unused(GATE.format(i=i), gate.shape) for i in range(base.num_layers - count)),
+            ignored=ignored(BASE_WEIGHTS, BASE_NORMS),
+        )
+
+    def unpack(self, file: TensorFile, config: AdapterConfig) -> TensorFile:
+        return file
+
+    def write(self, path: Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+        torch.save(tensors, path)
+
+    def _length(self, file: TensorFile, options: AdapterOptions) -> int:
+        stated = options.length or file.args.get("adapter_len") or _DEFAULT_LENGTH
+        if not isinstance(stated, int) or not 0 < stated <= 1024:
+            raise CheckpointError(f"{file.path}: args.adapter_len is {stated!r}; say length=10 or what it is")
+        return stated
+
+
+REFERENCE_V1 = ReferenceV1()
+REFERENCE_V1_CAPTION = ReferenceV1(
+    name="reference-v1-caption", query="cap_adapter_query.weight", template="caption"
+)

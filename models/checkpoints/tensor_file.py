@@ -1,0 +1,198 @@
+"""Adapter files as other programs write them: zips of torch.save, safetensors, PEFT and LitGPT folders.
+
+All of it is untrusted. Pickles are opened with `weights_only`, one class of a training checkpoint's
+`args` allowed by name. A file can make nobody allocate more than it weighs itself: records of a zip must
+be stored as `torch.save` stores them, storages are views of the mapped file, and whoever takes tensors
+out first asks `check_size`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.checkpoints.fields import read_json
+from models.errors import CheckpointError
+
+_WEIGHTS_OF_FOLDER = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "lit_model.pth.adapter_v2",
+    "lit_model.pth.adapter",
+)
+_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """Named tensors, and what the file says of them beside.
+
+    `config` is the `config` of a released 7B file or PEFT's `adapter_config.json`, `args` the command
+    line of a training checkpoint. `path` is the weights file, `size` its bytes.
+    """
+
+    path: Path
+    size: int
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, object] = field(default_factory=dict)
+    args: Mapping[str, object] = field(default_factory=dict)
+
+    def tensor(self, key: str) -> Tensor:
+        """Raises CheckpointError where there is no such key."""
+        if key not in self.tensors:
+            raise CheckpointError(f"{self.path}: {key} is missing; fetch the file again or extract it anew")
+        return self.tensors[key]
+
+    def dim(self, key: str, axis: int, rank: int) -> int:
+        """One size of a tensor that must have `rank` axes. Raises CheckpointError."""
+        shape = self.tensor(key).shape
+        if len(shape) != rank or 0 in shape:
+            raise CheckpointError(
+                f"{self.path}: {key} has shape {list(shape)}, not {rank} axes of at least 1; "
+                "the file is damaged or of another format"
+            )
+        return shape[axis]
+
+    def numbers(self, pattern: str) -> list[int]:
+        """The layers, ascending, that have a key of this pattern; `{i}` stands for the layer's number."""
+        before, _, after = pattern.partition("{i}")
+        key = re.compile(re.escape(before) + r"(0|[1-9][0-9]{0,2})" + re.escape(after))
+        return sorted(int(match[1]) for name in self.tensors if (match := key.fullmatch(name)))
+
+    def has(self, pattern: str) -> bool:
+        return bool(self.numbers(pattern)) if "{i}" in pattern else pattern in self.tensors
+
+    def check_size(self, keys: Iterable[str]) -> None:
+        """Raises CheckpointError where these tensors, laid out in full, outweigh the file."""
+        total = sum(self.tensors[key].numel() * self.tensors[key].element_size() for key in keys)
+        if total > self.size:
+            raise CheckpointError(
+                f"{self.path}: declares {total} bytes of tensors in a file of {self.size} bytes; refused. "
+                "Save contiguous tensors with torch.save or safetensors"
+            )
+
+
+def read_tensor_file(path: Path) -> TensorFile:
+    """Open a file or folder. Reads no values yet. Raises CheckpointError, naming cause and remedy."""
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file or folder; give the path of an adapter")
+    size = path.stat().st_size
+    if path.suffix == ".safetensors":
+        return TensorFile(path, size, _read_safetensors(path))
+    value = load_pickle(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: holds a {type(value).__name__}, not named tensors; give an adapter file"
+        )
+    if "model" not in value:
+        return TensorFile(path, size, _checked(path, value))
+    config = value.get("config") or {}
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: config is a {type(config).__name__}, not a dict; fetch it again")
+    args = dict(vars(value["args"])) if isinstance(value.get("args"), argparse.Namespace) else {}
+    return TensorFile(path, size, _checked(path, value["model"]), config, args)
+
+
+def load_pickle(path: Path) -> object:
+    """What `torch.save` wrote, memory-mapped; tensors, containers and `argparse.Namespace` only.
+
+    Raises CheckpointError for a damaged file, a zip that torch did not write, and for anything that
+    could run code.
+    """
+    _check_zip(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            value: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused; beside tensors it holds what could run code on loading, or it is damaged "
+            f"({_reason(error)}). Save the tensors alone, best as safetensors"
+        ) from error
+    except _DAMAGED as error:
+        raise CheckpointError(
+            f"{path}: damaged or truncated ({_reason(error)}); fetch the file again"
+        ) from error
+    return value
+
+
+def _check_zip(path: Path) -> None:
+    """torch.save stores records uncompressed and apart, so that they can never outweigh the file."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path}: not a file of torch.save since torch 1.6 (a zip), or truncated; fetch it again, or "
+            "save it anew with torch.save"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{path}: damaged or truncated ({_reason(error)}); fetch the file again"
+        ) from error
+    declared, size = sum(record.file_size for record in records), path.stat().st_size
+    packed = next((record for record in records if record.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None or declared > size:
+        name = packed.filename if packed else "its records"
+        raise CheckpointError(
+            f"{path}: {name} would unpack to more than the file holds ({declared} of {size} bytes), as "
+            "torch.save never writes it; refused. Save it anew with torch.save"
+        )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, *_DAMAGED) as error:
+        raise CheckpointError(
+            f"{path}: damaged or truncated ({_reason(error)}); fetch the file again"
+        ) from error
+
+
+def _read_folder(folder: Path) -> TensorFile:
+    file = next((folder / name for name in _WEIGHTS_OF_FOLDER if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(
+            f"{folder}: holds no adapter; expected adapter.json with adapter.safetensors, or one of "
+            f"{', '.join(_WEIGHTS_OF_FOLDER)}"
+        )
+    opened = read_tensor_file(file)
+    if not file.name.startswith("adapter_model."):
+        return opened
+    return TensorFile(file, opened.size, opened.tensors, config=read_json(folder / "adapter_config.json"))
+
+
+def _checked(path: Path, model: object) -> dict[str, Tensor]:
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{path}: model is a {type(model).__name__}, not a dict; fetch the file again")
+    tensors = {}
+    for key, value in model.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: {key!r} is a {type(value).__name__}, not a tensor; save the tensors alone"
+            )
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise CheckpointError(
+                f"{path}: {key} is {value.layout} on {value.device}; save it as a plain dense tensor"
+            )
+        # Multimodal training checkpoints call the base `llma`; extracted files say `llama`.
+        name = ".".join("llama" if part == "llma" else part for part in key.split("."))
+        if name in tensors:
+            raise CheckpointError(f"{path}: {name} comes twice; fetch the file again")
+        tensors[name] = value.detach()
+    return tensors
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
