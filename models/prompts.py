@@ -40,7 +40,6 @@ class Rendered:
     """A prompt for `Tokenizer.encode_segments`, and the strings that end an answer in its template."""
 
     segments: tuple[Segment, ...]
-    add_special_tokens: bool  # False where the template writes BOS itself
     stop: tuple[str, ...] = ()
 
     @property
@@ -75,7 +74,7 @@ def render(
         raise PromptError(f"the model's template {template!r} has no place for tools; leave them out")
     spec = TEMPLATES[template]
     segments = spec.build(turns, text, _eos(tokenizer), add_generation_prompt)
-    return Rendered(tuple(segment for segment in segments if segment.text), True, spec.stop)
+    return Rendered(tuple(segment for segment in segments if segment.text), spec.stop)
 
 
 def template_names() -> tuple[str, ...]:
@@ -120,7 +119,7 @@ def _chat(
         for turn in turns
     ]
     segments = render_chat(messages, tools, tokenizer, add_generation_prompt)
-    return Rendered(tuple(segments), add_special_tokens=False)
+    return Rendered(tuple(segments))
 
 
 Build = Callable[[Sequence[Turn], str, str, bool], Iterable[Segment]]

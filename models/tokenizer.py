@@ -89,11 +89,13 @@ class Tokenizer:
         text that is not valid Unicode.
         """
         backend = self._parsing if parse_special else self._plain
-        return self._prefix(add_special_tokens) + [token.id for token in _encode(backend, text, 0)]
+        prefix = self._prefix(add_special_tokens=add_special_tokens)
+        return prefix + [token.id for token in _encode(backend, text, 0)]
 
-    def encode_segments(self, segments: Iterable[Segment], *, add_special_tokens: bool = True) -> Encoded:
+    def encode_segments(self, segments: Iterable[Segment]) -> Encoded:
         """Token ids of the segments' text as a whole, with special tokens only where markup has them.
 
+        BOS comes first, once, if that is the base's convention, whether or not the markup has it.
         Raises PromptError for text that is not valid Unicode.
         """
         segments = [segment for segment in segments if segment.text]
@@ -103,7 +105,7 @@ class Tokenizer:
         if any(token.id in self._control and not _within(markup, token) for token in tokens):
             tokens = self._encode_guarded(text, markup)
         generated = _spans((segment.text, segment.generated) for segment in segments)
-        prefix = self._prefix(add_special_tokens)
+        prefix = self._prefix(add_special_tokens=not tokens or tokens[0].id != self.bos_id)
         flags = [_within(generated, _Token(token.id, token.start, token.start + 1)) for token in tokens]
         return Encoded(prefix + [token.id for token in tokens], [False] * len(prefix) + flags)
 
@@ -123,7 +125,7 @@ class Tokenizer:
         """A token as shown to people: special tokens by their name, part of a character as U+FFFD."""
         return self._hidden_texts.get(id) or self.token_bytes(id).decode(errors="replace")
 
-    def _prefix(self, add_special_tokens: bool) -> list[int]:
+    def _prefix(self, *, add_special_tokens: bool) -> list[int]:
         return [self.bos_id] if add_special_tokens and self._add_bos and self.bos_id is not None else []
 
     def _encode_guarded(self, text: str, markup: Sequence[tuple[int, int]]) -> list[_Token]:
