@@ -196,7 +196,8 @@ class BatchAdaptation(_Adaptation):
         if not isinstance(self._index, int):
             active = torch.tensor(self._with_lora, device=x.device)
             h_NAR = h_NAR * (self._slots_N[:, None] == active)[..., None]
-        return h_NAR.flatten(1) @ b_SRo.flatten(0, 1)
+        y_No: Tensor = h_NAR.flatten(1) @ b_SRo.flatten(0, 1)
+        return y_No
 
 
 def linear_shape_of(base: Llama, name: LinearName) -> tuple[int, int]:

@@ -145,25 +145,20 @@ class Adapter(nn.Module):
         S = 1 if visual_SnC is None else visual_SnC.shape[0]
         L, K = config.base.num_layers, config.max_prompt_len
         G, D = config.base.num_kv_heads, base.config.head_dim
-        kv, lens = [], torch.zeros(L, dtype=torch.int32, device=base.device)
+        zeros = torch.zeros(S, K, G * D, dtype=base.dtype, device=base.device)
+        keys, values = [zeros] * L, [zeros] * L
+        lens = torch.zeros(L, dtype=torch.int32, device=base.device)
         for layer in config.gated_layers:
             rows_SkC = self._rows(layer, visual_SnC)
             if rows_SkC is None:
                 continue
-            lens[layer] = rows_SkC.shape[1]
+            k, v = self._keys_and_values(base, layer, rows_SkC)
             pad = (0, 0, 0, K - rows_SkC.shape[1])
-            kv.append((layer, *(F.pad(x, pad) for x in self._keys_and_values(base, layer, rows_SkC))))
-        zeros = torch.zeros(S, K, G * D, dtype=base.dtype, device=base.device)
-        by_layer = {layer: (k, v) for layer, k, v in kv}
-        k_SLKGD, v_SLKGD = (
-            torch.stack([by_layer.get(layer, (zeros, zeros))[i] for layer in range(L)], dim=1).unflatten(
-                -1, (G, D)
-            )
-            for i in (0, 1)
-        )
+            keys[layer], values[layer] = F.pad(k, pad), F.pad(v, pad)
+            lens[layer] = rows_SkC.shape[1]
         return Prompts(
-            k_SLKGD=k_SLKGD,
-            v_SLKGD=v_SLKGD,
+            k_SLKGD=torch.stack(keys, dim=1).unflatten(-1, (G, D)),
+            v_SLKGD=torch.stack(values, dim=1).unflatten(-1, (G, D)),
             len_SL=lens.expand(S, L),
             gate_SLH=(self.gates().to(base.device) * (lens > 0)[:, None]).expand(S, L, -1),
         )

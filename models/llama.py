@@ -22,7 +22,6 @@ from models.adapter_config import LinearName
 from models.config import ModelConfig
 from models.errors import CheckpointError
 
-
 Head = Literal["head"]
 
 
@@ -52,6 +51,10 @@ class Adaptation(Protocol):
         """
 
 
+def _frozen(dtype: torch.dtype, device: torch.device | str, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
 class Linear(nn.Module):
     """Several linears on one input, their weights stacked row by row and multiplied at once."""
 
@@ -60,19 +63,18 @@ class Linear(nn.Module):
         names: tuple[LinearName, ...],
         in_features: int,
         out_features: tuple[int, ...],
-        **factory: object,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         super().__init__()
         self.names = names
         self.out_features = out_features
-        self.weight = nn.Parameter(
-            torch.empty(sum(out_features), in_features, **factory),
-            requires_grad=False,  # type: ignore[arg-type]
-        )
+        self.weight = _frozen(dtype, device, sum(out_features), in_features)
 
     def part(self, name: LinearName) -> Tensor:
         """The rows of one linear, [out, in]; a view."""
-        return self.weight.split(self.out_features)[self.names.index(name)]
+        parts: tuple[Tensor, ...] = self.weight.split(self.out_features)
+        return parts[self.names.index(name)]
 
     def forward(self, x: Tensor, layer: int, adaptation: Adaptation | None) -> list[Tensor]:
         """x [N, in] → one [N, out] per name."""
@@ -88,18 +90,20 @@ class Linear(nn.Module):
 class Layer(nn.Module):
     """Pre-norm attention and SwiGLU feed-forward."""
 
-    def __init__(self, config: ModelConfig, index: int, **factory: object) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         super().__init__()
         self.index = index
         self.config = config
         C, I = config.hidden_size, config.intermediate_size
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.qkv = Linear(("wq", "wk", "wv"), C, (q, kv, kv), **factory)
-        self.wo = Linear(("wo",), q, (C,), **factory)
-        self.gate_up = Linear(("w1", "w3"), C, (I, I), **factory)
-        self.w2 = Linear(("w2",), I, (C,), **factory)
-        self.attention_norm = nn.Parameter(torch.empty(C, **factory), requires_grad=False)  # type: ignore[arg-type]
-        self.feed_forward_norm = nn.Parameter(torch.empty(C, **factory), requires_grad=False)  # type: ignore[arg-type]
+        self.qkv = Linear(("wq", "wk", "wv"), C, (q, kv, kv), dtype, device)
+        self.wo = Linear(("wo",), q, (C,), dtype, device)
+        self.gate_up = Linear(("w1", "w3"), C, (I, I), dtype, device)
+        self.w2 = Linear(("w2",), I, (C,), dtype, device)
+        self.attention_norm = _frozen(dtype, device, C)
+        self.feed_forward_norm = _frozen(dtype, device, C)
 
     def forward(
         self, x_NC: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, adaptation: Adaptation | None
@@ -108,8 +112,8 @@ class Layer(nn.Module):
         x_NC = x_NC + self._attention(h_NC, rotary, attend, adaptation)
         h_NC = self._norm("feed_forward_norm", x_NC, adaptation)
         gate_NI, up_NI = self.gate_up(h_NC, self.index, adaptation)
-        (y_NC,) = self.w2(F.silu(gate_NI) * up_NI, self.index, adaptation)
-        return x_NC + y_NC
+        down: list[Tensor] = self.w2(F.silu(gate_NI) * up_NI, self.index, adaptation)
+        return x_NC + down[0]
 
     def _norm(self, name: str, x_NC: Tensor, adaptation: Adaptation | None) -> Tensor:
         weight: Tensor = getattr(self, name)
@@ -125,8 +129,8 @@ class Layer(nn.Module):
         q_NHD = rotate(q.unflatten(-1, (-1, D)), rotary)
         k_NGD = rotate(k.unflatten(-1, (-1, D)), rotary)
         out_NHD = attend(self.index, q_NHD, k_NGD, v.unflatten(-1, (-1, D)))
-        (y_NC,) = self.wo(out_NHD.flatten(-2), self.index, adaptation)
-        return y_NC
+        out: list[Tensor] = self.wo(out_NHD.flatten(-2), self.index, adaptation)
+        return out[0]
 
     def linear(self, name: LinearName) -> Tensor:
         """The weight [out, in] of one linear by LLaMA's name; a view."""
@@ -143,17 +147,12 @@ class Llama(nn.Module):
         self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         super().__init__()
-        factory = {"dtype": dtype, "device": device}
         self.config = config
         V, C = config.vocab_size, config.hidden_size
-        self.embed = nn.Parameter(torch.empty(V, C, **factory), requires_grad=False)  # type: ignore[arg-type]
-        self.layers = nn.ModuleList(Layer(config, i, **factory) for i in range(config.num_layers))
-        self.norm = nn.Parameter(torch.empty(C, **factory), requires_grad=False)  # type: ignore[arg-type]
-        self.lm_head = (
-            self.embed
-            if config.tie_word_embeddings
-            else nn.Parameter(torch.empty(V, C, **factory), requires_grad=False)  # type: ignore[arg-type]
-        )
+        self.embed = _frozen(dtype, device, V, C)
+        self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
+        self.norm = _frozen(dtype, device, C)
+        self.lm_head = self.embed if config.tie_word_embeddings else _frozen(dtype, device, V, C)
         self.inverse_frequencies_D2 = rope_frequencies(config)  # float64, on the CPU: a small constant
 
     @property

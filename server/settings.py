@@ -95,12 +95,17 @@ class WorkerSettings(_Settings):
         512, gt=0, description="tokens in one step; longer prompts are chunked"
     )
     max_waiting: int = Field(256, ge=0, description="over it: 429 with Retry-After")
+    max_prefill_chunk: int | None = Field(
+        None, gt=0, description="prompt tokens in a step that also decodes; bounds inter-token latency"
+    )
     prefix_caching: bool = Field(True, description="keep the blocks of prompts that may come again")
     max_hot_adapters: int = Field(64, gt=0, description="adapters in the bank at once")
-    prompt_slots: int = Field(256, gt=0, description="(adapter, image) prompts kept as keys and values")
+    prompt_slots: int = Field(128, gt=0, description="(adapter, image) prompts kept as keys and values")
     max_message_bytes: int = Field(
         256 * MIB, gt=0, description="of one request to a worker, images as base64"
     )
+    max_image_bytes: int = Field(20 * MIB, gt=0, description="bytes of one encoded image")
+    max_image_pixels: int = Field(40_000_000, gt=0, description="pixels, checked before decoding")
     drain_seconds: float = Field(30.0, ge=0, description="what runs may take this long after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
 

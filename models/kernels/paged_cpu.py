@@ -26,7 +26,7 @@ def _widen(row: Any, bits: Any) -> None:
     raise NotImplementedError  # compiled code takes `_widen_by_width`
 
 
-@overload(_widen, jit_options={"cache": True})
+@overload(_widen, jit_options={"cache": True})  # type: ignore[typeddict-unknown-key]
 def _widen_by_width(row: Any, bits: Any) -> Callable[[Any, Any], None]:
     shift = 32 - row.dtype.bitwidth
 

@@ -58,7 +58,6 @@ class NativeEngine:
         self._frontend = frontend
         self._loader = loader
         self._models = {model.info.id: model for model in models}
-        self._versions = Counter({model.info.id: model.info.version for model in models})
         self._max_requests = max_requests
         self._requests = 0
         self._users: Counter[tuple[str, int]] = Counter()  # requests by adapter version
@@ -134,9 +133,7 @@ class NativeEngine:
 
     async def load_adapter(self, id: str, path: str) -> ModelInfo:
         async with self._loading:
-            version = self._versions[id] + 1
-            model = await asyncio.to_thread(self._loader.load_at_run_time, id, path, version)
-            self._versions[id] = version
+            model = await asyncio.to_thread(self._loader.load_at_run_time, id, path)
             replaced = self._models.get(id)
             self._models[id] = model
             if replaced is not None:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from models.prompts import Context, Turn, render
 
 from models.errors import PromptError
+from models.prompts import Context, Turn, render
 from models.tokenizer import Tokenizer
 from models.vision.images import ImageError, ImageLimits, decode_image
 from server.errors import InvalidRequest, model_not_found

@@ -1,0 +1,109 @@
+"""From an adapter's file to what requests are served with: checked, loaded, its encoder at hand."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from models.checkpoints.adapters import AdapterOptions, open_adapter, parse_adapter_argument
+from models.config import ModelConfig
+from models.errors import AdapterMismatch, CheckpointError, ModelError
+from models.prompts import template_names
+from models.registry import AdapterRegistry
+from models.vision.encoder import VisionEncoder, load_encoder
+from server.errors import InvalidRequest
+from server.worker.frontend import ServedModel
+from server.worker.messages import ModelInfo
+from server.worker.runner import LoadedAdapter
+
+
+class AdapterLoader:
+    """Loads adapters for one base. Visual encoders are shared by the adapters that name them."""
+
+    def __init__(
+        self,
+        base_id: str,
+        config: ModelConfig,
+        fingerprint: str,
+        *,
+        device: torch.device,
+        max_model_len: int,
+        adapter_root: Path | None,
+    ) -> None:
+        self._base_id = base_id
+        self._config = config
+        self._fingerprint = fingerprint
+        self._device = device
+        self._max_model_len = max_model_len
+        self._registry = AdapterRegistry(adapter_root)
+        self._encoders: dict[str, VisionEncoder] = {}
+        self._lock = threading.Lock()
+
+    def load(self, argument: str) -> ServedModel:
+        """An adapter of the command line, `id=path[,option=value …]`. Raises `ModelError`."""
+        id, path, options = parse_adapter_argument(argument)
+        return self._load(id, path.expanduser(), options)
+
+    def load_at_run_time(self, id: str, path: str) -> ServedModel:
+        """An adapter below the configured root. Raises `InvalidRequest`."""
+        try:
+            return self._load(id, self._registry.resolve(path), AdapterOptions())
+        except AdapterMismatch as error:
+            raise InvalidRequest(str(error), param="path", code="adapter_mismatch") from error
+        except ModelError as error:
+            raise InvalidRequest(str(error), param="path", code="invalid_adapter") from error
+
+    def _load(self, id: str, path: Path, options: AdapterOptions) -> ServedModel:
+        if id == self._base_id:
+            raise CheckpointError(f"adapter id {id!r} is the base's own; choose another id")
+        adapter = open_adapter(path, self._config, options, self._fingerprint)
+        config = adapter.config
+        if config.template not in template_names():
+            raise CheckpointError(
+                f"{path}: template {config.template!r} is unknown; use one of {', '.join(template_names())}"
+            )
+        encoder = None
+        if config.vision is not None:
+            encoder = self._encoder(config.vision.encoder)
+            width = encoder.global_dim if config.vision.features == "global" else encoder.token_dim
+            if width != config.vision.feature_dim:
+                raise AdapterMismatch(
+                    f"{path}: expects image features of {config.vision.feature_dim} numbers, "
+                    f"{config.vision.encoder} gives {width}"
+                )
+        adapter = adapter.requires_grad_(False).to(self._device)
+        with self._lock:
+            entry = self._registry.add(id, path, config)
+        info = ModelInfo(
+            id=id,
+            kind="adapter",
+            root=path.name,
+            parent=self._base_id,
+            created=entry.created,
+            max_model_len=self._max_model_len,
+            reads_images=encoder is not None,
+            version=entry.version,
+            variant=config.variant,
+        )
+        return ServedModel(info, LoadedAdapter((id, entry.version), adapter, encoder))
+
+    def base_model(self, path: Path) -> ServedModel:
+        """The base itself, as a model that requests may name."""
+        info = ModelInfo(
+            id=self._base_id,
+            kind="base",
+            root=path.name,
+            parent=None,
+            created=int(time.time()),
+            max_model_len=self._max_model_len,
+        )
+        return ServedModel(info)
+
+    def _encoder(self, name: str) -> VisionEncoder:
+        with self._lock:
+            if name not in self._encoders:
+                self._encoders[name] = load_encoder(name, self._device)
+            return self._encoders[name]

@@ -1,0 +1,163 @@
+"""From settings to an engine: the base, its tokenizer, its adapters, and memory for its cache."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.checkpoints.base import open_base
+from models.config import ModelConfig
+from models.errors import CheckpointError
+from models.fingerprint import fingerprint
+from models.kv_cache import KVCache
+from models.llama import Llama
+from models.pull import resolve_base
+from models.tokenizer import load_tokenizer
+from models.vision.images import ImageLimits
+from server.serving import StartupError
+from server.settings import MIB, WorkerSettings
+from server.worker.adapter_loading import AdapterLoader
+from server.worker.blocks import BlockManager
+from server.worker.engine import NativeEngine
+from server.worker.frontend import Frontend
+from server.worker.messages import SamplingParams
+from server.worker.runner import Runner
+from server.worker.scheduler import Scheduler
+from server.worker.step_loop import Prepared, StepLoop
+
+log = logging.getLogger(__name__)
+
+
+def build_engine(settings: WorkerSettings) -> NativeEngine:
+    """Load everything and run one step, so that the first request waits for nothing.
+
+    Raises `ModelError` for files that cannot be used and `StartupError` for settings that cannot hold.
+    """
+    began = time.monotonic()
+    path = resolve_base(settings.base, settings.cache_dir)
+    device, dtype = _device(settings), _dtype(settings)
+    base, embedding_fingerprint = load_base(path, dtype, device)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > base.config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {base.config.vocab_size}; "
+            "they belong to different models"
+        )
+    scheduler = _scheduler(settings, base.config, dtype)
+    runner = Runner(
+        base,
+        num_blocks=scheduler.blocks.num_blocks,
+        block_size=settings.block_size,
+        max_hot_adapters=settings.max_hot_adapters,
+        prompt_slots=settings.prompt_slots,
+    )
+    loader = AdapterLoader(
+        settings.base_id or _id(settings.base),
+        base.config,
+        embedding_fingerprint,
+        device=device,
+        max_model_len=scheduler.max_sequence_len,
+        adapter_root=settings.adapter_root,
+    )
+    models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
+    step_loop = StepLoop(runner, scheduler, tokenizer)
+    _warm_up(step_loop)
+    log.info("loaded %s in %s in %.1f s", path, dtype, time.monotonic() - began)
+    limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    return NativeEngine(
+        step_loop,
+        Frontend(tokenizer, scheduler, base.config.vocab_size, limits),
+        loader,
+        models,
+        max_requests=settings.max_num_seqs + settings.max_waiting,
+    )
+
+
+def load_base(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Llama, str]:
+    """A base in the serving dtype, tensor by tensor, and its embedding's fingerprint.
+
+    The fingerprint is of the checkpoint's own numbers, whatever they are rounded to here.
+    """
+    checkpoint = open_base(path)
+    prints: list[str] = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in checkpoint.tensors():
+            if name == "embed.weight":
+                prints.append(fingerprint(tensor))
+            yield name, tensor
+
+    base = Llama(checkpoint.config, dtype=dtype, device=device).load(tensors(), source=str(path))
+    return base, prints[0]
+
+
+def _scheduler(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype) -> Scheduler:
+    per_block = KVCache.bytes_per_block(config, settings.block_size, dtype)
+    num_blocks = settings.kv_cache_mib * MIB // per_block
+    if settings.prompt_slots < settings.max_num_seqs:
+        raise StartupError(
+            f"prompt_slots {settings.prompt_slots} is less than max_num_seqs {settings.max_num_seqs}: "
+            "each running sequence may need a slot of its own; raise the one or lower the other."
+        )
+    max_model_len = settings.max_model_len or config.max_position_embeddings
+    if max_model_len > config.max_position_embeddings:
+        raise StartupError(
+            f"max_model_len {max_model_len} is more than the base's context of "
+            f"{config.max_position_embeddings} tokens."
+        )
+    try:
+        return Scheduler(
+            BlockManager(num_blocks, settings.block_size, settings.prefix_caching),
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            max_prefill_chunk=settings.max_prefill_chunk,
+            max_adapters=settings.max_hot_adapters,
+        )
+    except ValueError as error:
+        raise StartupError(f"{error}.") from error
+
+
+def _warm_up(step_loop: StepLoop) -> None:
+    """One prompt and two decodes through every kernel: compiling them takes seconds the first time."""
+    prepared = Prepared(
+        request_id="warm-up",
+        token_ids=[0, 0, 0],
+        sampling=SamplingParams(temperature=0, ignore_eos=True),
+        max_tokens=3,
+        stop=(),
+    )
+    step_loop.add(prepared, lambda event: None)
+    while step_loop.has_work:
+        step_loop.step()
+
+
+def _device(settings: WorkerSettings) -> torch.device:
+    try:
+        device = torch.device(settings.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise StartupError(f"device {settings.device!r} cannot be used: {reason}") from error
+    return device
+
+
+def _dtype(settings: WorkerSettings) -> torch.dtype:
+    """`auto` is bfloat16 where the processor multiplies in it, float32 elsewhere."""
+    if settings.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        return dtype
+    if settings.device != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def _id(base: str) -> str:
+    """`smollm2-135m` of that name, of a folder of that name, and of a file `smollm2-135m.gguf`."""
+    path = Path(base)
+    return path.stem if path.suffix == ".gguf" else path.name
