@@ -111,10 +111,13 @@ def check_id(id: str) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256, in hex, of a file, or of the names and contents of a folder's files."""
+    """SHA-256, in hex, of a file, or of the names and contents of a folder's files.
+
+    Raises CheckpointError where something cannot be read.
+    """
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     try:
+        files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
         for file in files:
             if path.is_dir():
                 digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())

@@ -44,6 +44,11 @@ def load_adapter(
     """
     config = config or read_manifest(folder)
     check_fits(config.base, base, fingerprint, str(folder))
+    return load_unchecked(folder, config)
+
+
+def load_unchecked(folder: Path, config: AdapterConfig) -> Adapter:
+    """The adapter of a folder and its manifest, whatever its base. Raises CheckpointError."""
     tensors = read_tensors(folder / WEIGHTS, native_shapes(config))
     return Adapter(config).load(tensors, source=str(folder / WEIGHTS))
 

@@ -1,0 +1,153 @@
+"""What an adapter file is, whether it is sound, and the same adapter in another format."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from models.adapter import Adapter
+from models.adapter_config import AdapterConfig, BaseSpec
+from models.checkpoints.adapter_table import AdapterFormat, AdapterOptions, NameTable
+from models.checkpoints.adapters import NATIVE, detect, export_adapter, open_adapter
+from models.checkpoints.base import open_base
+from models.checkpoints.manifest import read_manifest
+from models.checkpoints.native import WEIGHTS, is_native, load_unchecked, native_shapes, read_tensors
+from models.checkpoints.tensor_file import TensorFile, read_tensor_file
+from models.config import ModelConfig
+from models.errors import CheckpointError
+from models.fingerprint import fingerprint
+from models.registry import content_hash
+
+
+@dataclass(frozen=True)
+class Base:
+    """What of a base an adapter is checked against."""
+
+    config: ModelConfig
+    fingerprint: str
+
+
+def read_base(path: Path) -> Base:
+    """Shape and fingerprint of a base, of any format. Raises CheckpointError."""
+    checkpoint = open_base(path)
+    embed = next(tensor for name, tensor in checkpoint.tensors() if name == "embed.weight")
+    return Base(checkpoint.config, fingerprint(embed))
+
+
+def describe(path: Path, options: AdapterOptions | None = None) -> dict[str, Any]:
+    """What a file or folder holds, without its base and without reading values.
+
+    `base` has only those sizes that the file tells; `options` are those that the format leaves open,
+    with what was assumed of them. Raises CheckpointError.
+    """
+    options = options or AdapterOptions()
+    if is_native(path):
+        config = read_manifest(path)
+        shapes = native_shapes(config)
+        read_tensors(path / WEIGHTS, shapes)
+        base = config.base.model_dump(exclude_none=True)
+        return _description(path, NATIVE, config, base, shapes, {})
+    file = read_tensor_file(path)
+    form = detect(file)
+    sizes = form.dimensions(file)
+    config = form.config(file, _likely_base(sizes), options)
+    if options.template:
+        config = config.model_copy(update={"template": options.template})
+    shapes = _own_shapes(file, form.table(config))
+    return _description(path, form.name, config, sizes, shapes, _open_options(form, config))
+
+
+def verify(path: Path, base: Base | None = None, options: AdapterOptions | None = None) -> dict[str, Any]:
+    """`describe`, after every value was read and checked, against a base where one is given.
+
+    Only native folders can be verified without their base, as other formats do not tell all its sizes.
+    Raises CheckpointError or AdapterMismatch at the first thing that is wrong.
+    """
+    adapter = _open(path, base, options or AdapterOptions())
+    return describe(path, options) | {
+        "variant": adapter.config.variant,
+        "verified": "values" if base is None else "values and base",
+    }
+
+
+def convert(
+    source: Path,
+    target: Path,
+    name: str = NATIVE,
+    base: Base | None = None,
+    options: AdapterOptions | None = None,
+) -> None:
+    """Write the adapter of `source` to `target` in the format called `name`.
+
+    A native target remembers the base's fingerprint where the base is given. Raises CheckpointError or
+    AdapterMismatch.
+    """
+    adapter = _open(source, base, options or AdapterOptions())
+    if base is not None:
+        spec = adapter.config.base.model_copy(update={"fingerprint": base.fingerprint})
+        adapter.config = adapter.config.model_copy(update={"base": spec})
+    export_adapter(adapter, name, target)
+
+
+def _open(path: Path, base: Base | None, options: AdapterOptions) -> Adapter:
+    if base is not None:
+        return open_adapter(path, base.config, options, base.fingerprint)
+    if not is_native(path):
+        raise CheckpointError(f"{path}: only a native adapter folder tells its base; give the base as well")
+    return load_unchecked(path, read_manifest(path))
+
+
+def _likely_base(sizes: dict[str, int]) -> BaseSpec:
+    """A base with the sizes that the file tells; the others, which a description never shows, are 1."""
+    heads = sizes.get("num_heads", 1)
+    unknown = {"num_heads": heads, "num_kv_heads": heads, "head_dim": 1, "intermediate_size": 1}
+    return BaseSpec.model_validate(unknown | {"vocab_size": 1} | sizes)
+
+
+def _own_shapes(file: TensorFile, table: NameTable) -> dict[str, tuple[int, ...]]:
+    """Shapes of the file's tensors that are the adapter's: neither the base's nor unused."""
+    unused = {unused.key for unused in table.unused}
+    return {
+        key: tuple(tensor.shape)
+        for key, tensor in file.tensors.items()
+        if key not in unused and not (table.ignored and table.ignored.fullmatch(key))
+    }
+
+
+def _open_options(form: AdapterFormat, config: AdapterConfig) -> dict[str, Any]:
+    regrouped = config.prompt is not None and config.prompt.projection == "regrouped"
+    assumed = {
+        "gate": config.gate.activation,
+        "template": config.template,
+        "color": config.vision.color if config.vision else None,
+        "litgpt": "0.5.5 to 0.5.13" if regrouped else "up to 0.5.4",
+        "length": config.prompt.length if config.prompt else None,
+    }
+    names = [field.name for field in fields(AdapterOptions)]
+    return {name: assumed[name] for name in names if name in form.options | {"template"}}
+
+
+def _description(
+    path: Path,
+    name: str,
+    config: AdapterConfig,
+    base: dict[str, int],
+    shapes: dict[str, tuple[int, ...]],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    parts = config.model_dump(mode="json", exclude_none=True, exclude={"base", "format", "format_version"})
+    if not config.gated_layers:
+        del parts["gate"]
+    return {
+        "path": str(path),
+        "format": name,
+        "variant": config.variant,
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "sha256": content_hash(path),
+        "base": base,
+        **parts,
+        "options": options,
+        "tensors": {key: list(shape) for key, shape in shapes.items()},
+    }

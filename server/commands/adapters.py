@@ -1,0 +1,102 @@
+"""`llama-adapter inspect`, `verify` and `convert`: adapter files, without serving them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.options import load
+from server.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from models.checkpoints.adapters import AdapterOptions
+    from models.checkpoints.inspect import Base
+
+app = typer.Typer()
+
+Given = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        help="what the file cannot say: gate=tanh|raw, template=NAME, color=rgb|bgr, litgpt=VERSION, "
+        "length=ROWS",
+    ),
+]
+Source = Annotated[Path, typer.Argument(help="An adapter folder or file, of any format.")]
+BasePath = Annotated[
+    str | None, typer.Option("--base", help="the base it is for: a path, or an id that `pull` knows")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+
+
+@app.command(epilog="Example:\n\n\b\n  llama-adapter inspect ./poet --json")
+def inspect(path: Source, option: Given = None, as_json: AsJson = False) -> None:
+    """Tell what an adapter is: variant, shapes, parameters, and the base it needs."""
+    from models.checkpoints.inspect import describe
+
+    _print(describe(path.expanduser(), _options(option)), as_json)
+
+
+@app.command(epilog="Example:\n\n\b\n  llama-adapter verify ./poet --base smollm2-135m")
+def verify(path: Source, base: BasePath = None, option: Given = None, as_json: AsJson = False) -> None:
+    """Read every value of an adapter and check it, against its base where that is given."""
+    from models.checkpoints.inspect import verify as check
+
+    _print(check(path.expanduser(), _base(base), _options(option)), as_json)
+
+
+@app.command(
+    epilog="Example:\n\n\b\n"
+    "  llama-adapter convert llama_adapter_len10_layer30_release.pth ./alpaca --base ~/models/7B"
+)
+def convert(
+    source: Source,
+    target: Annotated[Path, typer.Argument(help="Where to write the adapter.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="native, reference-v1, reference-v1-caption, reference-7b, chat-65b, peft or litgpt"
+        ),
+    ] = "native",
+    base: BasePath = None,
+    option: Given = None,
+) -> None:
+    """Write an adapter in another format. Only native folders tell all of their base themselves."""
+    from models.checkpoints.inspect import convert as write
+
+    write(source.expanduser(), target.expanduser(), to, _base(base), _options(option))
+    print(target)
+
+
+def _options(given: list[str] | None) -> AdapterOptions:
+    from models.checkpoints.adapters import parse_adapter_argument
+
+    return parse_adapter_argument(",".join(["adapter=file", *(given or ())]))[2]
+
+
+def _base(name: str | None) -> Base | None:
+    if name is None:
+        return None
+    from models.checkpoints.inspect import read_base
+    from models.pull import resolve_base
+
+    return read_base(resolve_base(name, load(WorkerSettings, {}).cache_dir))
+
+
+def _print(description: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(description, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "value", show_header=False, box=None, pad_edge=False)
+    tensors = description.pop("tensors")
+    for key, value in description.items():
+        shown = "  ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(key, shown)
+    table.add_row("tensors", f"{len(tensors)}; --json lists them")
+    Console(highlight=False, markup=False).print(table)
