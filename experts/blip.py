@@ -59,7 +59,7 @@ class BlipExpert(LocalExpert):
         output = self._model.generate(
             pixel_values=pixels_1CHW, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, num_beams=1
         )
-        return Reading(one_sentence(self._tokenizer.decode(output[0], skip_special_tokens=True)))
+        return Reading(one_sentence(self._tokenizer.decode(output[0, 1:], skip_special_tokens=True)))
 
 
 def _digest(folder: Path) -> str:
