@@ -123,5 +123,9 @@ class ExpertSettings(_Settings):
     ocr_engine: Literal["rapidocr", "paddleocr"] = Field(
         "rapidocr", description="what the ocr expert runs on"
     )
+    paddle_models: Path | None = Field(
+        None, description="local models of paddleocr; default: it fetches its own"
+    )
+    blip_model: Path | None = Field(None, description="folder of a BLIP model, for the caption expert")
     num_threads: int = Field(0, ge=0, description="of each expert; 0: one per core")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
