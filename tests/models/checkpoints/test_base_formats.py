@@ -262,7 +262,7 @@ MINIMAL = {
     [
         (
             {"architectures": ["LlamaForCausalLM"]},
-            {"rope_theta": 10000.0, "num_kv_heads": 32, "head_dim": 128},
+            {"rope_theta": 1e4, "num_kv_heads": 32, "head_dim": 128},
         ),
         (
             {"model_type": "llama", "head_dim": 64, "num_key_value_heads": 8},
@@ -295,7 +295,9 @@ MINIMAL = {
     ],
 )
 def test_config_json_of_every_generation(tmp_path: Path, values: dict, expected: dict) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(MINIMAL | values))
+    (tmp_path / "config.json").write_text(
+        json.dumps(MINIMAL | {"architectures": ["LlamaForCausalLM"]} | values)
+    )
     config = read_config(tmp_path / "config.json")
     assert {name: getattr(config, name) for name in expected} == expected
 
