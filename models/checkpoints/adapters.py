@@ -24,7 +24,7 @@ from models.checkpoints.reference_7b import REFERENCE_7B
 from models.checkpoints.reference_v1 import REFERENCE_V1, REFERENCE_V1_CAPTION
 from models.checkpoints.tensor_file import TensorFile, read_tensor_file
 from models.config import ModelConfig
-from models.errors import CheckpointError
+from models.errors import CheckpointError, ModelError
 from models.registry import check_id
 
 __all__ = ["AdapterOptions", "detect", "export_adapter", "open_adapter", "parse_adapter_argument"]
@@ -113,7 +113,7 @@ def export_adapter(adapter: Adapter, name: str, path: Path) -> None:
             again, copies = read_adapter(read_tensor_file(beside), form, config.base, _said(form, config))
             _check_same(config, tensors, again.model_copy(update={"description": config.description}), copies)
             beside.replace(path)
-    except CheckpointError as error:
+    except ModelError as error:
         raise CheckpointError(
             f"{path}: a {name} file cannot express this adapter ({error}); export it as {NATIVE}"
         ) from error

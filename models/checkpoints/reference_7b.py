@@ -103,6 +103,7 @@ class Reference7B:
     def table(self, config: AdapterConfig) -> NameTable:
         base, prompt, lora = config.base, static_prompts(config), config.lora
         count, K, C = len(prompt.layers), prompt.length, base.hidden_size
+        below = [i for i in range(base.num_layers) if i not in prompt.layers]
         gate = gate_entry(base, prompt.layers, "head", GATE)
         entries = [
             Entry("prompt", "adapter_query.weight", (count * K, C), (count, K, C)),
@@ -112,10 +113,10 @@ class Reference7B:
             *(bias_entry(base, name, _bias_key(name)) for name in config.scale_bias.bias_targets),
             *_vision_entries(config),
         ]
-        unused = [Unused(GATE.format(i=i), gate.shape) for i in range(base.num_layers - count)]
+        unused = [Unused(GATE.format(i=i), gate.shape) for i in below]
         if config.gate.new_gate:
             entries.append(Entry("new_gate", NEW_GATE, (1, 1, 1, 1), (), prompt.layers))
-            unused += [Unused(NEW_GATE.format(i=i), (1, 1, 1, 1)) for i in range(base.num_layers - count)]
+            unused += [Unused(NEW_GATE.format(i=i), (1, 1, 1, 1)) for i in below]
         if lora:
             entries += [entry for name in lora.targets for entry in _lora_entries(base, name, lora.rank)]
         return NameTable(tuple(entries), tuple(unused), ignored(BASE_WEIGHTS))

@@ -75,10 +75,11 @@ class ReferenceV1:
     def table(self, config: AdapterConfig) -> NameTable:
         base, prompt = config.base, static_prompts(config)
         count, K, C = len(prompt.layers), prompt.length, base.hidden_size
+        below = [i for i in range(base.num_layers) if i not in prompt.layers]
         gate = gate_entry(base, prompt.layers, config.gate.per, GATE)
         return NameTable(
             entries=(Entry("prompt", self.query, (count * K, C), (count, K, C)), gate),
-            unused=tuple(Unused(GATE.format(i=i), gate.shape) for i in range(base.num_layers - count)),
+            unused=tuple(Unused(GATE.format(i=i), gate.shape) for i in below),
             ignored=ignored(BASE_WEIGHTS, BASE_NORMS),
         )
 
