@@ -175,7 +175,8 @@ class Llama(nn.Module):
 
         `wrap` replaces each layer's call, for gradient checkpointing.
         """
-        x_NC = F.embedding(tokens_N, self.embed)
+        # The residual stream is float32 at least: in bfloat16 each layer's sum would round it anew.
+        x_NC = F.embedding(tokens_N, self.embed).to(torch.promote_types(self.dtype, torch.float32))
         rotary = self.rotary(positions_N)
         for layer in self.layers:
             assert isinstance(layer, Layer)
@@ -234,10 +235,12 @@ class Llama(nn.Module):
 
 
 def rms_norm(x_NC: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · w in float32 inside; `weight` is [C], or [N, C] where rows have their own."""
-    if weight.dim() == 1:
-        return F.rms_norm(x_NC, weight.shape, weight, eps)
-    return F.rms_norm(x_NC, x_NC.shape[-1:], None, eps) * weight
+    """x / rms(x) · w, computed in x's precision, in the weight's dtype.
+
+    `weight` is [C], or [N, C] where rows have their own.
+    """
+    normed_NC = F.rms_norm(x_NC, x_NC.shape[-1:], None, eps)
+    return (normed_NC * weight).to(weight.dtype)
 
 
 def rotate(x_NHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -17,6 +17,10 @@ from models.checkpoints.fields import parse
 from models.checkpoints.gguf_file import metadata, read_gguf
 from models.errors import CheckpointError
 
+_LLAMA3_HINT = (
+    "fetch it again, or, as Llama 3's tokenizer.model is of another format, put the tokenizer.json of its "
+    "Hugging Face folder beside it"
+)
 # Token types, the same numbers in SentencePiece's protocol and in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -47,10 +51,9 @@ def build_sentencepiece(file: Path) -> Tokenizer:
     try:
         proto.ParseFromString(file.read_bytes())
     except (DecodeError, OSError) as error:
-        raise CheckpointError(
-            f"{file}: not a SentencePiece model ({error}); Llama 3's tokenizer.model is of another format, "
-            "use the tokenizer.json of its Hugging Face folder"
-        ) from error
+        raise CheckpointError(f"{file}: not a SentencePiece model ({error}); {_LLAMA3_HINT}") from error
+    if not proto.pieces:
+        raise CheckpointError(f"{file}: not a SentencePiece model; {_LLAMA3_HINT}")
     normalizer = proto.normalizer_spec
     if proto.trainer_spec.model_type != 2:  # BPE
         raise CheckpointError(f"{file}: not a BPE model; use the tokenizer that belongs to the base")

@@ -7,6 +7,7 @@ address itself, while Host header and TLS still carry the name. Each redirect st
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ _METADATA = tuple(  # of clouds; those that no other rule covers, also for `imag
     ip_network(net)
     for net in ("168.63.129.16/32", "100.100.100.200/32", "192.0.0.192/32", "fd00:ec2::254/128")
 )
+_HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]{0,252})")
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_ADDRESSES = 4  # of one host, tried in turn
 
@@ -111,10 +113,10 @@ class ImageFetcher:
 
     async def _checked_addresses(self, url: httpx.URL) -> list[str]:
         """Where `url`'s host is, all of it allowed."""
-        host = url.host.lower().rstrip(".")
+        host = _host(url)
         if self._allowed_hosts and host not in self._allowed_hosts:
             raise _refused_host(host, "is not on this server's list of image hosts")
-        if _looks_numeric(host) and not _is_address(host):
+        if not _is_address(host) and (_looks_numeric(host) or not _HOST_NAME.fullmatch(host)):
             raise _refused_host(host, "is not a host name, nor an address in its usual form")
         try:
             addresses = [host] if _is_address(host) else list(await self._resolver(host, _port(url)))
@@ -167,7 +169,7 @@ class ImageFetcher:
                 "User-Agent": "llama-adapter-server",
             },
             extensions={
-                "sni_hostname": url.host,
+                "sni_hostname": _host(url),
                 "timeout": {"connect": connect, "read": read, "write": read, "pool": connect},
             },
         )
@@ -195,7 +197,7 @@ class ImageFetcher:
 def _parse(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
-        known = parsed.scheme in ("http", "https") and bool(parsed.host) and parsed.port != 0
+        known = parsed.scheme in ("http", "https") and bool(parsed.host) and 0 < _port(parsed) < 65536
     except (httpx.InvalidURL, ValueError):
         known = False
     if not known:
@@ -215,7 +217,13 @@ def _redirected(url: httpx.URL, location: str) -> httpx.URL:
 
 
 def _port(url: httpx.URL) -> int:
-    return url.port or (443 if url.scheme == "https" else 80)
+    default = 443 if url.scheme == "https" else 80
+    return default if url.port is None else url.port
+
+
+def _host(url: httpx.URL) -> str:
+    """The host's name as resolvers and certificates have it: in ASCII, without a final dot."""
+    return url.raw_host.decode("ascii").lower().rstrip(".")
 
 
 def _is_address(host: str) -> bool:

@@ -69,7 +69,7 @@ def parse(schema: type[Schema], raw: bytes) -> Schema:
     try:
         body = schema.model_validate_json(raw)
     except ValidationError as error:
-        raise _refusal(error.errors(include_url=False, include_input=False)[0]) from None
+        raise _refusal(_most_telling(error)) from None
     for name, harmless in schema.UNSUPPORTED.items():
         if (body.model_extra or {}).get(name) not in harmless:
             raise InvalidRequest(
@@ -80,10 +80,16 @@ def parse(schema: type[Schema], raw: bytes) -> Schema:
     return body
 
 
+def _most_telling(error: ValidationError) -> ErrorDetails:
+    """Of the first field's errors the deepest: the branch of a union that fitted furthest."""
+    errors = error.errors(include_url=False, include_input=False)
+    return max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"]))
+
+
 def _refusal(error: ErrorDetails) -> InvalidRequest:
     if error["type"] == "json_invalid":
         return InvalidRequest(f"The body is not valid JSON: {error['msg']}.", code="invalid_json")
-    if error["type"] == "model_type":
+    if error["type"] == "model_type" and not error["loc"]:
         return InvalidRequest("The body must be a JSON object.", code="invalid_json")
     own_field = (error["ctx"]["field"],) if error["type"] == INCONSISTENT else ()
     param = _param(error["loc"] + own_field)

@@ -158,7 +158,9 @@ class Pipeline:
                 await stack.enter_async_context(aclosing(source))
             started = await all_or_none(_next(source) for source in sources)
             for index, event in enumerate(started):
-                yield index, _seen(observers[index], event)
+                if index % job.choices_per_prompt == 0:  # its choices share the prompt
+                    observers[index].see(event)
+                yield index, event
             rest = await stack.enter_async_context(aclosing(merged(sources)))
             async for index, event in rest:
                 yield index, _seen(observers[index], event)

@@ -6,20 +6,36 @@ to log them once; those of `UNSUPPORTED` would change the answer and are refused
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, LiteralString, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.worker.messages import ChatMessage, SamplingParams, ToolCall
 
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
+MAX_BIASES = 1024
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
-Count = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+# Lists stop at their first mistake: a hostile body would make millions of them otherwise.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Strings = Annotated[list[str], Field(fail_fast=True)]
 
+
+def _biases(entries: Any) -> Any:
+    """JSON's keys are strings. Counted here: a dictionary's own limit comes after all its mistakes."""
+    if not isinstance(entries, dict):
+        return entries
+    if len(entries) > MAX_BIASES:
+        raise PydanticCustomError("too_long", "at most {limit} tokens can be biased", {"limit": MAX_BIASES})
+    return {int(key) if _TOKEN_ID.fullmatch(key) else key: bias for key, bias in entries.items()}
+
+
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
+LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_biases)]
 
 INCONSISTENT = "inconsistent"
 
@@ -59,7 +75,7 @@ class _Generation(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: LogitBias | None = None
     n: int | None = Field(None, ge=1, le=1024)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -151,8 +167,8 @@ class ToolCallBody(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    tool_calls: list[ToolCallBody] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    tool_calls: list[ToolCallBody] | None = Field(None, fail_fast=True)
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -202,12 +218,12 @@ class ChatRequest(_Generation):
         "best_of": (None, 1),
     }
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    experts: Literal["auto"] | list[str] | None = None
+    experts: Literal["auto"] | Strings | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -233,7 +249,7 @@ class CompletionRequest(_Generation):
         "response_format": (None, {"type": "text"}),
     }
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     add_special_tokens: bool | None = None
@@ -269,7 +285,7 @@ class CompletionRequest(_Generation):
 class TokenizeBody(Body):
     model: str = Field(min_length=1, max_length=512)
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
     add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
@@ -285,7 +301,7 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     model: str = Field(min_length=1, max_length=512)
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 class AdapterBody(Body):

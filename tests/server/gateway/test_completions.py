@@ -1,0 +1,143 @@
+"""Plain completions: prompts of every form, echo, log-probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from server.worker.messages import (
+    Delta,
+    Finished,
+    PromptScored,
+    Started,
+    TextPrompt,
+    TokenLogprob,
+    TokenPrompt,
+    TopLogprob,
+    Usage,
+)
+from tests.server.gateway.scripted import ScriptedWorker, Stack, story
+
+PROMPT = PromptScored(
+    (
+        TokenLogprob(1, "The", None),
+        TokenLogprob(2, " sky", -1.5, (TopLogprob(9, " cat", -0.5), TopLogprob(2, " sky", -1.5))),
+        TokenLogprob(3, " is", -0.25, (TopLogprob(3, " is", -0.25),)),
+    ),
+    "The sky is",
+)
+BLUE = TokenLogprob(4, " blue", -0.75, (TopLogprob(8, " red", -0.7),))
+
+
+async def complete(gateway: Stack, **fields: Any) -> httpx.Response:
+    return await gateway.http.post(
+        "/v1/completions", json={"model": "base", "prompt": "The sky is", **fields}
+    )
+
+
+async def test_an_answer(gateway: Stack, worker: ScriptedWorker) -> None:
+    body = (await complete(gateway, add_special_tokens=False)).json()
+    assert body.pop("id").startswith("cmpl-")
+    assert isinstance(body.pop("created"), int)
+    assert body == {
+        "object": "text_completion",
+        "model": "base",
+        "choices": [{"index": 0, "text": "Hello world", "logprobs": None, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
+    }
+    assert worker.requests[0].prompt == TextPrompt("The sky is", add_special_tokens=False)
+    assert worker.requests[0].sampling.max_tokens == 16  # OpenAI's default
+
+
+async def test_a_stream(gateway: Stack) -> None:
+    *chunks, usage, done = await gateway.chunks(
+        "/v1/completions", prompt="x", stream_options={"include_usage": True}
+    )
+    assert done == "[DONE]"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "Hello world"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-2:] == [None, "stop"]
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 7)
+
+
+async def test_token_ids_and_lists_of_prompts(gateway: Stack, worker: ScriptedWorker) -> None:
+    for prompt, expected in (
+        ([5, 6], [TokenPrompt((5, 6))]),
+        ([[5, 6], [7]], [TokenPrompt((5, 6)), TokenPrompt((7,))]),
+        (["a", "b"], [TextPrompt("a"), TextPrompt("b")]),
+        ("", [TextPrompt("")]),
+    ):
+        worker.requests.clear()
+        response = await complete(gateway, prompt=prompt)
+        assert response.status_code == 200, response.text
+        by_index = sorted(worker.requests, key=lambda request: int(request.request_id.rpartition("-")[2]))
+        assert [request.prompt for request in by_index] == expected
+
+
+async def test_choices_of_prompts_are_numbered_prompt_by_prompt(
+    gateway: Stack, worker: ScriptedWorker
+) -> None:
+    async def script(request):
+        for event in story(f"<{request.prompt.text}{request.sampling.seed}>", prompt_tokens=3):
+            yield event
+
+    worker.script = script
+    body = (await complete(gateway, prompt=["a", "b"], n=2, seed=1)).json()
+    assert [(c["index"], c["text"]) for c in body["choices"]] == [
+        (0, "<a1>"),
+        (1, "<a2>"),
+        (2, "<b1>"),
+        (3, "<b2>"),
+    ]
+    # Each prompt counts once, each completion for itself.
+    assert body["usage"] == {"prompt_tokens": 6, "completion_tokens": 4, "total_tokens": 10}
+
+
+async def test_echo_without_logprobs(gateway: Stack, worker: ScriptedWorker) -> None:
+    assert (await complete(gateway, echo=True)).json()["choices"][0]["text"] == "The sky isHello world"
+    body = (await complete(gateway, echo=True, prompt=[72, 105])).json()
+    assert body["choices"][0]["text"] == "HiHello world"
+    chunks = await gateway.chunks("/v1/completions", prompt="P", echo=True)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == "PHello world"
+
+
+async def test_echo_with_logprobs_scores_the_prompt(gateway: Stack, worker: ScriptedWorker) -> None:
+    """What lm-eval's loglikelihood requests need: one entry per token of prompt and completion."""
+    worker.events = [Started(3), PROMPT, Delta(" blue", (4,), (BLUE,)), Finished("length", Usage(3, 1))]
+    response = await complete(gateway, prompt=[1, 2, 3], echo=True, logprobs=2, max_tokens=1, temperature=0)
+    sampling = worker.requests[0].sampling
+    assert (sampling.prompt_logprobs, sampling.logprobs, sampling.max_tokens) == (2, 2, 1)
+    choice = response.json()["choices"][0]
+    assert choice["text"] == "The sky is blue"
+    assert choice["logprobs"] == {
+        "tokens": ["The", " sky", " is", " blue"],
+        "token_logprobs": [None, -1.5, -0.25, -0.75],
+        "top_logprobs": [
+            None,
+            {" cat": -0.5, " sky": -1.5},
+            {" is": -0.25},
+            {" red": -0.7, " blue": -0.75},
+        ],
+        "text_offset": [0, 3, 7, 10],
+    }
+    chunks = await gateway.chunks("/v1/completions", prompt="x", echo=True, logprobs=2, max_tokens=1)
+    scored = [c["choices"][0]["logprobs"] for c in chunks[:-1] if c["choices"][0]["logprobs"]]
+    assert [piece["text_offset"] for piece in scored] == [[0, 3, 7], [10]]
+    assert "".join(c["choices"][0]["text"] for c in chunks[:-1]) == "The sky is blue"
+
+
+async def test_scoring_alone(gateway: Stack, worker: ScriptedWorker) -> None:
+    worker.events = [Started(3), PROMPT, Finished("length", Usage(3, 0))]
+    choice = (await complete(gateway, echo=True, logprobs=0, max_tokens=0)).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("The sky is", "length")
+    assert worker.requests[0].sampling.max_tokens == 0
+    refused = await complete(gateway, max_tokens=0)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
+
+
+async def test_too_many_prompts(gateway: Stack, worker: ScriptedWorker) -> None:
+    response = await complete(gateway, prompt=["x"] * 129)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
+    assert worker.requests == []

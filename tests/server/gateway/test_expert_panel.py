@@ -1,0 +1,136 @@
+"""What experts read, and what becomes of those that fail, dawdle or have nothing to say."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from experts.contract import BadImage, ExpertError, Reading
+from server.worker.messages import ContextItem
+from tests.server.gateway.scripted import Launch, ScriptedExpert, ScriptedWorker, Stack, picture
+from tests.server.gateway.test_image_loading import content, data_url
+
+PICTURE = data_url(picture())
+
+
+async def ask(gateway: Stack, *urls: str, **fields: Any) -> dict[str, Any]:
+    response = await gateway.chat(messages=content(*(urls or (PICTURE,))), **fields)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def outcomes(body: dict[str, Any]) -> list[tuple[str, str, str, int]]:
+    return [(e["name"], e["outcome"], e["text"], e["image"]) for e in body["experts"]]
+
+
+async def test_all_are_asked_at_once_and_their_fates_are_told(launch: Launch, worker: ScriptedWorker) -> None:
+    experts = {
+        "ocr": ScriptedExpert("ocr", " Total $5 \n", seconds=0.3),
+        "caption": ScriptedExpert("caption", "", seconds=0.3),
+        "classifier": ScriptedExpert("classifier", BadImage("no image")),
+        "broken": ScriptedExpert("broken", ZeroDivisionError()),
+        "slow": ScriptedExpert("slow", "late", seconds=30),
+    }
+    gateway = await launch(worker, experts=experts, expert_seconds=0.5)
+    begun = time.monotonic()
+    body = await ask(gateway)
+    assert time.monotonic() - begun < 1.5
+    assert outcomes(body) == [
+        ("ocr", "ok", "Total $5", 0),
+        ("caption", "empty", "", 0),
+        ("classifier", "failed", "", 0),
+        ("broken", "failed", "", 0),
+        ("slow", "timeout", "", 0),
+    ]
+    seconds = {expert["name"]: expert["seconds"] for expert in body["experts"]}
+    assert 0.3 <= seconds["ocr"] < 0.5
+    assert 0.5 <= seconds["slow"] < 1.0
+    assert worker.requests[0].prompt.context == (ContextItem("ocr", "Total $5"),)
+    assert all(expert.loaded for expert in experts.values())
+
+
+async def test_the_field_rides_on_a_streams_first_chunk_alone(launch: Launch, worker: ScriptedWorker) -> None:
+    gateway = await launch(worker, experts={"ocr": ScriptedExpert("ocr", "x")})
+    chunks = await gateway.chunks(messages=content(PICTURE), n=2)
+    assert outcomes(chunks[0]) == [("ocr", "ok", "x", 0)]
+    assert not any("experts" in chunk for chunk in chunks[1:-1])
+
+
+async def test_the_caller_chooses(launch: Launch, worker: ScriptedWorker) -> None:
+    experts = {name: ScriptedExpert(name, name) for name in ("a", "b", "c")}
+    gateway = await launch(worker, experts=experts)
+    assert [name for name, *_ in outcomes(await ask(gateway, experts="auto"))] == ["a", "b", "c"]
+    assert [name for name, *_ in outcomes(await ask(gateway, experts=["c", "a", "c"]))] == ["c", "a"]
+    assert outcomes(await ask(gateway, experts=[])) == []
+    unknown = await gateway.chat(messages=content(PICTURE), experts=["a", "zeta"])
+    error = unknown.json()["error"]
+    assert (unknown.status_code, error["code"], error["param"]) == (400, "expert_not_found", "experts[1]")
+    assert "a, b, c" in error["message"]
+
+
+async def test_without_images_nobody_is_asked(launch: Launch, worker: ScriptedWorker) -> None:
+    expert = ScriptedExpert("ocr", "x")
+    gateway = await launch(worker, experts={"ocr": expert})
+    assert "experts" not in (await gateway.chat()).json()
+    assert (await gateway.chat(experts=["ocr"])).json()["experts"] == []
+    assert expert.seen == []
+
+
+async def test_every_image_is_read_and_told_apart(launch: Launch, worker: ScriptedWorker) -> None:
+    class Eye(ScriptedExpert):
+        async def read(self, image: bytes) -> Reading:
+            return Reading("red" if image == picture() else "blue")
+
+    gateway = await launch(worker, experts={"eye": Eye("eye")})
+    body = await ask(gateway, PICTURE, data_url(picture(color="blue")))
+    assert outcomes(body) == [("eye", "ok", "red", 0), ("eye", "ok", "blue", 1)]
+    assert worker.requests[0].prompt.context == (ContextItem("eye", "red"), ContextItem("eye", "blue"))
+
+
+async def test_readings_are_remembered_by_expert_version_and_image(
+    launch: Launch, worker: ScriptedWorker
+) -> None:
+    expert = ScriptedExpert("ocr", "x")
+    gateway = await launch(worker, experts={"ocr": expert}, expert_cache_entries=2)
+    other, third = data_url(picture(color="blue")), data_url(picture(color="green"))
+    for _ in range(3):
+        await ask(gateway)
+    assert len(expert.seen) == 1
+    await ask(gateway, other)
+    assert len(expert.seen) == 2
+    await ask(gateway)  # the older one, used again, is the younger now
+    await ask(gateway, third)
+    await ask(gateway)
+    assert len(expert.seen) == 3
+    await ask(gateway, other)  # was dropped
+    assert len(expert.seen) == 4
+    expert.version = "2"
+    await ask(gateway, other)
+    assert len(expert.seen) == 5
+
+
+async def test_failures_are_not_remembered(launch: Launch, worker: ScriptedWorker) -> None:
+    expert = ScriptedExpert("ocr", ExpertError("busy"))
+    gateway = await launch(worker, experts={"ocr": expert})
+    assert outcomes(await ask(gateway))[0][1] == "failed"
+    expert.says = "better"
+    assert outcomes(await ask(gateway))[0][1] == "ok"
+
+
+async def test_a_cache_of_no_entries(launch: Launch, worker: ScriptedWorker) -> None:
+    expert = ScriptedExpert("ocr", "x")
+    gateway = await launch(worker, experts={"ocr": expert}, expert_cache_entries=0)
+    for _ in range(2):
+        await ask(gateway)
+    assert len(expert.seen) == 2
+
+
+async def test_an_expert_that_cannot_load_does_not_stop_the_gateway(
+    launch: Launch, worker: ScriptedWorker
+) -> None:
+    class Unloadable(ScriptedExpert):
+        async def load(self) -> None:
+            raise ExpertError("its service is away")
+
+    gateway = await launch(worker, experts={"ocr": Unloadable("ocr", "x")})
+    assert (await gateway.chat()).status_code == 200

@@ -1,0 +1,185 @@
+"""Which worker gets a request, and what happens when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.errors import InvalidRequest, NotFound, RateLimited, ServerFailure, Unavailable, model_not_found
+from server.gateway.clients.workers import _encode, _lines
+from server.worker.messages import GENERATE_REQUEST, Delta, GenerateRequest, Started, TextPrompt
+from tests.server.gateway.scripted import (
+    BASE,
+    STATS,
+    TEXT_ADAPTER,
+    Died,
+    Launch,
+    ScriptedWorker,
+    until,
+    with_load,
+)
+
+
+def closed_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+async def test_the_least_loaded_worker_is_chosen(launch: Launch) -> None:
+    busy = ScriptedWorker(stats=with_load(STATS, 9))
+    idle = ScriptedWorker(stats=with_load(STATS, 0))
+    gateway = await launch(busy, idle)
+    for _ in range(3):
+        await gateway.chat()
+    assert (len(busy.requests), len(idle.requests)) == (0, 3)
+
+
+async def test_requests_under_way_count_at_once(launch: Launch) -> None:
+    go_on = asyncio.Event()
+
+    async def script(_: object):
+        yield Started(1)
+        await go_on.wait()
+        raise Died
+
+    workers = [ScriptedWorker(stats=with_load(STATS, 0), script=script) for _ in range(2)]
+    gateway = await launch(*workers, worker_poll_seconds=60)
+    running = [asyncio.create_task(gateway.chat()) for _ in range(6)]
+    await until(lambda: sum(len(worker.requests) for worker in workers) == 6)
+    go_on.set()
+    await asyncio.gather(*running)
+    assert [len(worker.requests) for worker in workers] == [3, 3]
+
+
+async def test_only_a_holder_of_the_model_is_asked(launch: Launch) -> None:
+    without = ScriptedWorker(models=[BASE], stats=with_load(STATS, 0))
+    holder = ScriptedWorker(models=[BASE, TEXT_ADAPTER], stats=with_load(STATS, 50))
+    gateway = await launch(without, holder)
+    assert (await gateway.chat(model="alpaca")).status_code == 200
+    assert (len(without.requests), len(holder.requests)) == (0, 1)
+
+
+async def test_a_worker_that_fails_before_its_first_event_is_replaced(launch: Launch) -> None:
+    for refusal in (
+        Unavailable("draining"),
+        RateLimited("full"),
+        ServerFailure("broken"),
+        model_not_found("base"),
+    ):
+        failing = ScriptedWorker(stats=with_load(STATS, 0), refusal=refusal)
+        healthy = ScriptedWorker(stats=with_load(STATS, 50))
+        gateway = await launch(failing, healthy)
+        assert (await gateway.chat()).status_code == 200
+        assert (await gateway.chunks())[-1] == "[DONE]"
+        assert failing.requests
+        assert healthy.requests
+
+
+async def test_a_callers_mistake_is_not_tried_elsewhere(launch: Launch) -> None:
+    first = ScriptedWorker(stats=with_load(STATS, 0), refusal=InvalidRequest("too long", param="messages"))
+    second = ScriptedWorker(stats=with_load(STATS, 50))
+    gateway = await launch(first, second)
+    response = await gateway.chat()
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
+    assert second.requests == []
+
+
+async def test_a_worker_that_dies_before_its_first_event_is_replaced(launch: Launch) -> None:
+    async def script(_: object):
+        raise Died
+        yield Started(1)
+
+    dying = ScriptedWorker(stats=with_load(STATS, 0), script=script)
+    healthy = ScriptedWorker(stats=with_load(STATS, 50))
+    gateway = await launch(dying, healthy)
+    assert (await gateway.chat()).status_code == 200
+    assert len(dying.requests) == 1
+
+
+async def test_nothing_is_retried_after_the_first_event(launch: Launch) -> None:
+    async def script(_: object):
+        yield Started(1)
+        yield Delta("x", (1,))
+        raise Died
+
+    dying = ScriptedWorker(stats=with_load(STATS, 0), script=script)
+    healthy = ScriptedWorker(stats=with_load(STATS, 50))
+    gateway = await launch(dying, healthy)
+    response = await gateway.chat()
+    assert response.status_code == 503
+    assert response.headers["retry-after"]
+    assert healthy.requests == []
+
+
+async def test_a_worker_that_is_not_there(launch: Launch) -> None:
+    healthy = ScriptedWorker()
+    nowhere = f"http://127.0.0.1:{closed_port()}"
+    alone = await launch(worker_urls=(nowhere, "unix:/nowhere.sock"))
+    response = await alone.chat()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+    assert (await alone.http.get("/health/ready")).status_code == 503
+    assert healthy.requests == []
+
+
+async def test_all_refuse(launch: Launch) -> None:
+    workers = [ScriptedWorker(refusal=RateLimited("full", retry_after=7)) for _ in range(2)]
+    gateway = await launch(*workers)
+    response = await gateway.chat()
+    assert (response.status_code, response.headers["retry-after"]) == (429, "7")
+    assert [len(worker.requests) for worker in workers] == [1, 1]
+
+
+async def test_a_model_whose_only_holder_is_down_is_unavailable_not_unknown(launch: Launch) -> None:
+    holder = ScriptedWorker(models=[BASE, TEXT_ADAPTER])
+    other = ScriptedWorker(models=[BASE])
+    gateway = await launch(holder, other)
+    holder.is_ready = False
+    polls = holder.polls
+    await until(lambda: holder.polls >= polls + 2)
+    assert (await gateway.chat(model="alpaca")).status_code == 503
+    assert (await gateway.chat(model="base")).status_code == 200
+
+
+async def test_a_worker_error_without_our_shape(launch: Launch, worker: ScriptedWorker) -> None:
+    class Odd(NotFound):
+        def body(self):
+            return {"detail": "odd"}
+
+    worker.refusal = Odd("odd")
+    gateway = await launch(worker)
+    response = await gateway.chat()
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.binary(max_size=40), max_size=3))
+async def test_encoding_equals_the_plain_serialiser(images: list[bytes]) -> None:
+    request = GenerateRequest("r", "m", TextPrompt('"images":[]}'), images=tuple(images), timeout_seconds=1.5)
+    assert GENERATE_REQUEST.validate_json(await _encode(request)) == request
+
+
+async def test_encoding_a_large_image() -> None:
+    image = bytes(range(256)) * 10_001  # not a multiple of a piece, nor of three
+    request = GenerateRequest("r", "m", TextPrompt("x"), images=(image,))
+    assert GENERATE_REQUEST.validate_json(await _encode(request)).images == (image,)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\n"), min_size=1)),
+    st.integers(1, 7),
+)
+async def test_lines_are_split_at_newlines_alone(lines: list[str], size: int) -> None:
+    raw = "".join(line + "\n" for line in lines).encode()
+
+    class Response:
+        async def aiter_bytes(self):
+            for i in range(0, len(raw), size):
+                yield raw[i : i + size]
+
+    assert [line.decode() async for line in _lines(Response())] == lines  # type: ignore[arg-type]
