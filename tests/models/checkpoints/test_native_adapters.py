@@ -226,7 +226,7 @@ def test_an_export_that_would_be_read_otherwise_is_refused(tmp_path: Path):
             {**spec, "prompt": {"length": 2, "layers": (0, 1)}, "template": "alpaca"}
         )
     )
-    with pytest.raises(CheckpointError, match="prompt would be read as something else"):
+    with pytest.raises(CheckpointError, match="prompt, gate would be read as something else"):
         export_adapter(low, "reference-v1", tmp_path / "x.pth")
 
 
