@@ -108,8 +108,14 @@ def expert(
 
 @app.command(epilog="Example:\n\n\b\n  llama-adapter pull smollm2-135m")
 @settings_options(WorkerSettings, without=set(WorkerSettings.model_fields) - {"cache_dir"})
-def pull(name: Annotated[str, typer.Argument(help="A base that is known by name.")], **given: Any) -> None:
+def pull(
+    name: Annotated[str, typer.Argument(help="A base that is known by name.")],
+    *,
+    supervised: Supervised = False,
+    **given: Any,
+) -> None:
     """Fetch a base into the cache, and convert it once."""
+    _watch_parent(supervised)
     from server.processes import pull_base
 
     print(pull_base(name, load(WorkerSettings, given).cache_dir))
@@ -145,6 +151,8 @@ def main() -> None:
         if (error.name or "").partition(".")[0] in ("server", "models", "experts"):
             raise
         sys.exit(f"error: {error.name} is not installed; install llama-adapter-server[worker,experts].")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

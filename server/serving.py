@@ -106,6 +106,7 @@ async def serve_app(app: ASGIApp, sock: socket.socket, drain: Drain, drain_secon
         access_log=False,
         lifespan="on",
         server_header=False,
+        log_level="warning",  # its news of starting and stopping; ours say the same
         timeout_graceful_shutdown=_CLOSING_SECONDS,
     )
     server = _Server(config)

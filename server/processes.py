@@ -1,0 +1,143 @@
+"""What each command runs: one process each, its heavy imports only once it is really started."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from starlette.types import ASGIApp
+
+from server.serving import Drain, StartupError, bind, drain_on_signals, serve_app
+from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
+from server.shipped import with_adapter_dir
+from server.supervisor import ServiceSettings, serve
+from server.telemetry import configure_logging
+
+_EXPERT_DRAIN_SECONDS = 5.0
+
+# A step of decoding is hundreds of short parallel regions. libgomp's own 300 000 spins between them cost
+# five times the step where another process wants a core, no spins a third of it where none does; with
+# 20 000 it was as fast as the default on an idle machine and as the latter on a busy one.
+_WORKER_SPINS = 20_000
+
+_READY = """
+llama-adapter serves {url}
+
+  curl {url}/v1/chat/completions -H 'content-type: application/json' {key}\\
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Say hello."}}]}}'
+"""
+
+
+def run_service(settings: ServiceSettings) -> None:
+    """Gateway, worker and experts on this machine; see `server.supervisor`. Raises `StartupError`."""
+    configure_logging(settings.gateway.log_level)
+    settings = dataclasses.replace(settings, worker=with_adapter_dir(settings.worker))
+    _fetch_base(settings.worker)
+
+    def announce(url: str, model: str) -> None:
+        key = "-H 'authorization: Bearer YOUR_KEY' " if settings.gateway.api_keys else ""
+        print(_READY.format(url=url, model=model, key=key), flush=True)
+
+    _run(serve(settings, announce))
+
+
+def run_gateway(settings: GatewaySettings) -> None:
+    """The API over workers and expert services that run elsewhere."""
+    from experts.http import HttpExpert
+    from server.gateway.app import create_app
+
+    configure_logging(settings.log_level)
+    experts = {name: HttpExpert(name, url) for name, url in settings.expert_urls.items()}
+    drain = Drain()
+    app = create_app(settings, experts, drain)
+    _run(_serve(app, settings.host, settings.port, None, drain, settings.drain_seconds))
+
+
+def run_worker(settings: WorkerSettings) -> None:
+    """One engine behind the routes of `server.worker.app`. Raises what `build_engine` raises."""
+    configure_logging(settings.log_level)
+    _set_threads(settings.num_threads, spins=_WORKER_SPINS)
+    from server.worker.app import create_app
+    from server.worker.build import build_engine
+
+    engine = build_engine(with_adapter_dir(settings))
+    drain = Drain()
+    app = create_app(engine, settings, drain)
+    _run(_serve(app, settings.host, settings.port, settings.uds, drain, settings.drain_seconds))
+
+
+def run_experts(names: tuple[str, ...], settings: ExpertSettings) -> None:
+    """The named experts behind the routes of `experts.app`. Raises `StartupError`."""
+    configure_logging(settings.log_level)
+    _set_threads(settings.num_threads, spins=0)
+    from experts.app import create_app
+    from experts.contract import ExpertError
+    from experts.factory import ExpertOptions, build_expert
+    from models.vision.images import ImageLimits
+
+    options = ExpertOptions(
+        limits=ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+        num_threads=settings.num_threads,
+        ocr_engine=settings.ocr_engine,
+        ocr_min_confidence=settings.ocr_min_confidence,
+        classifier_min_confidence=settings.classifier_min_confidence,
+    )
+    try:
+        experts = [build_expert(name, options) for name in names]
+    except ExpertError as error:
+        raise StartupError(str(error)) from error
+    app = create_app(experts, max_image_bytes=settings.max_image_bytes)
+    _run(_serve(app, settings.host, settings.port, settings.uds, Drain(), _EXPERT_DRAIN_SECONDS))
+
+
+def pull_base(name: str, cache_dir: Path) -> Path:
+    """Fetch the base `name` with a progress bar. Raises `models.pull.PullError`."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from models.pull import pull
+
+    with Progress(console=Console(stderr=True)) as progress:
+        return pull(name, cache_dir, progress)
+
+
+def _fetch_base(worker: WorkerSettings) -> None:
+    """In a process of its own, since converting needs torch, which this one is better without."""
+    is_path = os.sep in worker.base or Path(worker.base).exists()
+    if is_path or (worker.cache_dir / worker.base).is_dir():
+        return
+    command = [sys.executable, "-m", "server.cli", "pull", worker.base, f"--cache-dir={worker.cache_dir}"]
+    with subprocess.Popen(
+        [*command, "--supervised"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as pulling:  # noqa: S603
+        if pulling.wait() != 0:
+            raise SystemExit(1)  # it has said why
+
+
+def _set_threads(count: int, spins: int) -> None:
+    """Say how many threads OpenMP has (0: one per core) and how long an idle one spins.
+
+    It reads this once, when torch is first imported. What the user's environment says stays.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", str(spins))
+    if count:
+        os.environ.setdefault("OMP_NUM_THREADS", str(count))
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main)
+
+
+async def _serve(
+    app: ASGIApp, host: str, port: int, uds: Path | None, drain: Drain, drain_seconds: float
+) -> None:
+    drain_on_signals(drain)
+    await serve_app(app, bind(host, port, uds), drain, drain_seconds)

@@ -1,0 +1,153 @@
+"""`llama-adapter serve`: the gateway in this process, the worker and the experts in a child each.
+
+The children listen on Unix sockets in a folder that only this user can enter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from pydantic_settings import BaseSettings
+
+from experts.caption import CaptionExpert
+from experts.contract import Expert
+from experts.http import HttpExpert
+from server.captioning import CAPTION_ADAPTER, caption_generator
+from server.child import Child, ChildSpec
+from server.gateway.app import create_app
+from server.gateway.clients.workers import WorkerClient
+from server.serving import Drain, bind, drain_on_signals, serve_app
+from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
+
+_ENV_PREFIX = "LLAMA_ADAPTER_"
+_READY_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSettings:
+    """All of one machine's service. `experts` are the names that the experts' process serves."""
+
+    gateway: GatewaySettings
+    worker: WorkerSettings
+    expert: ExpertSettings
+    experts: tuple[str, ...]
+
+
+def settings_environment(settings: BaseSettings) -> dict[str, str]:
+    """The environment from which a child loads exactly `settings`, whatever ours says."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_ENV_PREFIX)}
+    given = settings.model_dump(mode="json", exclude_none=True)
+    return inherited | {
+        _ENV_PREFIX + name.upper(): value if isinstance(value, str) else json.dumps(value)
+        for name, value in given.items()
+    }
+
+
+def child_specs(settings: ServiceSettings, folder: Path) -> list[ChildSpec]:
+    """What to start, with its sockets in `folder`."""
+    command = (sys.executable, "-m", "server.cli")
+    worker = settings.worker.model_copy(update={"uds": folder / "worker.sock"})
+    specs = [
+        ChildSpec(
+            name="worker",
+            command=(*command, "worker", "--supervised"),
+            uds=folder / "worker.sock",
+            env=settings_environment(worker),
+            stop_seconds=worker.drain_seconds,
+        )
+    ]
+    if settings.experts:
+        threads = settings.expert.num_threads or max(1, (os.cpu_count() or 1) // 4)
+        expert = settings.expert.model_copy(update={"uds": folder / "experts.sock", "num_threads": threads})
+        specs.append(
+            ChildSpec(
+                name="experts",
+                command=(*command, "expert", *settings.experts, "--supervised"),
+                uds=folder / "experts.sock",
+                env=settings_environment(expert),
+                stop_seconds=5.0,
+            )
+        )
+    return specs
+
+
+async def serve(settings: ServiceSettings, announce: Callable[[str, str], None]) -> None:
+    """Run everything until SIGTERM or SIGINT.
+
+    `announce` gets the URL and the base's id once a request can be answered. Raises `StartupError`,
+    with a child's own words, if anything fails before that.
+    """
+    drain = Drain()
+    drain_on_signals(drain)
+    gateway = settings.gateway
+    sock = bind(gateway.host, gateway.port)
+    url = _url(gateway.host, sock.getsockname()[1])
+    with tempfile.TemporaryDirectory(prefix="llama-adapter-") as name:  # made with mode 0700
+        folder = Path(name)
+        children = [Child(spec) for spec in child_specs(settings, folder)]
+        worker_url = f"unix:{folder / 'worker.sock'}"
+        worker = WorkerClient(worker_url, gateway.worker_connect_seconds, gateway.worker_read_seconds)
+        app = create_app(
+            gateway.model_copy(update={"worker_urls": (worker_url,)}),
+            _experts(settings, folder, worker),
+            drain,
+        )
+        serving = asyncio.create_task(serve_app(app, sock, drain, gateway.drain_seconds))
+        announcing = asyncio.create_task(_announce_when_ready(children, worker, url, announce))
+        try:
+            await _run(serving, children, drain)
+        finally:
+            announcing.cancel()
+            await worker.close()
+
+
+def _experts(settings: ServiceSettings, folder: Path, worker: WorkerClient) -> dict[str, Expert]:
+    """The experts of the child, and captions by the worker where it has the adapter for them."""
+    url = f"unix:{folder / 'experts.sock'}"
+    experts: dict[str, Expert] = {name: HttpExpert(name, url) for name in settings.experts}
+    caption = next((a for a in settings.worker.adapters if a.startswith(f"{CAPTION_ADAPTER}=")), None)
+    if caption is not None:
+        experts["caption"] = CaptionExpert(caption_generator(worker), version=caption)
+    return experts
+
+
+async def _run(serving: asyncio.Task[None], children: Sequence[Child], drain: Drain) -> None:
+    """Until the gateway ends, or a child cannot start; the gateway drains before its children."""
+    keepers = [asyncio.create_task(child.keep()) for child in children]
+    try:
+        await asyncio.wait({serving, *keepers}, return_when=asyncio.FIRST_COMPLETED)
+        drain.ask()
+        await serving
+    finally:
+        for child in children:
+            child.stop()
+        outcomes = await asyncio.gather(*keepers, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+
+
+async def _announce_when_ready(
+    children: Sequence[Child], worker: WorkerClient, url: str, announce: Callable[[str, str], None]
+) -> None:
+    for child in children:
+        await child.ready.wait()
+    async with httpx.AsyncClient(base_url=url, timeout=5.0, trust_env=False) as client:
+        while not (await client.get("/health/ready")).is_success:  # noqa: ASYNC110 - it is polled over HTTP
+            await asyncio.sleep(_READY_SECONDS)
+    base, *_ = await worker.models(seconds=5.0)
+    announce(url, base.id)
+
+
+def _url(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return f"http://{reachable}:{port}"
