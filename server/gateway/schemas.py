@@ -19,6 +19,9 @@ MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
 MAX_BIASES = 1024
 
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
+
+Count = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 # Lists stop at their first mistake: a hostile body would make millions of them otherwise.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
@@ -34,7 +37,6 @@ def _biases(entries: Any) -> Any:
     return {int(key) if _TOKEN_ID.fullmatch(key) else key: bias for key, bias in entries.items()}
 
 
-_TOKEN_ID = re.compile(r"[0-9]{1,10}")
 LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_biases)]
 
 INCONSISTENT = "inconsistent"

@@ -73,7 +73,7 @@ def image(url: Any) -> dict[str, Any]:
         ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"logit_bias": {"a": 1}}, "logit_bias.a"),
-        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -98,7 +98,7 @@ def test_a_mistake_names_its_field(fields: dict[str, Any], param: str) -> None:
     error = refused(ChatRequest, CHAT | fields)
     assert error.status == 400
     assert error.param == param
-    assert param.rpartition(".")[2] in error.message
+    assert param in error.message
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_million_mistakes_cost_no_more_than_one(fields: dict[str, Any]) -> Non
     begun = time.process_time()
     with pytest.raises(InvalidRequest):
         parse(ChatRequest, raw)
-    assert time.process_time() - begun < 0.5
+    assert time.process_time() - begun < 1.0
 
 
 def test_a_million_token_ids_with_a_mistake() -> None:
@@ -246,7 +246,7 @@ def test_a_million_token_ids_with_a_mistake() -> None:
     begun = time.process_time()
     with pytest.raises(InvalidRequest):
         parse(CompletionRequest, raw)
-    assert time.process_time() - begun < 0.5
+    assert time.process_time() - begun < 1.0
 
 
 @settings(deadline=None, max_examples=50)
