@@ -1,0 +1,331 @@
+"""The engine as the worker's routes use it: real files, a tiny base, the real step thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_base import write_adapter, write_tiny_base
+
+from models.errors import AdapterMismatch, CheckpointError
+from server.errors import ApiError, InvalidRequest, NotFound, RateLimited, Timeout
+from server.serving import StartupError
+from server.settings import WorkerSettings
+from server.worker.build import build_engine
+from server.worker.engine import NativeEngine
+from server.worker.messages import (
+    ChatMessage,
+    ChatPrompt,
+    ContextItem,
+    Delta,
+    DetokenizeRequest,
+    Finished,
+    GenerateRequest,
+    SamplingParams,
+    Started,
+    TextPrompt,
+    TokenizeRequest,
+    TokenPrompt,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_base(folder / "tiny")
+    for i, kind in enumerate(("v1", "v2", "sight")):
+        write_adapter(folder / "adapters" / kind, kind, seed=i)
+    return folder
+
+
+def settings(folder: Path, **changes) -> WorkerSettings:
+    values = {
+        "base": str(folder / "tiny"),
+        "dtype": "float32",
+        "kv_cache_mib": 1,
+        "adapters": tuple(f"{kind}={folder / 'adapters' / kind}" for kind in ("v1", "v2", "sight")),
+        "adapter_root": folder / "adapters",
+    }
+    return WorkerSettings(**(values | changes))
+
+
+@pytest.fixture
+async def engine(folder: Path) -> AsyncGenerator[NativeEngine, None]:
+    engine = build_engine(settings(folder))
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+def chat(
+    text: str, model: str = "tiny", id: str = "r", max_tokens: int | None = 8, **fields
+) -> GenerateRequest:
+    sampling = fields.pop("sampling", SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True))
+    context = fields.pop("context", ())
+    return GenerateRequest(id, model, ChatPrompt((ChatMessage("user", text),), context), sampling, **fields)
+
+
+async def collect(engine: NativeEngine, request: GenerateRequest) -> list:
+    return [event async for event in engine.generate(request)]
+
+
+def text_of(events: list) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+def picture(color: str) -> bytes:
+    data = BytesIO()
+    Image.new("RGB", (40, 30), color).save(data, "PNG")
+    return data.getvalue()
+
+
+async def settle(engine: NativeEngine) -> None:
+    """Wait until the step thread has nothing to do."""
+    for _ in range(500):
+        stats = engine.stats()
+        if not (stats.running or stats.waiting or stats.kv_blocks_used):
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"the engine never came to rest: {engine.stats()}")
+
+
+async def until_running(engine: NativeEngine) -> None:
+    for _ in range(1000):
+        if engine.stats().running:
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError("nothing ever ran")
+
+
+async def test_models_are_the_base_and_its_adapters(engine: NativeEngine):
+    models = {model.id: model for model in engine.models()}
+    assert list(models) == ["tiny", "v1", "v2", "sight"]
+    assert models["tiny"].kind == "base"
+    assert models["sight"].parent == "tiny"
+    assert [model.reads_images for model in models.values()] == [False, False, False, True]
+    assert models["v2"].variant == "V2 text"
+
+
+async def test_a_mixed_batch_answers_as_each_alone(engine: NativeEngine):
+    images = {"red": picture("red"), "blue": picture("blue")}
+    requests = [
+        chat("hello there", model, id=f"{model}-{i}-{color}", images=(images[color],), max_tokens=12)
+        for i in range(2)
+        for model in ("tiny", "v1", "v2", "sight")
+        for color in images
+    ]
+    together = await asyncio.gather(*(collect(engine, request) for request in requests))
+    alone = [await collect(engine, request) for request in requests]
+    assert [text_of(events) for events in together] == [text_of(events) for events in alone]
+    answers = {
+        request.request_id: text_of(events) for request, events in zip(requests, together, strict=True)
+    }
+    assert len({answers[f"{model}-0-red"] for model in ("tiny", "v1", "v2", "sight")}) == 4
+    assert answers["sight-0-red"] != answers["sight-0-blue"]  # it looks
+    assert answers["v1-0-red"] == answers["v1-0-blue"]
+
+
+async def test_the_events_of_a_request(engine: NativeEngine):
+    question = "hello, how are you today, and what do you think of the weather"
+    events = await collect(engine, chat(question, max_tokens=5))
+    assert isinstance(events[0], Started)
+    assert isinstance(events[-1], Finished)
+    assert events[-1].finish_reason == "length"
+    assert events[-1].usage.completion_tokens == 5
+    assert events[-1].usage.prompt_tokens == events[0].prompt_tokens
+    again = await collect(engine, chat(question, max_tokens=5))
+    assert again[-1].usage.cached_tokens > 0
+    assert text_of(again) == text_of(events)
+
+
+async def test_context_enters_the_prompt(engine: NativeEngine):
+    prompt = ChatPrompt((ChatMessage("user", "What is the total?"),), (ContextItem("ocr", "Total 9.95"),))
+    tokens = await engine.tokenize(TokenizeRequest("tiny", prompt))
+    text = (await engine.detokenize(DetokenizeRequest("tiny", tokens.token_ids))).text
+    assert "OCR Context: Total 9.95\nWhat is the total?" in text
+    tokens = await engine.tokenize(TokenizeRequest("v1", prompt))
+    text = (await engine.detokenize(DetokenizeRequest("v1", tokens.token_ids))).text
+    assert text.endswith("### Input:\nOCR Context: Total 9.95\n\n### Response:")
+
+
+async def test_seeded_sampling_repeats_itself_whatever_is_beside_it(engine: NativeEngine):
+    def seeded(id: str, seed: int) -> GenerateRequest:
+        params = SamplingParams(temperature=1.2, top_p=0.9, seed=seed, max_tokens=16, ignore_eos=True)
+        return chat("tell", id=id, sampling=params)
+
+    first, other = await collect(engine, seeded("a", 7)), await collect(engine, seeded("b", 8))
+    crowd = await asyncio.gather(*(collect(engine, seeded(f"c{i}", 7 + i % 2)) for i in range(6)))
+    assert text_of(first) != text_of(other)
+    assert [text_of(events) for events in crowd] == [text_of(first), text_of(other)] * 3
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "word"),
+    [
+        (chat("x", model="nobody"), NotFound, "nobody"),
+        (chat("x " * 600), InvalidRequest, "context"),
+        (chat("x", max_tokens=5000), InvalidRequest, "max_tokens"),
+        (GenerateRequest("r", "tiny", TokenPrompt((1, 99999))), InvalidRequest, "99999"),
+        (GenerateRequest("r", "tiny", TokenPrompt(())), InvalidRequest, "at least one token"),
+        (chat("x", model="sight", images=(b"no image",)), InvalidRequest, "image"),
+        (chat("x", sampling=SamplingParams(logit_bias={-1: 1.0})), InvalidRequest, "-1"),
+    ],
+)
+async def test_what_cannot_be_answered_is_refused_before_the_first_event(
+    engine: NativeEngine, request_: GenerateRequest, error: type[ApiError], word: str
+):
+    with pytest.raises(error, match=word):
+        await collect(engine, request_)
+    await settle(engine)
+    assert text_of(await collect(engine, chat("still here?")))
+
+
+async def test_logit_bias_and_stop_strings_are_honoured(engine: NativeEngine):
+    # No token but this one is possible, so its text comes again and again.
+    (token,) = (await engine.tokenize(TokenizeRequest("tiny", TextPrompt("q", False)))).token_ids
+    params = SamplingParams(temperature=0, max_tokens=6, logit_bias={token: 100.0})
+    events = await collect(engine, chat("x", sampling=params))
+    assert text_of(events) == "qqqqqq"
+    params = SamplingParams(temperature=0, max_tokens=6, logit_bias={token: 100.0}, stop=("qqq",))
+    events = await collect(engine, chat("x", sampling=params))
+    assert text_of(events) == ""
+    assert events[-1].finish_reason == "stop"
+    params = SamplingParams(
+        temperature=0, max_tokens=6, logit_bias={token: 4.0}, frequency_penalty=2.0, presence_penalty=2.0
+    )
+    assert text_of(await collect(engine, chat("x", sampling=params))) != "qqqqqq"
+
+
+async def test_a_closed_stream_frees_its_blocks(engine: NativeEngine):
+    stream = engine.generate(chat("go on", max_tokens=400))
+    async for event in stream:
+        if isinstance(event, Delta):
+            break
+    assert engine.stats().kv_blocks_used > 0
+    await stream.aclose()
+    await settle(engine)
+    assert engine.stats().kv_blocks_used == 0
+
+
+async def test_the_deadline_ends_a_request(engine: NativeEngine):
+    with pytest.raises(Timeout):
+        await collect(engine, chat("go on", max_tokens=450, timeout_seconds=0.05))
+    await settle(engine)
+
+
+async def test_a_full_engine_says_so(folder: Path):
+    engine = build_engine(settings(folder, max_num_seqs=1, max_waiting=1, prompt_slots=1))
+    await engine.start()
+    results = await asyncio.gather(
+        *(collect(engine, chat("x", id=str(i), max_tokens=100)) for i in range(5)), return_exceptions=True
+    )
+    refused = [result for result in results if isinstance(result, RateLimited)]
+    assert len(refused) == 3
+    assert refused[0].retry_after
+    await engine.stop()
+
+
+async def test_stopping_ends_what_runs_with_an_error(folder: Path):
+    engine = build_engine(settings(folder))
+    await engine.start()
+    task = asyncio.create_task(collect(engine, chat("x", max_tokens=450)))
+    await until_running(engine)
+    await engine.stop()
+    events = await task
+    assert events[-1].type == "failed"
+    assert events[-1].status == 503
+    assert not engine.healthy
+
+
+async def test_adapters_come_and_go_while_others_run(engine: NativeEngine, folder: Path, tmp_path: Path):
+    before = text_of(await collect(engine, chat("hello", "v1")))
+    running = asyncio.create_task(collect(engine, chat("hello", "v1", id="long", max_tokens=300)))
+    await until_running(engine)
+
+    write_adapter(folder / "adapters" / "late", "v1", seed=9)
+    info = await engine.load_adapter("late", "late")
+    assert (info.id, info.version, info.parent) == ("late", 1, "tiny")
+    late = text_of(await collect(engine, chat("hello", "late")))
+    assert late != before
+
+    unloading = asyncio.create_task(engine.unload_adapter("v1"))
+    await asyncio.sleep(0)
+    with pytest.raises(NotFound):
+        await collect(engine, chat("hello", "v1"))
+    assert not unloading.done()  # it waits for the long request
+    events = await running
+    await unloading
+    assert events[-1].usage.completion_tokens == 300
+    assert text_of(events).startswith(before)
+
+    info = await engine.load_adapter("v1", "v1")
+    assert info.version == 2
+
+
+async def test_a_new_version_never_meets_the_old_ones_blocks(engine: NativeEngine, folder: Path):
+    write_adapter(folder / "adapters" / "changing", "v1", seed=20)
+    await engine.load_adapter("changing", "changing")
+    question = "the very same question, long enough to fill several blocks of the cache"
+    old = await collect(engine, chat(question, "changing"))
+    assert (await collect(engine, chat(question, "changing")))[-1].usage.cached_tokens > 0
+    write_adapter(folder / "adapters" / "changing", "v1", seed=21)
+    info = await engine.load_adapter("changing", "changing")
+    assert info.version == 2
+    new = await collect(engine, chat(question, "changing"))
+    assert new[-1].usage.cached_tokens == 0
+    assert text_of(new) != text_of(old)
+
+
+@pytest.mark.parametrize("path", ["../tiny", "/etc", "nothing-there", "tiny/../../x"])
+async def test_paths_outside_the_root_are_refused(engine: NativeEngine, path: str):
+    with pytest.raises(InvalidRequest) as caught:
+        await engine.load_adapter("new", path)
+    assert caught.value.param == "path"
+    assert [model.id for model in engine.models()] == ["tiny", "v1", "v2", "sight"]
+
+
+async def test_a_broken_adapter_is_refused_and_the_engine_goes_on(engine: NativeEngine, folder: Path):
+    broken = folder / "adapters" / "broken"
+    write_adapter(broken, "v1")
+    weights = broken / "adapter.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InvalidRequest, match=r"adapter\.safetensors"):
+        await engine.load_adapter("broken", "broken")
+    with pytest.raises(NotFound):
+        await engine.unload_adapter("broken")
+    assert text_of(await collect(engine, chat("still here?")))
+
+
+def test_start_up_names_what_is_wrong(folder: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        build_engine(settings(folder, base=str(tmp_path / "none")))
+    with pytest.raises(StartupError, match="max_model_len"):
+        build_engine(settings(folder, max_model_len=100_000))
+    with pytest.raises(StartupError, match="prompt_slots"):
+        build_engine(settings(folder, prompt_slots=4, max_num_seqs=8))
+    with pytest.raises(StartupError, match="device"):
+        build_engine(settings(folder, device="nowhere"))
+    with pytest.raises(CheckpointError, match="the base's own"):
+        build_engine(settings(folder, adapters=(f"tiny={folder / 'adapters' / 'v1'}",)))
+
+
+def test_an_adapter_for_another_base_is_refused(folder: Path, tmp_path: Path):
+    from models.checkpoints.manifest import read_manifest
+
+    config = read_manifest(folder / "adapters" / "v1")
+    other = config.model_copy(update={"base": config.base.model_copy(update={"fingerprint": "0" * 16})})
+    write_adapter(tmp_path / "v1", "v1")
+    (tmp_path / "v1" / "adapter.json").write_text(other.model_dump_json())
+    with pytest.raises(AdapterMismatch, match="fingerprint"):
+        build_engine(settings(folder, adapters=(f"v1={tmp_path / 'v1'}",)))
+
+
+def test_float_types_of_the_base(folder: Path):
+    for name in ("bfloat16", "float16"):
+        engine = build_engine(settings(folder, dtype=name))
+        assert engine._step_loop._runner.base.dtype == getattr(torch, name)
