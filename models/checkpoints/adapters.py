@@ -52,7 +52,7 @@ def open_adapter(
     options = options or AdapterOptions()
     if is_native(path):
         _check_options(path, NATIVE, frozenset(), options)
-        config = _with_options(path, read_manifest(path), options)
+        config = _with_options(read_manifest(path), options)
         return load_adapter(path, base, fingerprint, config)
     file = read_tensor_file(path)
     config, tensors = read_adapter(file, detect(file), base_spec(base), options)
@@ -63,14 +63,21 @@ def read_adapter(
     file: TensorFile, form: AdapterFormat, base: BaseSpec, options: AdapterOptions
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Configuration and native tensors of a foreign file. Raises as `open_adapter`."""
-    _check_options(file.path, form.name, form.options, options)
     check_base(file.path, form.dimensions(file), base)
+    config = read_adapter_config(file, form, base, options)
+    return config, form.table(config).to_native(form.unpack(file, config))
+
+
+def read_adapter_config(
+    file: TensorFile, form: AdapterFormat, base: BaseSpec, options: AdapterOptions
+) -> AdapterConfig:
+    """What a foreign file means with these options. Raises CheckpointError."""
+    _check_options(file.path, form.name, form.options, options)
     try:
-        config = _with_options(file.path, form.config(file, base, options), options)
+        return _with_options(form.config(file, base, options), options)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise CheckpointError(f"{file.path}: {reason}; fetch the file again") from error
-    return config, form.table(config).to_native(form.unpack(file, config))
 
 
 def detect(file: TensorFile) -> AdapterFormat:
@@ -188,5 +195,5 @@ def _check_options(path: Path, name: str, known: frozenset[str], options: Adapte
             )
 
 
-def _with_options(path: Path, config: AdapterConfig, options: AdapterOptions) -> AdapterConfig:
+def _with_options(config: AdapterConfig, options: AdapterOptions) -> AdapterConfig:
     return config.model_copy(update={"template": options.template}) if options.template else config

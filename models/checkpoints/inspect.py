@@ -10,7 +10,7 @@ from typing import Any
 from models.adapter import Adapter
 from models.adapter_config import AdapterConfig, BaseSpec
 from models.checkpoints.adapter_table import AdapterFormat, AdapterOptions, NameTable
-from models.checkpoints.adapters import NATIVE, detect, export_adapter, open_adapter
+from models.checkpoints.adapters import NATIVE, detect, export_adapter, open_adapter, read_adapter_config
 from models.checkpoints.base import open_base
 from models.checkpoints.manifest import read_manifest
 from models.checkpoints.native import WEIGHTS, is_native, load_unchecked, native_shapes, read_tensors
@@ -52,9 +52,7 @@ def describe(path: Path, options: AdapterOptions | None = None) -> dict[str, Any
     file = read_tensor_file(path)
     form = detect(file)
     sizes = form.dimensions(file)
-    config = form.config(file, _likely_base(sizes), options)
-    if options.template:
-        config = config.model_copy(update={"template": options.template})
+    config = read_adapter_config(file, form, _likely_base(sizes), options)
     shapes = _own_shapes(file, form.table(config))
     return _description(path, form.name, config, sizes, shapes, _open_options(form, config))
 

@@ -84,7 +84,9 @@ class Peft:
             "adapter_len": prompt.length,
             "adapter_layers": len(prompt.layers),
         }
-        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights = path / "adapter_model.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)  # safetensors makes it readable by its owner only
         (path / "adapter_config.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,154 @@
+"""Describing, verifying and converting adapter files, as functions and on the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_files import K, chat_65b, reference_7b, reference_v1
+from safetensors.torch import load_file, save_file
+from support import MHA, canonical_weights, random_base
+from typer.testing import CliRunner
+
+from models.checkpoints.adapters import AdapterOptions, open_adapter
+from models.checkpoints.huggingface import write_huggingface
+from models.checkpoints.inspect import Base, convert, describe, read_base, verify
+from models.checkpoints.manifest import read_manifest
+from models.errors import AdapterMismatch, CheckpointError
+from models.fingerprint import fingerprint
+from server.commands.adapters import app
+
+LITGPT = Path(__file__).parents[2] / "fixtures" / "litgpt"
+LENGTH = AdapterOptions(length=K)
+BASE = Base(MHA, "0123456789abcdef")
+
+
+def v1(tmp_path: Path) -> Path:
+    torch.save(reference_v1(MHA).tensors, tmp_path / "v1.pth")
+    return tmp_path / "v1.pth"
+
+
+def seven(tmp_path: Path) -> Path:
+    torch.save({"model": reference_7b(MHA, lora=2).tensors}, tmp_path / "7b.pth")
+    return tmp_path / "7b.pth"
+
+
+def test_a_description_of_v1(tmp_path: Path):
+    told = describe(v1(tmp_path), LENGTH)
+    assert told["format"] == "reference-v1"
+    assert told["variant"] == "V1 text"
+    assert told["base"] == {"hidden_size": 48, "num_layers": 4, "num_heads": 6}
+    assert told["prompt"] == {"length": K, "layers": [1, 2, 3], "projection": "wk_wv"}
+    assert told["parameters"] == 3 * K * 48 + 3 * 6  # the bottom layer's gates are never used
+    assert told["options"] == {"gate": "tanh", "template": "alpaca", "length": K}
+    assert len(told["sha256"]) == 64
+    json.dumps(told)
+
+
+def test_a_description_of_7b(tmp_path: Path):
+    sample = reference_7b(MHA, lora=2)
+    told = describe(seven(tmp_path), AdapterOptions(color="rgb", template="plain"))
+    assert told["variant"] == "V2 multimodal"
+    assert told["base"] == {
+        "hidden_size": 48,
+        "num_layers": 4,
+        "num_heads": 6,
+        "intermediate_size": MHA.intermediate_size,
+    }
+    assert told["vision"]["encoder"] == "open_clip:ViT-L-14:openai"
+    assert told["lora"]["rank"] == 2
+    assert told["options"] == {"template": "plain", "color": "rgb"}
+    assert told["template"] == "plain"
+    assert told["parameters"] == sum(tensor.numel() for tensor in sample.own.values())
+
+
+def test_a_description_of_the_others(tmp_path: Path):
+    torch.save({"model": chat_65b(MHA).tensors}, tmp_path / "chat.pth")
+    told = describe(tmp_path / "chat.pth")
+    assert "gate" not in told  # there is nothing to gate
+    assert told["base"] == {"hidden_size": 48, "num_layers": 4, "intermediate_size": MHA.intermediate_size}
+    told = describe(LITGPT / "adapter_v2-0.5.13")
+    assert told["head"] is True
+    assert told["options"] == {"template": "chat", "litgpt": "0.5.5 to 0.5.13"}
+    with pytest.raises(CheckpointError, match="say which made it"):
+        describe(LITGPT / "adapter-0.5.13")
+
+
+def test_conversion_to_native_and_back(tmp_path: Path):
+    convert(seven(tmp_path), tmp_path / "native", base=BASE)
+    assert read_manifest(tmp_path / "native").base.fingerprint == BASE.fingerprint
+    told = verify(tmp_path / "native")
+    assert told["verified"] == "values"
+    assert told["parameters"] == describe(seven(tmp_path))["parameters"]
+    convert(tmp_path / "native", tmp_path / "back.pth", "reference-7b")
+    original, back = (
+        torch.load(tmp_path / name, weights_only=True)["model"] for name in ("7b.pth", "back.pth")
+    )
+    assert original.keys() == back.keys()
+    bottom = ("llama.layers.0.attention.gate", "llama.layers.0.attention.new_gate")
+    assert all(torch.equal(original[key], back[key]) for key in original if key not in bottom)
+
+
+def test_a_converted_adapter_knows_its_base(tmp_path: Path):
+    convert(v1(tmp_path), tmp_path / "native", base=BASE, options=LENGTH)
+    assert verify(tmp_path / "native", BASE)["verified"] == "values and base"
+    with pytest.raises(AdapterMismatch, match="fingerprint"):
+        verify(tmp_path / "native", Base(MHA, "fedcba9876543210"))
+    with pytest.raises(AdapterMismatch, match="num_layers"):
+        verify(tmp_path / "native", Base(replace(MHA, num_layers=6), BASE.fingerprint))
+
+
+def test_other_formats_need_their_base(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"v1\.pth: only a native adapter folder tells its base"):
+        verify(v1(tmp_path), options=LENGTH)
+    with pytest.raises(CheckpointError, match="give the base"):
+        convert(v1(tmp_path), tmp_path / "native", options=LENGTH)
+    assert verify(v1(tmp_path), BASE, LENGTH)["verified"] == "values and base"
+
+
+def test_verification_reads_every_value(tmp_path: Path):
+    convert(v1(tmp_path), tmp_path / "native", base=BASE, options=LENGTH)
+    file = tmp_path / "native" / "adapter.safetensors"
+    tensors = load_file(file)
+    tensors["gate"][1, 2] = float("nan")
+    save_file(tensors, file)
+    describe(tmp_path / "native")  # reads headers only
+    with pytest.raises(CheckpointError, match="gate holds NaN"):
+        verify(tmp_path / "native")
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    model = random_base(MHA)
+    (tmp_path / "base").mkdir()
+    write_huggingface(tmp_path / "base", MHA, canonical_weights(model).items())
+    return tmp_path / "base"
+
+
+def test_a_base_is_read_for_its_shape_and_fingerprint(base_folder: Path):
+    read = read_base(base_folder)
+    assert (read.config.hidden_size, read.config.num_layers) == (48, 4)
+    assert read.fingerprint == fingerprint(random_base(MHA).embed)
+
+
+def test_the_command_line(tmp_path: Path, base_folder: Path):
+    run, file = CliRunner(), v1(tmp_path)
+    told = run.invoke(app, ["inspect", str(file), "--option", f"length={K}", "--json"])
+    assert told.exit_code == 0
+    assert json.loads(told.output)["variant"] == "V1 text"
+    table = run.invoke(app, ["inspect", str(file), "--option", f"length={K}"])
+    assert "reference-v1" in table.output
+    assert "hidden_size 48" in table.output
+    target = tmp_path / "native"
+    options = ["--option", f"length={K}", "--option", "gate=raw"]
+    done = run.invoke(app, ["convert", str(file), str(target), "--base", str(base_folder), *options])
+    assert done.exit_code == 0, done.output
+    assert read_manifest(target).gate.activation == "raw"
+    checked = run.invoke(app, ["verify", str(target), "--base", str(base_folder), "--json"])
+    assert json.loads(checked.output)["verified"] == "values and base"
+    open_adapter(target, MHA, fingerprint=read_base(base_folder).fingerprint)
+    refused = run.invoke(app, ["inspect", str(tmp_path / "nowhere")])
+    assert isinstance(refused.exception, CheckpointError)  # which `llama-adapter` tells in one sentence
