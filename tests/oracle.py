@@ -52,7 +52,10 @@ class Oracle:
             x_TC = x_TC + self._feed_forward(layer, self._norm(layer, "feed_forward_norm", x_TC))
         weight_C = self.own.get("final_norm", self.base["norm.weight"])
         head = self.base["embed.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
-        return rms_norm(x_TC, weight_C, self.config.rms_norm_eps) @ head.T
+        y_TV = rms_norm(x_TC, weight_C, self.config.rms_norm_eps) @ head.T
+        if self.adapter and self.adapter.head:
+            y_TV = self.own["head_scale"] * (y_TV + self.own["head_bias"])
+        return y_TV
 
     def _norm(self, layer: int, name: str, x_TC: Array) -> Array:
         weight_C = self.own[name][layer] if name in self.own else self.base[f"layers.{layer}.{name}.weight"]
@@ -89,7 +92,7 @@ class Oracle:
         q, k, v = (self._linear(layer, name, x_TC) for name in ("wq", "wk", "wv"))
         rows_KC = self._prompt(layer, visual_nC)
         if rows_KC is not None:  # raw rows: neither normalised nor rotated
-            k_a, v_a = (self._linear(layer, name, rows_KC, of_prompt=True) for name in ("wk", "wv"))
+            k_a, v_a = self._prompt_keys_and_values(layer, rows_KC)
         out = np.zeros_like(q)
         for head in range(self.config.num_heads):
             mine, shared = (slice(h * D, (h + 1) * D) for h in (head, head // group))
@@ -127,6 +130,24 @@ class Oracle:
         assert static_KC is not None
         repeated = [visual_nC[0] if len(visual_nC) == 1 else visual_nC[i] for i in range(len(static_KC))]
         return static_KC + np.stack(repeated)
+
+    def _prompt_keys_and_values(self, layer: int, rows_KC: Array) -> tuple[Array, Array]:
+        """wk A and wv A (V1 eq. 3), each [K, G·D]; or as LitGPT 0.5.5 to 0.5.13 cut the fused rows.
+
+        There the heads of all queries, then all keys, then all values are dealt out to G groups in that
+        order, H/G + 2 to each, and a group takes its last two for its key and its value.
+        """
+        assert self.adapter is not None
+        q, k, v = (self._linear(layer, name, rows_KC, of_prompt=True) for name in ("wq", "wk", "wv"))
+        if self.adapter.prompt is None or self.adapter.prompt.projection == "wk_wv":
+            return k, v
+        D, G = self.config.head_dim, self.config.num_kv_heads
+        heads = [x[:, i : i + D] for x in (q, k, v) for i in range(0, x.shape[1], D)]
+        size = len(heads) // G
+        groups = [heads[g * size : (g + 1) * size] for g in range(G)]
+        return np.concatenate([g[-2] for g in groups], axis=1), np.concatenate(
+            [g[-1] for g in groups], axis=1
+        )
 
     def _gate(self, layer: int, head: int) -> float:
         """g of one head (V1 eq. 7): raw or through tanh, the head's own or the layer's, times new_gate."""

@@ -65,7 +65,7 @@ def random_adapter(config: AdapterConfig, dtype: torch.dtype = torch.float32, se
                 parameter.copy_(values)
             elif "bias" in name:
                 parameter.copy_(0.2 * values)
-            elif "norm" in name or parent == "scale" or name == "new_gate":
+            elif "norm" in name or parent == "scale" or name in ("new_gate", "head_scale"):
                 parameter.copy_(1 + 0.2 * values)
             else:  # matrices: the projector's and LoRA's
                 parameter.copy_(values * (0.5 if last == "b" else 1) * parameter.shape[-1] ** -0.5)

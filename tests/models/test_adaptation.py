@@ -37,11 +37,11 @@ OUTPUT_SCALE_LORA = {
     "lora": {"rank": 3, "alpha": 2.0, "targets": ("wq", "wv", "wo", "w2")},
 }
 LORA = {"lora": {"rank": 5, "targets": LINEARS}}
+HEAD = {"final_norm": True, "head": True}
 # In the order of their slots; slot 0 is the base.
 KINDS = {"v1": V1, "bias+norm": BIAS_NORM, "input scale": INPUT_SCALE, "output scale+lora": OUTPUT_SCALE_LORA}
-KINDS |= {"lora": LORA}
+KINDS |= {"lora": LORA, "head": HEAD}
 SLOTS = range(len(KINDS) + 1)
-INPUT_SCALE_SLOT = list(KINDS).index("input scale") + 1
 MAX_PROMPT_LEN = 4
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -115,7 +115,7 @@ def some_tokens(B: int, T: int) -> Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_all_kinds_in_one_batch_equal_each_alone(name: str, dtype: torch.dtype):
-    ours, slots = deployment(name, dtype), [3, 0, 1, 5, 2, 4, 0, 5]
+    ours, slots = deployment(name, dtype), [3, 0, 1, 5, 2, 4, 6, 0, 5]
     tokens_BT = some_tokens(1, 9).repeat(len(slots), 1)  # one text: only the adapters differ
     mixed = ours.together(slots, tokens_BT)
     for b, slot in enumerate(slots):
@@ -141,14 +141,15 @@ def test_any_mix_equals_each_alone(name: str, requests: list[tuple[int, int]]):
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("neighbours", [[slot] for slot in SLOTS[1:]] + [list(SLOTS[1:])], ids=str)
-def test_base_rows_stay_the_base_bit_for_bit(name: str, neighbours: list[int]):
+def test_base_rows_stay_the_base_bit_for_bit(name: str, neighbours: list[int], dtype: torch.dtype):
     """Identity rows multiply by one and add zero, so nothing rounds, whoever sits beside them.
 
     Compared with the plain base on the same flat batch: with other tokens beside them, BLAS may add up
-    a row's products in another order. In bfloat16 norms by row round once more (the test below).
+    a row's products in another order.
     """
-    ours, slots = deployment(name), [0, *neighbours, 0]
+    ours, slots = deployment(name, dtype), [0, *neighbours, 0]
     tokens_BT = some_tokens(len(slots), 9)
     mixed = ours.together(slots, tokens_BT)
     plain = ours.together([0] * len(slots), tokens_BT)
@@ -195,15 +196,3 @@ def test_placing_over_an_old_slot_leaves_nothing_behind(old: str, new: str):
             assert torch.equal(used_LSRf[:, 1, :rank], clean_LSRf[:, 1]), name
             assert not used_LSRf[:, 1, rank:].any(), name
             assert not used_LSRf[:, 0].any(), name
-
-
-def test_a_bank_in_bfloat16_stays_near_each_alone():
-    """Own norms are the only place where a mixed batch rounds otherwise: normalise, round, multiply."""
-    ours = deployment("mha", torch.bfloat16)
-    tokens_BT, slots = some_tokens(1, 9).repeat(6, 1), list(SLOTS)
-    mixed = ours.together(slots, tokens_BT)
-    truth = deployment("mha", torch.float64)
-    for b, slot in enumerate(slots):
-        exact = truth.alone(slot, tokens_BT[b])
-        noise = (ours.alone(slot, tokens_BT[b]).double() - exact).abs().mean()
-        assert (mixed[b].double() - exact).abs().mean() < 1.5 * noise + 1e-3

@@ -94,6 +94,16 @@ VARIANTS: dict[str, dict[str, object]] = {
         "prompt": PROMPT,
         "lora": {"rank": 3, "alpha": 5.0, "targets": ("wq", "wk", "wv", "w2"), "on_prompts": True},
     },
+    "LitGPT 0.5.13's prompts": {
+        "prompt": PROMPT | {"projection": "regrouped"},
+        "gate": {"activation": "raw"},
+    },
+    "LitGPT 0.5.13's V2": {
+        **NORMS,
+        "prompt": PROMPT | {"projection": "regrouped"},
+        "head": True,
+        "scale_bias": {"scale": "output", "scale_targets": LINEARS, "bias_targets": LINEARS},
+    },
     "everything, scales on outputs": {
         **NORMS,
         "prompt": PROMPT,
