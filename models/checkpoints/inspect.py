@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,17 @@ def describe(path: Path, options: AdapterOptions | None = None) -> dict[str, Any
 def verify(path: Path, base: Base | None = None, options: AdapterOptions | None = None) -> dict[str, Any]:
     """`describe`, after every value was read and checked, against a base where one is given.
 
-    Only native folders can be verified without their base, as other formats do not tell all its sizes.
+    A released 7B file's name begins with its SHA-256, which has to be right. Only native folders can be verified without their base, as other formats do not tell all its sizes.
     Raises CheckpointError or AdapterMismatch at the first thing that is wrong.
     """
     adapter = _open(path, base, options or AdapterOptions())
-    return describe(path, options) | {
+    told = describe(path, options)
+    promised = re.match(r"([0-9a-f]{64})_", path.name)
+    if promised and promised[1] != told["sha256"]:
+        raise CheckpointError(
+            f"{path}: is not what its name promises, its SHA-256 is {told['sha256']}; fetch it again"
+        )
+    return told | {
         "variant": adapter.config.variant,
         "verified": "values" if base is None else "values and base",
     }

@@ -19,6 +19,7 @@ from models.checkpoints.inspect import Base, convert, describe, read_base, verif
 from models.checkpoints.manifest import read_manifest
 from models.errors import AdapterMismatch, CheckpointError
 from models.fingerprint import fingerprint
+from models.registry import content_hash
 from server.commands.adapters import app
 
 LITGPT = Path(__file__).parents[2] / "fixtures" / "litgpt"
@@ -118,6 +119,15 @@ def test_verification_reads_every_value(tmp_path: Path):
     describe(tmp_path / "native")  # reads headers only
     with pytest.raises(CheckpointError, match="gate holds NaN"):
         verify(tmp_path / "native")
+
+
+def test_a_released_file_s_name_is_its_hash(tmp_path: Path):
+    path = seven(tmp_path)
+    good = path.rename(tmp_path / f"{content_hash(path)}_BIAS-7B.pth")
+    verify(good, BASE)
+    bad = good.rename(tmp_path / f"{'0' * 64}_BIAS-7B.pth")
+    with pytest.raises(CheckpointError, match="not what its name promises"):
+        verify(bad, BASE)
 
 
 @pytest.fixture
