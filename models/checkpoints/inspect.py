@@ -61,7 +61,8 @@ def describe(path: Path, options: AdapterOptions | None = None) -> dict[str, Any
 def verify(path: Path, base: Base | None = None, options: AdapterOptions | None = None) -> dict[str, Any]:
     """`describe`, after every value was read and checked, against a base where one is given.
 
-    A released 7B file's name begins with its SHA-256, which has to be right. Only native folders can be verified without their base, as other formats do not tell all its sizes.
+    A released 7B file's name begins with its SHA-256, which has to be right. Only native folders can be
+    verified without their base, as other formats do not tell all its sizes.
     Raises CheckpointError or AdapterMismatch at the first thing that is wrong.
     """
     adapter = _open(path, base, options or AdapterOptions())
