@@ -20,6 +20,8 @@ from models.llama import Layer, Llama
 from models.vision.encoder import EncoderDims
 from models.vision.projector import build_projector
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 class Adapter(nn.Module):
     """Trainable parameters; `state_dict()` has the native tensor names (docs/design.md).
@@ -109,11 +111,16 @@ class Adapter(nn.Module):
                     f"{source}: {name} has shape {list(tensor.shape)}, "
                     f"its configuration asks for {list(place.shape)}"
                 )
-            if not tensor.is_floating_point():
-                raise CheckpointError(f"{source}: {name} is {tensor.dtype}, not a floating-point tensor")
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{source}: {name} holds NaN or infinite values")
+            if tensor.dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"{source}: {name} is {tensor.dtype}, not a floating-point tensor of 16 bits or more; "
+                    "save it as float32"
+                )
             place.copy_(tensor)
+            if not torch.isfinite(place).all():  # as it will be used: a float64 may overflow
+                raise CheckpointError(
+                    f"{source}: {name} holds NaN or infinite values; restore it from a sound checkpoint"
+                )
         return self
 
     def gates(self) -> Tensor:

@@ -29,6 +29,9 @@ def _in_order(targets: tuple[LinearName, ...]) -> tuple[LinearName, ...]:
     return tuple(name for name in LINEARS if name in targets)
 
 
+# Bounds beyond any real model, so that no product of sizes overflows where shapes are computed.
+Size = Annotated[int, Field(gt=0, le=1 << 24)]
+Count = Annotated[int, Field(gt=0, le=1 << 12)]
 Layers = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=1024)], ...], Field(min_length=1), AfterValidator(_ascending)
 ]
@@ -42,13 +45,13 @@ class _Strict(BaseModel):
 class BaseSpec(_Strict):
     """The base an adapter was made for; another one is refused."""
 
-    hidden_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    vocab_size: int | None = None
+    hidden_size: Size
+    num_layers: int = Field(gt=0, le=1024)
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    intermediate_size: Size
+    vocab_size: Size | None = None
     fingerprint: str | None = None  # of the embedding, where it is known: `models.fingerprint`
 
 
@@ -95,7 +98,7 @@ class LoraConfig(_Strict):
     """y += (alpha / rank) · B A x. The released 7B code keeps it off the prompts' keys and values."""
 
     rank: int = Field(gt=0, le=1024)
-    alpha: float | None = None  # None: no scaling
+    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # None: no scaling
     targets: Targets = Field(min_length=1)
     on_prompts: bool = False
 
@@ -125,11 +128,11 @@ class VisionConfig(_Strict):
     fusion: Literal["add", "early"]
     layers: Layers
     num_tokens: int = Field(gt=0, le=1024)
-    feature_dim: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)  # width inside the projector; for `linear` the features' own
+    feature_dim: Size
+    hidden_size: Size  # width inside the projector; for `linear` the features' own
     input_norm: bool = False  # LayerNorm on the features first; query_blocks has its own
     num_blocks: int = Field(default=0, ge=0, le=64)  # query_blocks only
-    num_heads: int = Field(default=0, ge=0)  # query_blocks only
+    num_heads: int = Field(default=0, ge=0, le=1 << 12)  # query_blocks only
     color: Literal["rgb", "bgr"] = "rgb"
     no_image: Literal["zero", "none"] = "none"
 
@@ -177,6 +180,11 @@ class AdapterConfig(_Strict):
             raise ValueError(f"layer {top} does not exist in a base of {self.base.num_layers} layers")
         if self.head and self.base.vocab_size is None:
             raise ValueError("`head` needs `base.vocab_size`")
+        tuned = self.scale_bias.bias_targets or self.scale_bias.scale_targets or self.lora
+        if not (self.gated_layers or self.norms or self.final_norm or self.head or tuned):
+            raise ValueError(
+                "an adapter that changes nothing; give it prompts, norms, biases, scales or LoRA"
+            )
         if self.vision is None:
             return self
         static = set(self.prompt.layers) if self.prompt else set()

@@ -16,6 +16,7 @@ from models.adapter import Adapter, base_spec
 from models.adapter_config import AdapterConfig, BaseSpec
 from models.checkpoints.adapter_table import AdapterFormat, AdapterOptions, check_base
 from models.checkpoints.chat65b import CHAT_65B
+from models.checkpoints.fields import first_fault
 from models.checkpoints.litgpt import LITGPT
 from models.checkpoints.manifest import read_manifest
 from models.checkpoints.native import is_native, load_adapter, save_adapter
@@ -76,8 +77,7 @@ def read_adapter_config(
     try:
         return _with_options(form.config(file, base, options), options)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise CheckpointError(f"{file.path}: {reason}; fetch the file again") from error
+        raise CheckpointError(f"{file.path}: {first_fault(error)}; fetch the file again") from error
 
 
 def detect(file: TensorFile) -> AdapterFormat:

@@ -29,9 +29,13 @@ def parse(model: type[_Model], raw: dict[str, Any], file: Path) -> _Model:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = "".join(f"{part}: " for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
         raise CheckpointError(
-            f"{file}: {field}{message}; use the unmodified file that belongs to the weights"
+            f"{file}: {first_fault(error)}; use the unmodified file that belongs to the weights"
         ) from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first field that is wrong, and why."""
+    first = error.errors()[0]
+    field = "".join(f"{part}: " for part in first["loc"])
+    return field + first["msg"].removeprefix("Value error, ")

@@ -146,11 +146,11 @@ def test_a_manifest_of_absurd_size_is_not_read(folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("feature_dim", 1 << 40), ("hidden_size", 1 << 62), ("hidden_size", 1 << 30)]
+    ("field", "value"), [("feature_dim", 1 << 24), ("hidden_size", 1 << 62), ("hidden_size", 1 << 23)]
 )
 def test_absurd_sizes_allocate_nothing(folder: Path, field: str, value: int):
     edit(folder, vision={**EVERYTHING["vision"], field: value})
-    with pytest.raises(CheckpointError, match=r"has shape|no adapter can have these sizes"):
+    with pytest.raises(CheckpointError, match=r"has shape|hidden_size: Input should be less than"):
         open_adapter(folder, MHA)
 
 
