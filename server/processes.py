@@ -31,7 +31,7 @@ _READY = """
 llama-adapter serves {url}
 
   curl {url}/v1/chat/completions -H 'content-type: application/json' {key}\\
-    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Say hello."}}]}}'
+    -d '{{"model": "{model}", "max_tokens": 32, "messages": [{{"role": "user", "content": "Say hello."}}]}}'
 """
 
 
@@ -114,9 +114,8 @@ def _fetch_base(worker: WorkerSettings) -> None:
     if is_path or (worker.cache_dir / worker.base).is_dir():
         return
     command = [sys.executable, "-m", "server.cli", "pull", worker.base, f"--cache-dir={worker.cache_dir}"]
-    with subprocess.Popen(
-        [*command, "--supervised"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
-    ) as pulling:  # noqa: S603
+    command.append("--supervised")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as pulling:  # noqa: S603
         if pulling.wait() != 0:
             raise SystemExit(1)  # it has said why
 
