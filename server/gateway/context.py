@@ -14,7 +14,7 @@ from experts.contract import Expert, ExpertError, Reading
 from server.errors import InvalidRequest
 from server.gateway.images import Image
 from server.gateway.metrics import GatewayMetrics
-from server.gateway.tasks import all_or_none
+from server.gateway.tasks import all_or_none, cancelled
 from server.worker.messages import ContextItem
 
 log = logging.getLogger(__name__)
@@ -50,16 +50,14 @@ class ExpertPanel:
         self._seconds = seconds
         self._metrics = metrics
         self._cache = _LruCache(cache_entries)
+        self._loads: dict[str, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
-        """Load every expert. One that cannot is left to fail at its readings: it never stops the rest."""
-        loads = (expert.load() for expert in self._experts.values())
-        results = await asyncio.gather(*loads, return_exceptions=True)
-        for name, result in zip(self._experts, results, strict=True):
-            if isinstance(result, BaseException):
-                log.error("an expert did not load", extra={"expert": name, "cause": repr(result)})
+        """Begin to load every expert. Readings wait for it; the gateway, and the other experts, do not."""
+        self._loads = {name: asyncio.create_task(expert.load()) for name, expert in self._experts.items()}
 
     async def close(self) -> None:
+        await cancelled(list(self._loads.values()))
         await asyncio.gather(*(expert.close() for expert in self._experts.values()), return_exceptions=True)
 
     def choose(self, asked: str | list[str] | None) -> tuple[str, ...]:
@@ -91,6 +89,7 @@ class ExpertPanel:
         try:
             if reading is None:
                 async with asyncio.timeout(self._seconds):
+                    await asyncio.shield(self._loads[name])
                     reading = await expert.read(image.data)
                 # Its version may be known only now, with the first answer of a service.
                 self._cache.put((name, expert.version, image.sha256), reading)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 
-from server.errors import InvalidRequest, Unavailable
+from server.errors import InvalidRequest
 from server.gateway.clients.pool import WorkerPool
 from server.gateway.context import ExpertPanel, ExpertReport, context_items
 from server.gateway.images import Image, ImageLoader
-from server.gateway.metrics import ChoiceObserver, GatewayMetrics
+from server.gateway.metrics import GatewayMetrics
 from server.gateway.schemas import ChatRequest, CompletionRequest
 from server.gateway.tasks import all_or_none, merged
 from server.settings import GatewaySettings
 from server.worker.messages import (
     ChatPrompt,
     Event,
-    Finished,
     GenerateRequest,
     ModelInfo,
     Prompt,
@@ -28,6 +28,8 @@ from server.worker.messages import (
     TokenPrompt,
     Usage,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class Pipeline:
         """Fetch the images, hear the experts, and say what to generate. Raises `ApiError`."""
         arrived = time.monotonic()
         model = self._pool.model(body.model)
-        n = self._checked_n(body.n)
+        self._check_n(body.n)
         names = self._experts.choose(body.experts)
         images = await self._images.load(body.image_urls)
         self._refuse_blindness(body, model, names, images)
@@ -80,22 +82,13 @@ class Pipeline:
         prompt = ChatPrompt(messages, context_items(reports))
         seen = tuple(image.data for image in images) if model.reads_images else ()
         concerned = bool(images) or bool(body.experts and body.experts != "auto")
-        return self._job(
-            "chatcmpl",
-            body.model,
-            [prompt],
-            n,
-            body.sampling(),
-            seen,
-            reports if concerned else None,
-            arrived,
-        )
+        return self._job("chatcmpl", body, [prompt], arrived, seen, reports if concerned else None)
 
     def prepare_completion(self, body: CompletionRequest) -> Job:
         """Say what to generate. Raises `ApiError`."""
         arrived = time.monotonic()
         self._pool.model(body.model)
-        n = self._checked_n(body.n)
+        self._check_n(body.n)
         if len(body.prompts) > self._settings.max_prompts:
             raise InvalidRequest(
                 f"prompt: at most {self._settings.max_prompts} prompts are allowed (max_prompts).",
@@ -106,12 +99,11 @@ class Pipeline:
             TextPrompt(prompt, special) if isinstance(prompt, str) else TokenPrompt(prompt)
             for prompt in body.prompts
         ]
-        return self._job("cmpl", body.model, prompts, n, body.sampling(), (), None, arrived)
+        return self._job("cmpl", body, prompts, arrived)
 
-    def _checked_n(self, n: int | None) -> int:
+    def _check_n(self, n: int | None) -> None:
         if n is not None and n > self._settings.max_n:
             raise InvalidRequest(f"n: at most {self._settings.max_n} choices are allowed (max_n).", param="n")
-        return n or 1
 
     def _refuse_blindness(
         self, body: ChatRequest, model: ModelInfo, names: Sequence[str], images: Sequence[Image]
@@ -128,27 +120,31 @@ class Pipeline:
     def _job(
         self,
         kind: str,
-        model: str,
+        body: ChatRequest | CompletionRequest,
         prompts: Sequence[Prompt],
-        n: int,
-        sampling: SamplingParams,
-        images: tuple[bytes, ...],
-        reports: tuple[ExpertReport, ...] | None,
         arrived: float,
+        images: tuple[bytes, ...] = (),
+        reports: tuple[ExpertReport, ...] | None = None,
     ) -> Job:
-        id = f"{kind}-{uuid.uuid4().hex}"
+        id = f"{kind}-{uuid.uuid4().hex}"  # never the client's request id: that may come twice
+        n = body.n or 1
+        sampling = body.sampling()
         remaining = max(0.001, arrived + self._settings.request_seconds - time.monotonic())
         choices = tuple(
-            GenerateRequest(f"{id}-{p * n + i}", model, prompt, _reseeded(sampling, i), images, remaining)
+            GenerateRequest(
+                f"{id}-{p * n + i}", body.model, prompt, _reseeded(sampling, i), images, remaining
+            )
             for p, prompt in enumerate(prompts)
             for i in range(n)
         )
-        return Job(id, int(time.time()), model, choices, n, reports, arrived)
+        fields = {"id": id, "model": body.model, "user": body.user, "choices": len(choices)}
+        log.info("generation", extra=fields)
+        return Job(id, int(time.time()), body.model, choices, n, reports, arrived)
 
     async def run(self, job: Job) -> AsyncGenerator[tuple[int, Event], None]:
-        """The events of all choices, each with its choice's index; the first `Started` of each come first.
+        """The events of all choices, each with its choice's index.
 
-        Nothing is yielded before every choice was accepted. Raises `ApiError` at whatever point
+        Nothing is yielded before a worker has accepted every choice. Raises `ApiError` at whatever point
         something fails; closing the generator aborts every choice.
         """
         async with AsyncExitStack() as stack:
@@ -156,25 +152,19 @@ class Pipeline:
             sources = [self._pool.generate(choice) for choice in job.choices]
             for source in sources:
                 await stack.enter_async_context(aclosing(source))
-            started = await all_or_none(_next(source) for source in sources)
-            for index, event in enumerate(started):
-                if index % job.choices_per_prompt == 0:  # its choices share the prompt
+            firsts = await all_or_none(_next(source) for source in sources)
+            for index, event in enumerate(firsts):
+                if index % job.choices_per_prompt == 0:  # the prompt is counted once, not for each choice
                     observers[index].see(event)
                 yield index, event
             rest = await stack.enter_async_context(aclosing(merged(sources)))
             async for index, event in rest:
-                yield index, _seen(observers[index], event)
+                observers[index].see(event)
+                yield index, event
 
 
 async def _next(source: AsyncGenerator[Event, None]) -> Event:
     return await anext(source)
-
-
-def _seen(observer: ChoiceObserver, event: Event) -> Event:
-    if isinstance(event, Finished) and event.finish_reason == "abort":
-        raise Unavailable("The worker aborted the request; try again.", retry_after=1)
-    observer.see(event)
-    return event
 
 
 def _reseeded(sampling: SamplingParams, index: int) -> SamplingParams:

@@ -81,10 +81,7 @@ class WorkerClient:
                 # Read to the end even after `Finished`: only then can the connection serve again.
                 async for line in _lines(response):
                     event = EVENT.validate_json(line)
-                    if isinstance(event, Failed):
-                        raise from_wire(
-                            event.status, event.message, event.error_type, event.code, event.param
-                        )
+                    _raise_if_failed(event)
                     finished = finished or isinstance(event, Finished)
                     yield event
         except httpx.HTTPError as error:
@@ -150,6 +147,13 @@ class WorkerClient:
         if response.status_code >= 300:
             raise _error(response, response.content)
         return response
+
+
+def _raise_if_failed(event: Event) -> None:
+    if isinstance(event, Failed):
+        raise from_wire(event.status, event.message, event.error_type, event.code, event.param)
+    if isinstance(event, Finished) and event.finish_reason == "abort":
+        raise Unavailable("The worker aborted the request; try again.", retry_after=1)
 
 
 async def _encode(request: GenerateRequest) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -132,5 +133,28 @@ async def test_an_expert_that_cannot_load_does_not_stop_the_gateway(
         async def load(self) -> None:
             raise ExpertError("its service is away")
 
-    gateway = await launch(worker, experts={"ocr": Unloadable("ocr", "x")})
+    gateway = await launch(
+        worker, experts={"lost": Unloadable("lost", "x"), "ocr": ScriptedExpert("ocr", "y")}
+    )
+    assert [outcome for _, outcome, *_ in outcomes(await ask(gateway))] == ["failed", "ok"]
+
+
+async def test_an_expert_that_loads_for_long_is_waited_for_by_its_readings_alone(
+    launch: Launch, worker: ScriptedWorker
+) -> None:
+    go_on = asyncio.Event()
+
+    class Slow(ScriptedExpert):
+        async def load(self) -> None:
+            await go_on.wait()
+            self.loaded = True
+
+        async def read(self, image: bytes) -> Reading:
+            assert self.loaded
+            return await super().read(image)
+
+    gateway = await launch(worker, experts={"ocr": Slow("ocr", "x")}, expert_seconds=0.2)
     assert (await gateway.chat()).status_code == 200
+    assert outcomes(await ask(gateway))[0][1] == "timeout"
+    go_on.set()  # the waiting was given up above, the loading was not
+    assert outcomes(await ask(gateway))[0][1] == "ok"

@@ -1,0 +1,80 @@
+"""docs/api.md says all there is: routes, fields, error codes, metrics; and each field is read somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.errors import ApiError
+from server.gateway.app import create_app
+from server.gateway.metrics import PREFIX, GatewayMetrics
+from server.gateway.schemas import (
+    AdapterBody,
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeBody,
+    ImageUrl,
+    Message,
+    StreamOptions,
+    TokenizeBody,
+)
+from server.settings import GatewaySettings
+from tests.server.gateway.scripted import STATS
+
+ROOT = Path(__file__).parents[3]
+REFERENCE = (ROOT / "docs/api.md").read_text()
+SOURCES = {path: path.read_text() for path in (ROOT / "server/gateway").rglob("*.py")}
+SCHEMAS = [
+    ChatRequest,
+    Message,
+    ImageUrl,
+    StreamOptions,
+    CompletionRequest,
+    TokenizeBody,
+    DetokenizeBody,
+    AdapterBody,
+]
+UNREAD = {"detail"}  # clients send it by habit; the reference says that it has no effect
+
+
+def test_every_route() -> None:
+    paths = {route.path for route in create_app(GatewaySettings(), {}).routes if hasattr(route, "path")}
+    for path in paths:
+        assert path.replace(":path", "") in REFERENCE, path
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_field(schema: type[Body]) -> None:
+    for name in [*schema.model_fields, *schema.UNSUPPORTED]:
+        assert re.search(rf"[`.\"]{name}[`.\"]", REFERENCE), name
+    source = "".join(SOURCES.values())
+    for name in set(schema.model_fields) - UNREAD:
+        assert re.search(rf"\.{name}\b|\"{name}\",", source), f"{name} is accepted and never read"
+
+
+def test_every_error_code() -> None:
+    codes = {
+        code for text in SOURCES.values() for code in re.findall(r'code="(\w+)"|, "(image_\w+)"\)', text)
+    }
+    named = {code for pair in codes for code in pair if code}
+    assert {"invalid_json", "image_fetch_timeout", "image_too_large"} <= named
+    named |= {cls.default_code for cls in ApiError.__subclasses__() if cls.default_code}
+    for code in named:
+        assert f"`{code}`" in REFERENCE, code
+
+
+def test_every_metric() -> None:
+    metrics = GatewayMetrics(lambda: [("w", "base", STATS)])
+    families = text_string_to_metric_families(metrics.render().decode())
+    names = {
+        f.name + ("_total" if f.type == "counter" else "")
+        for f in families
+        if not f.name.endswith("_created")
+    }
+    assert len(names) > 10
+    for name in names:
+        assert f"`{name.removeprefix(PREFIX)}`" in REFERENCE, name

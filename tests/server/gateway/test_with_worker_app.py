@@ -1,0 +1,130 @@
+"""The gateway before the worker's own HTTP routes: both sides of the protocol, with a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+
+from server.errors import InvalidRequest, NotFound
+from server.settings import WorkerSettings
+from server.worker.app import create_app
+from server.worker.messages import (
+    Delta,
+    Detokenized,
+    DetokenizeRequest,
+    EngineStats,
+    Event,
+    GenerateRequest,
+    ModelInfo,
+    Started,
+    Tokenized,
+    TokenizeRequest,
+)
+from tests.server.gateway.scripted import (
+    BASE,
+    SEEING_ADAPTER,
+    STATS,
+    TEXT_ADAPTER,
+    Launch,
+    Stack,
+    picture,
+    serving,
+    story,
+)
+from tests.server.gateway.test_image_loading import content, data_url
+
+
+class ScriptedEngine:
+    healthy = True
+
+    def __init__(self) -> None:
+        self.held = [BASE, TEXT_ADAPTER, SEEING_ADAPTER]
+        self.seen: list[GenerateRequest] = []
+        self.aborted = asyncio.Event()
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        self.seen.append(request)
+        if request.sampling.temperature == 2:
+            raise InvalidRequest("The prompt is too long.", param="messages", code="context_length_exceeded")
+        if request.sampling.ignore_eos:
+            try:
+                yield Started(1)
+                while True:
+                    yield Delta("x", (1,))
+                    await asyncio.sleep(0.01)
+            finally:
+                self.aborted.set()
+        for event in story("one\u2028", "two"):
+            yield event
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokenized:
+        return Tokenized((1, 2, 3), 2048)
+
+    async def detokenize(self, request: DetokenizeRequest) -> Detokenized:
+        return Detokenized("text")
+
+    def models(self) -> list[ModelInfo]:
+        return self.held
+
+    async def load_adapter(self, id: str, path: str) -> ModelInfo:
+        info = replace(TEXT_ADAPTER, id=id, root=path)
+        self.held = [*self.held, info]
+        return info
+
+    async def unload_adapter(self, id: str) -> None:
+        if id not in [info.id for info in self.held]:
+            raise NotFound("no such adapter")
+        self.held = [info for info in self.held if info.id != id]
+
+    def stats(self) -> EngineStats:
+        return STATS
+
+
+async def before(launch: Launch, url: str) -> Stack:
+    gateway = await launch(worker_urls=(url,), admin_keys=("root",))
+    gateway.http.headers["authorization"] = "Bearer root"
+    return gateway
+
+
+async def test_the_two_sides_understand_each_other(launch: Launch) -> None:
+    engine = ScriptedEngine()
+    async with serving(create_app(engine, WorkerSettings())) as url:
+        gateway = await before(launch, url)
+        assert (await gateway.http.get("/health/ready")).status_code == 200
+        assert (await gateway.chat()).json()["choices"][0]["message"]["content"] == "one\u2028two"
+        assert (await gateway.chunks())[-1] == "[DONE]"
+        await gateway.chat(model="org/sees", messages=content(data_url(picture())))
+        assert engine.seen[-1].images == (picture(),)
+        refused = await gateway.chat(temperature=2, stream=True)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        tokens = await gateway.http.post("/tokenize", json={"model": "base", "prompt": "x"})
+        assert tokens.json() == {"tokens": [1, 2, 3], "count": 3, "max_model_len": 2048}
+        text = await gateway.http.post("/detokenize", json={"model": "base", "tokens": [1]})
+        assert text.json() == {"prompt": "text"}
+        loaded = await gateway.http.post("/v1/adapters", json={"id": "new", "path": "folder"})
+        assert (loaded.status_code, loaded.json()["root"]) == (201, "folder")
+        assert (await gateway.chat(model="new")).status_code == 200
+        assert (await gateway.http.delete("/v1/adapters/new")).status_code == 200
+        assert (await gateway.chat(model="new")).status_code == 404
+        assert 'llama_adapter:num_requests_running{model="base"' in (await gateway.http.get("/metrics")).text
+
+
+async def test_a_closed_stream_reaches_the_engine(launch: Launch) -> None:
+    engine = ScriptedEngine()
+    async with serving(create_app(engine, WorkerSettings())) as url:
+        gateway = await before(launch, url)
+        body = {
+            "model": "base",
+            "stream": True,
+            "ignore_eos": True,
+            "messages": [{"role": "user", "content": "Hi"}],
+        }
+        async with gateway.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            async for _ in response.aiter_bytes():
+                break
+        await asyncio.wait_for(engine.aborted.wait(), 2)
