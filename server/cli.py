@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from models.errors import ModelError
+from server.commands.adapters import app as adapter_commands
 from server.options import load, settings_options
 from server.serving import StartupError
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
@@ -23,6 +24,7 @@ app = typer.Typer(
     help="OpenAI-compatible inference for LLaMA-Adapter models: one frozen base, many tiny adapters.\n\n"
     "Every option can come from the environment instead: --kv-cache-mib is LLAMA_ADAPTER_KV_CACHE_MIB.",
 )
+app.add_typer(adapter_commands)
 
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
