@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.adapter import Adapter, lora_scaling
+from models.adapter import Adapter, base_spec, linear_shape, lora_scaling
 from models.adapter_config import LINEARS, LinearName
 from models.llama import Head, Layer, Llama
 
@@ -97,6 +97,7 @@ class AdapterBank:
     def __init__(self, base: Llama, num_slots: int) -> None:
         """`num_slots` counts the adapters; the identity's slot comes on top."""
         self._base = base
+        self._spec = base_spec(base.config)
         self._num_slots = num_slots + 1
         self.stacks: dict[str, Tensor] = {}
         self.lora: dict[LinearName, tuple[Tensor, Tensor]] = {}  # a [L,S,R,in], b [L,S,R,out], scaled
@@ -138,7 +139,7 @@ class AdapterBank:
         have = self.lora[name][0].shape[2] if name in self.lora else 0
         if have >= rank:
             return
-        out_in = linear_shape_of(self._base, name)
+        out_in = linear_shape(self._spec, name)
         stacks = []
         for i, features in enumerate((out_in[1], out_in[0])):
             grown = self._zeros(self._base.config.num_layers, self._num_slots, rank, features)
@@ -158,7 +159,7 @@ class AdapterBank:
         if name == "head":
             zeros = self._zeros(1, self._base.config.vocab_size)
         else:
-            out_features, in_features = linear_shape_of(self._base, name)  # type: ignore[arg-type]
+            out_features, in_features = linear_shape(self._spec, name)  # type: ignore[arg-type]
             zeros = self._zeros(len(layers), in_features if kind == "scale_in" else out_features)
         return zeros if kind == "bias" else zeros + 1
 
@@ -198,11 +199,3 @@ class BatchAdaptation(_Adaptation):
             h_NAR = h_NAR * (self._slots_N[:, None] == active)[..., None]
         y_No: Tensor = h_NAR.flatten(1) @ b_SRo.flatten(0, 1)
         return y_No
-
-
-def linear_shape_of(base: Llama, name: LinearName) -> tuple[int, int]:
-    """(out, in) features of one linear."""
-    layer = base.layers[0]
-    assert isinstance(layer, Layer)
-    out_features, in_features = layer.linear(name).shape
-    return out_features, in_features

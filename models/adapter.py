@@ -196,20 +196,19 @@ class Adapter(nn.Module):
 
     def _project(self, base: Llama, layer: int, name: LinearName, rows_SkC: Tensor) -> Tensor:
         """A prompt's keys or values [S, k, G·D] through wk or wv, with the adapter's own scale and bias."""
-        weight = base.layers[layer].linear(name)  # type: ignore[operator]
-        rows = rows_SkC.to(weight.dtype)
+        rows, dtype = rows_SkC.to(base.dtype), base.dtype
         x, y_scale = rows, None
         if name in self.scale:
-            scale = self.scale[name][layer].to(weight.dtype)
+            scale = self.scale[name][layer].to(dtype)
             x, y_scale = (rows * scale, None) if self.config.scale_bias.scale == "input" else (rows, scale)
-        y = F.linear(x, weight)
+        y: Tensor = base.layers[layer].apply_one(name, x)  # type: ignore[operator]
         if name in self.bias:
-            y = y + self.bias[name][layer].to(weight.dtype)
+            y = y + self.bias[name][layer].to(dtype)
         if y_scale is not None:
             y = y * y_scale
         lora = self.config.lora
         if lora and lora.on_prompts and name in lora.targets:
-            a, b = (self.lora[name][side][layer].to(weight.dtype) for side in ("a", "b"))  # type: ignore[index]
+            a, b = (self.lora[name][side][layer].to(dtype) for side in ("a", "b"))  # type: ignore[index]
             y = y + lora_scaling(self.config) * F.linear(F.linear(rows, a), b)
         return y
 

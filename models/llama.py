@@ -24,6 +24,8 @@ from models.errors import CheckpointError
 
 Head = Literal["head"]
 
+_TYPICAL_ROWS = 16  # of a decoding batch; oneDNN chooses the blocks for it
+
 
 class Attend(Protocol):
     """Causal (and gated prompt) attention of one layer over the step's tokens."""
@@ -70,21 +72,49 @@ class Linear(nn.Module):
         self.names = names
         self.out_features = out_features
         self.weight = _frozen(dtype, device, sum(out_features), in_features)
+        self._packed: Tensor | None = None
 
     def part(self, name: LinearName) -> Tensor:
-        """The rows of one linear, [out, in]; a view."""
+        """The rows of one linear, [out, in]; a view. Gone once the weights are packed."""
         parts: tuple[Tensor, ...] = self.weight.split(self.out_features)
         return parts[self.names.index(name)]
+
+    def pack(self) -> None:
+        """Keep the weights in oneDNN's blocked layout only, which a product else makes anew each time."""
+        self._packed = pack(self.weight)
+        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
+    def apply_one(self, name: LinearName, x: Tensor) -> Tensor:
+        """One of the linears alone, x [..., in] → [..., out]."""
+        if self._packed is None:
+            return F.linear(x, self.part(name))
+        return self._apply_all(x)[self.names.index(name)]
 
     def forward(self, x: Tensor, layer: int, adaptation: Adaptation | None) -> list[Tensor]:
         """x [N, in] → one [N, out] per name."""
         if adaptation is None:
-            return list(F.linear(x, self.weight).split(self.out_features, dim=-1))
+            return self._apply_all(x)
         if adaptation.scales_input(self.names):
-            ys = [F.linear(adaptation.before(layer, name, x), self.part(name)) for name in self.names]
+            ys = [self.apply_one(name, adaptation.before(layer, name, x)) for name in self.names]
         else:
-            ys = list(F.linear(x, self.weight).split(self.out_features, dim=-1))
+            ys = self._apply_all(x)
         return [adaptation.after(layer, name, x, y) for name, y in zip(self.names, ys, strict=True)]
+
+    def _apply_all(self, x: Tensor) -> list[Tensor]:
+        y = F.linear(x, self.weight) if self._packed is None else packed_linear(x, self._packed)
+        return list(y.split(self.out_features, dim=-1))
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [out, in] in the layout that oneDNN multiplies by, for `packed_linear`. CPU, inference."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
+    return packed
+
+
+def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
+    """x [..., in] → [..., out], the same numbers as with the plain weight."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return y
 
 
 class Layer(nn.Module):
@@ -132,12 +162,13 @@ class Layer(nn.Module):
         out: list[Tensor] = self.wo(out_NHD.flatten(-2), self.index, adaptation)
         return out[0]
 
-    def linear(self, name: LinearName) -> Tensor:
-        """The weight [out, in] of one linear by LLaMA's name; a view."""
-        for module in (self.qkv, self.wo, self.gate_up, self.w2):
-            if name in module.names:
-                return module.part(name)
-        raise KeyError(name)
+    def apply_one(self, name: LinearName, x: Tensor) -> Tensor:
+        """One linear by LLaMA's name, x [..., in] → [..., out]."""
+        return next(m for m in self.linears if name in m.names).apply_one(name, x)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.wo, self.gate_up, self.w2
 
 
 class Llama(nn.Module):
@@ -154,6 +185,7 @@ class Llama(nn.Module):
         self.norm = _frozen(dtype, device, C)
         self.lm_head = self.embed if config.tie_word_embeddings else _frozen(dtype, device, V, C)
         self.inverse_frequencies_D2 = rope_frequencies(config)  # float64, on the CPU: a small constant
+        self._packed_head: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,11 +218,22 @@ class Llama(nn.Module):
 
     def logits(self, x_MC: Tensor, adaptation: Adaptation | None = None) -> Tensor:
         """[M, V] of M chosen rows of the hidden states; `adaptation` must be that of those rows."""
-        if adaptation is None:
-            return F.linear(rms_norm(x_MC, self.norm, self.config.rms_norm_eps), self.lm_head)
-        weight = adaptation.norm_weight(-1, "final_norm", self.norm)
+        weight = self.norm if adaptation is None else adaptation.norm_weight(-1, "final_norm", self.norm)
         h_MC = rms_norm(x_MC, weight, self.config.rms_norm_eps)
-        return adaptation.after(-1, "head", h_MC, F.linear(h_MC, self.lm_head))
+        packed = self._packed_head
+        y_MV = F.linear(h_MC, self.lm_head) if packed is None else packed_linear(h_MC, packed)
+        return y_MV if adaptation is None else adaptation.after(-1, "head", h_MC, y_MV)
+
+    def pack(self) -> Llama:
+        """Lay the weights out for oneDNN, once and for all. For serving on the CPU; no way back."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            for module in layer.linears:
+                module.pack()
+        self._packed_head = pack(self.lm_head)
+        if self.lm_head is not self.embed:
+            self.lm_head = nn.Parameter(self.lm_head.new_empty(0), requires_grad=False)
+        return self
 
     def rotary(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [N, 1, D] of the positions, in the model's dtype."""
@@ -229,7 +272,7 @@ class Llama(nn.Module):
             assert isinstance(layer, Layer)
             yield f"layers.{i}.attention_norm.weight", layer.attention_norm
             yield f"layers.{i}.feed_forward_norm.weight", layer.feed_forward_norm
-            for module in (layer.qkv, layer.wo, layer.gate_up, layer.w2):
+            for module in layer.linears:
                 for name in module.names:
                     yield f"layers.{i}.{name}.weight", module.part(name)
 

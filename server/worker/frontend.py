@@ -11,12 +11,20 @@ from dataclasses import dataclass
 
 import torch
 
+from models.chat_template import ToolCall
 from models.errors import PromptError
 from models.prompts import Context, Turn, render
 from models.tokenizer import Tokenizer
 from models.vision.images import ImageError, ImageLimits, decode_image
 from server.errors import InvalidRequest, model_not_found
-from server.worker.messages import ChatPrompt, GenerateRequest, ModelInfo, TextPrompt, TokenPrompt
+from server.worker.messages import (
+    ChatMessage,
+    ChatPrompt,
+    GenerateRequest,
+    ModelInfo,
+    TextPrompt,
+    TokenPrompt,
+)
 from server.worker.runner import ImageInput, LoadedAdapter
 from server.worker.scheduler import Scheduler, SequenceRejected
 from server.worker.step_loop import Prepared
@@ -80,6 +88,7 @@ class Frontend:
             stop=(*params.stop, *stop),
             adapter=model.adapter,
             image=self._image(model.adapter, request.images),
+            continues_text=not isinstance(request.prompt, ChatPrompt),
         )
 
     def tokenize(self, model: ServedModel, prompt: Prompt) -> list[int]:
@@ -96,17 +105,27 @@ class Frontend:
                 self._check_ids(prompt.token_ids, "prompt")
                 return list(prompt.token_ids), ()
             case TextPrompt():
-                return self._tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens), ()
+                return self._encode_text(prompt), ()
             case ChatPrompt():
                 return self._encode_chat(model, prompt)
+
+    def _encode_text(self, prompt: TextPrompt) -> list[int]:
+        """A raw prompt is its author's own: special tokens written in it count as such."""
+        try:
+            return self._tokenizer.encode(
+                prompt.text, add_special_tokens=prompt.add_special_tokens, parse_special=True
+            )
+        except PromptError as error:
+            raise InvalidRequest(str(error), param="prompt") from error
 
     def _encode_chat(self, model: ServedModel, prompt: ChatPrompt) -> tuple[list[int], tuple[str, ...]]:
         try:
             rendered = render(
                 model.template,
-                [Turn(message.role, message.content) for message in prompt.messages],
+                [_turn(message) for message in prompt.messages],
                 [Context(item.expert, item.text) for item in prompt.context],
                 self._tokenizer,
+                tools=prompt.tools,
             )
             encoded = self._tokenizer.encode_segments(rendered.segments)
         except PromptError as error:
@@ -134,3 +153,8 @@ class Frontend:
         except ImageError as error:
             raise InvalidRequest(str(error), param="messages", code="invalid_image") from error
         return ImageInput(hashlib.sha256(images[-1]).hexdigest(), pixels)
+
+
+def _turn(message: ChatMessage) -> Turn:
+    calls = tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls)
+    return Turn(message.role, message.content, calls, message.tool_call_id)

@@ -47,6 +47,7 @@ class Prepared:
     stop: tuple[str, ...]
     adapter: LoadedAdapter | None = None
     image: ImageInput | None = None
+    continues_text: bool = False  # the answer goes on where the prompt ends, its leading space included
 
     @property
     def cache_key(self) -> Hashable:
@@ -106,7 +107,9 @@ class StepLoop:
             emit,
             seq,
             SamplerState(params, self._runner.base.config.vocab_size, self._eos_ids, prepared.token_ids),
-            OutputStream(IncrementalDecoder(self._tokenizer), prepared.stop),
+            OutputStream(
+                IncrementalDecoder(self._tokenizer, continuation=prepared.continues_text), prepared.stop
+            ),
         )
 
     def abort(self, request_id: str) -> None:

@@ -328,3 +328,14 @@ def test_bfloat16_batches_stay_near_the_plain_pass():
         for position, item in enumerate(scored.logprobs[1:]):
             expected = logits[position].log_softmax(-1)[item.token_id].item()
             assert item.logprob == pytest.approx(expected, abs=0.02 * float(logits.max() - logits.min()))
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_packed_weights_give_the_same_tokens(name: str):
+    deployment = Deployment(name)
+    rng = random.Random(name)
+    requests = [deployment.request(i, rng) for i in range(12)]
+    alone = [without_eos(deployment.alone(request)) for request in requests]
+    deployment.base.pack()
+    events = run(deployment.loop(), requests)
+    assert [tokens_of(events[request.request_id]) for request in requests] == alone
