@@ -6,6 +6,7 @@
     ├── Forbidden           403  the key may not do this
     ├── NotFound            404  unknown model, route or adapter
     ├── MethodNotAllowed    405
+    ├── SlowBody            408  the body did not arrive in time
     ├── Conflict            409  the same change is under way
     ├── TooLarge            413  the body is over the limit
     ├── UnsupportedMedia    415
@@ -44,9 +45,7 @@ class ApiError(Exception):
         self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
-        return {
-            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         """Retry-After in whole seconds, at least 1, where it is known."""
@@ -82,6 +81,12 @@ class MethodNotAllowed(ApiError):
     status = 405
     type = "invalid_request_error"
     default_code = "method_not_allowed"
+
+
+class SlowBody(ApiError):
+    status = 408
+    type = "invalid_request_error"
+    default_code = "request_timeout"
 
 
 class Conflict(ApiError):

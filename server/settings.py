@@ -56,6 +56,7 @@ class GatewaySettings(ImageLimits):
     api_keys: tuple[str, ...] = Field((), description="empty: no key is asked for")
     admin_keys: tuple[str, ...] = Field((), description="for /v1/adapters; empty: those routes are closed")
     max_body_bytes: int = Field(64 * MIB, gt=0, description="of one request")
+    body_seconds: float = Field(60.0, gt=0, description="for a request's body to arrive")
     max_concurrent_requests: int = Field(256, gt=0, description="over it: 429 with Retry-After")
     request_seconds: float = Field(600.0, gt=0, description="deadline of one request")
     max_n: int = Field(8, ge=1, description="choices in one request")

@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 
 from experts.contract import Expert
 from server.gateway import middleware
+from server.gateway.auth import Authentication, Keys
 from server.gateway.clients.pool import WorkerPool
 from server.gateway.clients.workers import WorkerClient
 from server.gateway.context import ExpertPanel
@@ -71,7 +72,7 @@ def _assemble(
     metrics = GatewayMetrics(pool.stats)
     panel = ExpertPanel(experts, settings.expert_seconds, settings.expert_cache_entries, metrics)
     pipeline = Pipeline(settings, pool, ImageLoader(settings, fetcher), panel, metrics)
-    keys = middleware.Keys(settings.api_keys, settings.admin_keys)
+    keys = Keys(settings.api_keys, settings.admin_keys)
     return Gateway(settings, pool, panel, fetcher, pipeline, metrics, keys, drain)
 
 
@@ -88,7 +89,7 @@ def _middleware(gateway: Gateway) -> list[Middleware]:
         Middleware(middleware.RequestContext, metrics=gateway.metrics),
         *([cors] if settings.cors_origins else []),
         Middleware(middleware.Errors),
-        Middleware(middleware.Authentication, keys=gateway.keys),
+        Middleware(Authentication, keys=gateway.keys),
         Middleware(middleware.Admission, limit=settings.max_concurrent_requests, drain=gateway.drain),
         Middleware(middleware.Lifetime, seconds=settings.request_seconds, drain=gateway.drain),
     ]

@@ -11,12 +11,10 @@ Lifetime        a vanished client, a passed deadline or an expired drain ends a 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -27,7 +25,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import (
     ApiError,
-    Forbidden,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -38,6 +35,7 @@ from server.errors import (
     Unavailable,
     from_wire,
 )
+from server.gateway.auth import OPEN_PATHS
 from server.gateway.metrics import GatewayMetrics
 from server.gateway.streaming import sse
 from server.serving import Drain
@@ -46,7 +44,6 @@ from server.telemetry import request_id
 log = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 _CLIENT_GONE = 499  # in logs and metrics only: nobody is there to receive it
 
 
@@ -83,7 +80,7 @@ class RequestContext:
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
         self._metrics.http_requests.labels(route, str(status)).inc()
-        level = logging.DEBUG if scope["path"] in _OPEN_PATHS else logging.INFO
+        level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
         fields = {"method": scope["method"], "path": scope["path"][:500], "status": status}
         log.log(level, "request", extra={**fields, "seconds": round(seconds, 4)})
 
@@ -164,50 +161,6 @@ async def refuse_route(request: Request, error: Exception) -> Response:
     response = _answer(refusal)
     response.headers.update(error.headers or {})
     return response
-
-
-class Keys:
-    """Compares a request's Bearer token with the known ones, in time that does not tell how near it is."""
-
-    def __init__(self, api_keys: Iterable[str], admin_keys: Iterable[str]) -> None:
-        self._api = [key.encode() for key in api_keys]
-        self._admin = [key.encode() for key in admin_keys]
-
-    def check(self, headers: Headers) -> None:
-        """Raises `Unauthenticated` unless no key is asked for, or a known one is given."""
-        if self._api and not self._matches(headers, [*self._api, *self._admin]):
-            raise Unauthenticated("Give a valid API key: `Authorization: Bearer KEY`.")
-
-    def check_admin(self, headers: Headers) -> None:
-        """Raises `Forbidden` or `Unauthenticated` unless an admin key is given."""
-        if not self._admin:
-            raise Forbidden("This server has no admin keys (admin_keys), so adapters cannot be changed.")
-        if not _token(headers):
-            raise Unauthenticated("Give an admin key: `Authorization: Bearer KEY`.")
-        if not self._matches(headers, self._admin):
-            raise Forbidden("This key is not an admin key.")
-
-    def _matches(self, headers: Headers, keys: list[bytes]) -> bool:
-        token = _token(headers)
-        return sum(hmac.compare_digest(token, key) for key in keys) > 0  # compares with all of them, always
-
-
-def _token(headers: Headers) -> bytes:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-
-
-class Authentication:
-    """Asks for a key on every route but health, also on those that do not exist."""
-
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app = app
-        self._keys = keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
-            self._keys.check(Headers(scope=scope))
-        await self._app(scope, receive, send)
 
 
 class Admission:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -10,8 +11,9 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from server.errors import InvalidRequest, TooLarge, UnsupportedMedia
+from server.errors import InvalidRequest, SlowBody, TooLarge, UnsupportedMedia
 from server.gateway.schemas import INCONSISTENT, Body
+from server.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +41,21 @@ def json_body(schema: type[Schema]) -> Callable[[Request], Awaitable[Schema]]:
 
     async def read(request: Request) -> Schema:
         gateway = request.app.state.gateway
-        body = parse(schema, await _read(request, gateway.settings.max_body_bytes))
+        body = parse(schema, await _read_in_time(request, gateway.settings))
         gateway.ignored_fields.note(body)
         return body
 
     return read
+
+
+async def _read_in_time(request: Request, settings: GatewaySettings) -> bytes:
+    try:
+        async with asyncio.timeout(settings.body_seconds):
+            return await _read(request, settings.max_body_bytes)
+    except TimeoutError:
+        raise SlowBody(
+            f"The body did not arrive within {settings.body_seconds:g} s (body_seconds)."
+        ) from None
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:

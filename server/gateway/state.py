@@ -7,11 +7,11 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from server.gateway.auth import Keys
 from server.gateway.clients.pool import WorkerPool
 from server.gateway.context import ExpertPanel
 from server.gateway.fetching import ImageFetcher
 from server.gateway.metrics import GatewayMetrics
-from server.gateway.middleware import Keys
 from server.gateway.parsing import IgnoredFields
 from server.gateway.pipeline import Pipeline
 from server.serving import Drain

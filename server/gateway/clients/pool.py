@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from server.errors import ApiError, Conflict, NotFound, Unavailable, model_not_found
-from server.gateway.clients.workers import WorkerClient
+from server.gateway.clients.workers import Unreachable, WorkerClient
 from server.gateway.tasks import cancelled
 from server.worker.messages import (
     Detokenized,
@@ -153,7 +153,7 @@ class WorkerPool:
 
     def _elsewhere(self, worker: Worker, error: ApiError, model: str, tried: tuple[Worker, ...]) -> bool:
         """Whether another worker may do better than `worker`, which answered `error`."""
-        if isinstance(error, Unavailable):
+        if isinstance(error, Unreachable):
             worker.ready = False  # until the next poll says otherwise
         if error.status < 500 and error.status not in (404, 429):
             return False

@@ -46,11 +46,15 @@ _LOAD_ADAPTER: TypeAdapter[LoadAdapterRequest] = TypeAdapter(LoadAdapterRequest)
 Message = TypeVar("Message")
 
 
+class Unreachable(Unavailable):
+    """The worker cannot be reached, or broke off before its answer was complete."""
+
+
 class WorkerClient:
     """Speaks to the worker at `url`, which is `http://host:port` or `unix:/path`.
 
-    Every method raises `ApiError`: the worker's own, `Unavailable` where it cannot be reached or
-    breaks off, `Timeout` where it goes silent for `read_seconds`.
+    Every method raises `ApiError`: the worker's own, `Unreachable`, or `Timeout` where it goes silent
+    for `read_seconds`.
     """
 
     def __init__(self, url: str, connect_seconds: float, read_seconds: float) -> None:
@@ -90,9 +94,7 @@ class WorkerClient:
         except ValidationError as error:
             raise ServerFailure("A worker sent an event that cannot be understood.") from error
         if not finished:
-            raise Unavailable(
-                "The worker broke off before the answer was complete; try again.", retry_after=1
-            )
+            raise Unreachable("A worker broke off before the answer was complete; try again.", retry_after=1)
 
     async def ready(self, seconds: float) -> bool:
         """Whether the worker takes requests now."""
@@ -186,7 +188,7 @@ async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
 def _unreachable(error: httpx.HTTPError) -> ApiError:
     if isinstance(error, httpx.ReadTimeout):
         return Timeout("The worker went silent; try again.")
-    return Unavailable("The worker cannot be reached or broke off; try again.", retry_after=1)
+    return Unreachable("The worker cannot be reached or broke off; try again.", retry_after=1)
 
 
 def _error(response: httpx.Response, content: bytes) -> ApiError:

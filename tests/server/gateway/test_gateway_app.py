@@ -215,6 +215,19 @@ async def test_a_body_over_the_limit(launch: Launch, worker: ScriptedWorker) -> 
     assert len(worker.requests) == 1
 
 
+async def test_a_body_that_comes_too_slowly(launch: Launch, worker: ScriptedWorker) -> None:
+    gateway = await launch(worker, body_seconds=0.2)
+
+    async def pieces():
+        yield b"{"
+        await asyncio.sleep(1)
+        yield b"}"
+
+    headers = {"content-type": "application/json"}
+    response = await gateway.http.post("/v1/chat/completions", content=pieces(), headers=headers)
+    assert_error(response, 408, "request_timeout")
+
+
 async def _until_told(go_on: asyncio.Event):
     yield Started(1)
     yield Delta("x", (1,))
