@@ -1,0 +1,146 @@
+"""The command line: help that shows every setting, values and their errors, light imports."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic_settings import BaseSettings
+from typer.testing import CliRunner
+
+from server import cli, processes
+from server.options import flag, load
+from server.serving import StartupError
+from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
+from server.shipped import adapter_ids, with_adapter_dir
+from server.supervisor import ServiceSettings
+
+
+def help_of(command: str) -> str:
+    result = CliRunner().invoke(cli.app, [command, "--help"], prog_name="llama-adapter")
+    assert result.exit_code == 0
+    return result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "hidden"),
+    [
+        ("serve", GatewaySettings, {"worker_urls", "expert_urls"}),
+        ("serve", WorkerSettings, {"uds"}),
+        ("serve", ExpertSettings, {"uds"}),
+        ("gateway", GatewaySettings, set()),
+        ("worker", WorkerSettings, set()),
+        ("expert", ExpertSettings, set()),
+    ],
+)
+def test_help_has_every_setting_with_its_default(
+    command: str, settings: type[BaseSettings], hidden: set[str]
+) -> None:
+    text = " ".join(help_of(command).split())
+    for name, field in settings.model_fields.items():
+        assert field.description, f"{settings.__name__}.{name} has no description"
+        assert (f"{flag(name)} " in text) == (name not in hidden), name
+    assert "Example" in text
+    assert "--supervised" not in text
+
+
+def test_defaults_are_shown_per_command() -> None:
+    assert "[8000]" in help_of("serve")
+    assert "[8001]" in help_of("worker")
+    assert "[8002]" in help_of("expert")
+
+
+def test_serve_hands_the_options_to_their_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[ServiceSettings] = []
+    monkeypatch.setattr(processes, "run_service", seen.append)
+    monkeypatch.setenv("LLAMA_ADAPTER_MAX_NUM_SEQS", "3")
+    monkeypatch.setenv("LLAMA_ADAPTER_PORT", "1")
+    options = ["--port", "9", "--adapter", "a=x", "--adapter", "b=y,gate=raw", "--dtype", "float32"]
+    options += ["--no-prefix-caching", "--max-image-bytes", "77", "--num-threads", "2", "--experts", "ocr, "]
+    result = CliRunner().invoke(cli.app, ["serve", *options])
+    assert result.exit_code == 0, result.output
+    (service,) = seen
+    assert service.gateway.port == 9
+    assert service.worker.adapters == ("a=x", "b=y,gate=raw")
+    assert (service.worker.dtype, service.worker.prefix_caching) == ("float32", False)
+    assert service.worker.max_num_seqs == 3
+    assert service.gateway.max_image_bytes == service.expert.max_image_bytes == 77
+    assert (service.worker.num_threads, service.expert.num_threads) == (2, 0)
+    assert service.experts == ("ocr",)
+
+
+def test_tables_are_given_as_pairs() -> None:
+    settings = load(GatewaySettings, {"expert_urls": ["ocr=http://a:1", "caption=unix:/x=y"], "port": None})
+    assert settings.expert_urls == {"ocr": "http://a:1", "caption": "unix:/x=y"}
+    assert settings.port == 8000
+    with pytest.raises(StartupError, match="'ocr' should be NAME=VALUE"):
+        load(GatewaySettings, {"expert_urls": ["ocr"]})
+
+
+def test_bad_values_name_option_and_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StartupError) as error:
+        load(WorkerSettings, {"kv_cache_mib": 0, "port": 99999})
+    for said in ("--kv-cache-mib", "LLAMA_ADAPTER_KV_CACHE_MIB", "greater than 0", "--port", "99999"):
+        assert said in str(error.value)
+    monkeypatch.setenv("LLAMA_ADAPTER_ADAPTERS", "a=x")
+    with pytest.raises(StartupError, match="JSON"):
+        load(WorkerSettings, {})
+
+
+def test_adapter_dir_adds_what_it_holds(tmp_path: Path) -> None:
+    for name in ("poet", "caption"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter.json").write_text("{}")
+    (tmp_path / "notes").mkdir()
+    settings = WorkerSettings(adapters=("poet=mine",), adapter_dir=tmp_path)
+    found = with_adapter_dir(settings)
+    assert found.adapters == ("poet=mine", f"caption={tmp_path / 'caption'}")
+    assert with_adapter_dir(found) == found
+    assert adapter_ids(found) == ["poet", "caption"]
+    with pytest.raises(StartupError, match="--adapter-dir"):
+        with_adapter_dir(WorkerSettings(adapter_dir=tmp_path / "none"))
+
+
+def test_shipped_adapters_come_with_the_default_base_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "poet").mkdir()
+    (tmp_path / "poet" / "adapter.json").write_text("{}")
+    monkeypatch.setattr("server.shipped.SHIPPED_DIR", tmp_path)
+    assert adapter_ids(with_adapter_dir(WorkerSettings())) == ["poet"]
+    assert adapter_ids(with_adapter_dir(WorkerSettings(base="./other"))) == []
+
+
+def llama_adapter(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "server.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_exit_codes() -> None:
+    assert llama_adapter("version").stdout.startswith("llama-adapter-server ")
+    assert llama_adapter("worker", "--dtype", "float8").returncode == 2
+    failed = llama_adapter("gateway", "--port", "70000")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert re.fullmatch(r"error: --port .*not 70000\.\n", failed.stderr)
+
+
+def test_pull_names_what_it_knows() -> None:
+    failed = llama_adapter("pull", "llama-9")
+    assert failed.returncode == 1
+    assert "smollm2-135m" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from server import cli; from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(cli.app, ['--help']).exit_code == 0\n"
+        "print(*sorted({'torch', 'numpy', 'fastapi', 'transformers', 'PIL'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == ""
