@@ -139,6 +139,14 @@ def test_no_prompts_add_exactly_zero(dtype: torch.dtype):
     assert not prompt_attention(q, k, v, torch.tensor([10, 10]), 0 * gate).any()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_no_lengths_mean_no_padding(dtype: torch.dtype):
+    q, k, v = (randn(2, 10, 2, 64, seed=i, dtype=dtype) for i in range(3))
+    gate = randn(2, 2, seed=3, dtype=dtype)
+    full = prompt_attention(q, k, v, torch.tensor([10, 10]), gate)
+    assert torch.equal(prompt_attention(q, k, v, None, gate), full)
+
+
 @pytest.mark.parametrize("scale", [1e2, 1e4])
 def test_extreme_scores_stay_finite_and_exact(scale: float):
     """Softmaxes subtract their maximum: scores far beyond exp's range pick the largest row."""
