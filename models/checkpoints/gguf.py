@@ -56,7 +56,11 @@ def open_gguf(file: Path) -> BaseCheckpoint:
     config = _config(file, reader, named)
     checked = check_entries(file, config, named, NAMES)
     return BaseCheckpoint(
-        file, "gguf", config, {name: _rotated(name, entry, config) for name, entry in checked.items()}
+        file,
+        "gguf",
+        config,
+        {name: _rotated(name, entry, config) for name, entry in checked.items()},
+        (file,),
     )
 
 

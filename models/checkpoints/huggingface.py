@@ -49,7 +49,9 @@ def open_huggingface(folder: Path) -> BaseCheckpoint:
     """Open a Hugging Face folder. Raises CheckpointError (see `base.open_base`)."""
     config = read_config(folder / "config.json")
     named = name_entries(_entries(folder), NAMES, _IGNORED)
-    return BaseCheckpoint(folder, "huggingface", config, check_entries(folder, config, named, NAMES))
+    entries = check_entries(folder, config, named, NAMES)
+    files = tuple(dict.fromkeys(entry.file for entry in entries.values()))
+    return BaseCheckpoint(folder, "huggingface", config, entries, files)
 
 
 def read_config(file: Path) -> ModelConfig:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from models.checkpoints.mapped import drop_pages
 from models.config import ModelConfig
 from models.errors import CheckpointError
 
@@ -67,17 +68,20 @@ class BaseCheckpoint:
     """An opened base: its configuration, and its tensors one at a time.
 
     Opening has already checked that every expected key is there in its shape and that no other is.
+    `files` are those that the tensors are mapped from.
     """
 
     path: Path
     format: Format
     config: ModelConfig
     entries: Mapping[str, Entry]
+    files: tuple[Path, ...]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Canonical name and tensor, in the file's own float type; quantised ones come as float32.
 
-        Files are memory-mapped: a tensor is read when its turn comes, and read-only by convention.
+        Files are memory-mapped: a tensor is read when its turn comes, and read-only by convention. Its
+        pages are given back before the next, so that memory never holds the file beside the model.
         Raises CheckpointError where a tensor cannot be read, is not of a float type, or holds NaN or
         infinity.
         """
@@ -92,10 +96,14 @@ class BaseCheckpoint:
                 ) from error
             _check_values(entry, tensor)
             yield name, tensor
+            drop_pages(self.files)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name → shape of each tensor of such a base, `[out, in]` for linears."""
+    """Canonical name → shape of each tensor of such a base, `[out, in]` for linears.
+
+    The largest come first: their pages lie beside a model of which nothing else has been written yet.
+    """
     hidden, feed_forward = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer: dict[str, tuple[int, ...]] = {
@@ -110,11 +118,11 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "feed_forward_norm": (hidden,),
     }
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab_size, hidden)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
     for index in range(config.num_layers):
         shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
     shapes["norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
 
 

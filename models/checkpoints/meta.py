@@ -63,9 +63,8 @@ def open_meta(folder: Path) -> BaseCheckpoint:
     }
     config = _config(folder, params, named)
     checked = check_entries(folder, config, named, NAMES)
-    return BaseCheckpoint(
-        folder, "meta", config, {name: _rotated(name, entry, config) for name, entry in checked.items()}
-    )
+    entries = {name: _rotated(name, entry, config) for name, entry in checked.items()}
+    return BaseCheckpoint(folder, "meta", config, entries, tuple(files))
 
 
 class _Params(BaseModel):

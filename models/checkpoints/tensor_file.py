@@ -1,17 +1,13 @@
 """Adapter files as other programs write them: zips of torch.save, safetensors, PEFT and LitGPT folders.
 
-All of it is untrusted. Pickles are opened with `weights_only`, one class of a training checkpoint's
-`args` allowed by name. A file can make nobody allocate more than it weighs itself: records of a zip must
-be stored as `torch.save` stores them, storages are views of the mapped file, and whoever takes tensors
-out first asks `check_size`.
+All of it is untrusted, pickles above all (`torch_files`). A file can make nobody allocate more than it
+weighs itself: storages are views of the mapped file, and whoever takes tensors out first asks `check_size`.
 """
 
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.checkpoints.fields import read_json
+from models.checkpoints.torch_files import first_line, load_pickle
 from models.errors import CheckpointError
 
 _WEIGHTS_OF_FOLDER = (
@@ -30,7 +27,6 @@ _WEIGHTS_OF_FOLDER = (
     "lit_model.pth.adapter_v2",
     "lit_model.pth.adapter",
 )
-_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -105,58 +101,12 @@ def read_tensor_file(path: Path) -> TensorFile:
     return TensorFile(path, size, _checked(path, value["model"]), config, args)
 
 
-def load_pickle(path: Path) -> object:
-    """What `torch.save` wrote, memory-mapped; tensors, containers and `argparse.Namespace` only.
-
-    Raises CheckpointError for a damaged file, a zip that torch did not write, and for anything that
-    could run code.
-    """
-    _check_zip(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            value: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused; beside tensors it holds what could run code on loading, or it is damaged "
-            f"({_reason(error)}). Save the tensors alone, best as safetensors"
-        ) from error
-    except _DAMAGED as error:
-        raise CheckpointError(
-            f"{path}: damaged or truncated ({_reason(error)}); fetch the file again"
-        ) from error
-    return value
-
-
-def _check_zip(path: Path) -> None:
-    """torch.save stores records uncompressed and apart, so that they can never outweigh the file."""
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path}: not a file of torch.save since torch 1.6 (a zip), or truncated; fetch it again, or "
-            "save it anew with torch.save"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(
-            f"{path}: damaged or truncated ({_reason(error)}); fetch the file again"
-        ) from error
-    declared, size = sum(record.file_size for record in records), path.stat().st_size
-    packed = next((record for record in records if record.compress_type != zipfile.ZIP_STORED), None)
-    if packed is not None or declared > size:
-        name = packed.filename if packed else "its records"
-        raise CheckpointError(
-            f"{path}: {name} would unpack to more than the file holds ({declared} of {size} bytes), as "
-            "torch.save never writes it; refused. Save it anew with torch.save"
-        )
-
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
-    except (SafetensorError, *_DAMAGED) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: damaged or truncated ({_reason(error)}); fetch the file again"
+            f"{path}: damaged or truncated ({first_line(error)}); fetch the file again"
         ) from error
 
 
@@ -192,7 +142,3 @@ def _checked(path: Path, model: object) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: {name} comes twice; fetch the file again")
         tensors[name] = value.detach()
     return tensors
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

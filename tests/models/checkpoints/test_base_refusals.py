@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,6 +202,13 @@ def test_malicious_pickle_is_not_run(folder: Path, zipped: bool) -> None:
     torch.save({"w": Malicious(mark)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     refuse(folder, "pytorch_model.bin", "could run code", "safetensors")
     assert not mark.exists()
+
+
+def test_zip_bomb_is_refused_before_it_is_unpacked(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(50_000_000))
+    refuse(folder, "pytorch_model.bin", "archive/data/0 would unpack to more than the file holds")
 
 
 @pytest.mark.parametrize("value", [[1], {"a": 1}, {1: torch.ones(1)}])
