@@ -48,7 +48,7 @@ image:
 # everything after it. Stamps keep the second start quick.
 .venv/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install --constraint constraints.txt $(TORCH)
 	touch $@
 
 .venv/.serve: .venv/.torch pyproject.toml
