@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import shlex
 import signal
 import socket
 import stat
 import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,6 +17,7 @@ import httpx
 import psutil
 import pytest
 from PIL import Image, ImageDraw, ImageFont
+from service import COMMAND, Service, serving, until
 from tiny_base import write_adapter, write_tiny_base
 
 from server.settings import WorkerSettings
@@ -31,61 +25,10 @@ from server.supervisor import settings_environment
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
 
-COMMAND = (sys.executable, "-m", "server.cli", "serve", "--port", "0", "--kv-cache-mib", "8")
-
-
-@dataclass
-class Service:
-    process: subprocess.Popen[str]
-    printed: list[str] = field(default_factory=list)
-    url: str = ""
-
-    def read(self) -> None:
-        for line in self.process.stdout or ():
-            self.printed.append(line)
-
-    @property
-    def text(self) -> str:
-        return "".join(self.printed)
-
-    def child(self, name: str) -> psutil.Process:
-        """The child that runs the command `name`."""
-        return next(c for c in psutil.Process(self.process.pid).children() if name in c.cmdline())
-
-    def ask(self, **changes: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/chat/completions", json=request(**changes), timeout=60)
-
 
 def request(**changes: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": "hello"}]
     return {"model": "tiny", "messages": messages, "max_tokens": 8, "ignore_eos": True} | changes
-
-
-@contextmanager
-def serving(*arguments: str) -> Iterator[Service]:
-    """A service that has said that it is ready; killed afterwards if it still runs."""
-    with subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        service = Service(process)
-        reader = threading.Thread(target=service.read)
-        reader.start()
-        try:
-            until(lambda: "Say hello" in service.text or process.poll() is not None, 90)
-            ready = re.search(r"serves (http://\S+)", service.text)
-            assert ready, service.text
-            service.url = ready[1]
-            yield service
-        finally:
-            process.kill()
-            reader.join()
-
-
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +49,7 @@ def test_one_command_serves_base_adapters_and_experts(base: Path, tmp_path: Path
         assert names[0] == "tiny"
         assert set(names[1:]) == {"poet", "caption", "two"}
         for name in names:
-            assert service.ask(model=name).json()["usage"]["completion_tokens"] == 8
+            assert service.ask(request(model=name)).json()["usage"]["completion_tokens"] == 8
         check_printed_curl(service)
         check_experts(service)
         check_sockets_are_private(service)
@@ -134,7 +77,7 @@ def check_experts(service: Service) -> None:
     picture.save(encoded, "PNG")
     url = "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
     content = [{"type": "text", "text": "How much?"}, {"type": "image_url", "image_url": {"url": url}}]
-    answer = service.ask(messages=[{"role": "user", "content": content}]).json()
+    answer = service.ask(request(messages=[{"role": "user", "content": content}])).json()
     outcomes = {report["name"]: report for report in answer["experts"]}
     assert outcomes["ocr"]["text"] == "TOTAL 48.20"
     assert outcomes["caption"]["outcome"] in ("ok", "empty")  # what a random adapter says is anything
@@ -165,7 +108,7 @@ def stream_over_a_killed_worker(service: Service) -> None:
         first.kill()
         last = list(lines)[-1]
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
-    until(lambda: service.ask().status_code == 200, 90)
+    until(lambda: service.ask(request()).status_code == 200, 90)
     assert service.child("worker").pid != first.pid
     assert "the worker was killed by SIGKILL" in service.text
 
@@ -178,7 +121,7 @@ def stream_over_a_shutdown(service: Service) -> None:
         next(lines)
         service.process.send_signal(signal.SIGINT)
         until(lambda: httpx.get(f"{service.url}/health/ready").status_code == 503)
-        assert service.ask().status_code == 503
+        assert service.ask(request()).status_code == 503
         assert list(lines)[-1] == "data: [DONE]"
     assert service.process.wait(60) == 0
 

@@ -1,0 +1,67 @@
+"""`llama-adapter serve` in a process of its own, for as long as a test needs it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import psutil
+
+COMMAND = (sys.executable, "-m", "server.cli", "serve", "--port", "0", "--kv-cache-mib", "8")
+
+
+@dataclass
+class Service:
+    process: subprocess.Popen[str]
+    printed: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def read(self) -> None:
+        for line in self.process.stdout or ():
+            self.printed.append(line)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.printed)
+
+    def child(self, name: str) -> psutil.Process:
+        """The child that runs the command `name`."""
+        return next(c for c in psutil.Process(self.process.pid).children() if name in c.cmdline())
+
+    def ask(self, body: dict[str, Any]) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60)
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[Service]:
+    """A service that has said that it is ready; killed afterwards if it still runs."""
+    with subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        service = Service(process)
+        reader = threading.Thread(target=service.read)
+        reader.start()
+        try:
+            until(lambda: "Say hello" in service.text or process.poll() is not None, 90)
+            ready = re.search(r"serves (http://\S+)", service.text)
+            assert ready, service.text
+            service.url = ready[1]
+            yield service
+        finally:
+            process.kill()
+            reader.join()
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
