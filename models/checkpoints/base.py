@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from models.checkpoints.gguf import open_gguf
 from models.checkpoints.gguf_file import find_gguf
@@ -10,8 +14,10 @@ from models.checkpoints.huggingface import open_huggingface
 from models.checkpoints.layout import BaseCheckpoint
 from models.checkpoints.meta import open_meta
 from models.errors import CheckpointError
+from models.fingerprint import fingerprint
+from models.llama import Llama
 
-__all__ = ["BaseCheckpoint", "open_base"]
+__all__ = ["BaseCheckpoint", "load_base", "open_base"]
 
 
 def open_base(path: Path) -> BaseCheckpoint:
@@ -37,3 +43,22 @@ def open_base(path: Path) -> BaseCheckpoint:
         f"{path}: holds neither config.json (Hugging Face) nor params.json (Meta) nor a .gguf file; "
         "give the folder of a LLaMA checkpoint"
     )
+
+
+def load_base(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Llama, str]:
+    """A base in the given dtype, tensor by tensor, and its embedding's fingerprint.
+
+    The fingerprint is of the checkpoint's own numbers, whatever they are rounded to here. Raises
+    CheckpointError as `open_base` does.
+    """
+    checkpoint = open_base(path)
+    prints: list[str] = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in checkpoint.tensors():
+            if name == "embed.weight":
+                prints.append(fingerprint(tensor))
+            yield name, tensor
+
+    base = Llama(checkpoint.config, dtype=dtype, device=device).load(tensors(), source=str(path))
+    return base, prints[0]

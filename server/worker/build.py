@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from models.checkpoints.base import open_base
+from models.checkpoints.base import load_base
 from models.config import ModelConfig
 from models.errors import CheckpointError
-from models.fingerprint import fingerprint
 from models.kv_cache import KVCache
-from models.llama import Llama
 from models.pull import resolve_base
 from models.tokenizer import load_tokenizer
 from models.vision.images import ImageLimits
@@ -78,24 +74,6 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         models,
         max_requests=settings.max_num_seqs + settings.max_waiting,
     )
-
-
-def load_base(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Llama, str]:
-    """A base in the serving dtype, tensor by tensor, and its embedding's fingerprint.
-
-    The fingerprint is of the checkpoint's own numbers, whatever they are rounded to here.
-    """
-    checkpoint = open_base(path)
-    prints: list[str] = []
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in checkpoint.tensors():
-            if name == "embed.weight":
-                prints.append(fingerprint(tensor))
-            yield name, tensor
-
-    base = Llama(checkpoint.config, dtype=dtype, device=device).load(tensors(), source=str(path))
-    return base, prints[0]
 
 
 def _scheduler(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype) -> Scheduler:
