@@ -6,6 +6,7 @@ K prompt rows, n visual tokens, C hidden size, H query heads, G key/value heads,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -16,9 +17,12 @@ from models.adapter_config import AdapterConfig, BaseSpec, LinearName
 from models.attention import Prompts
 from models.config import ModelConfig
 from models.errors import AdapterMismatch, CheckpointError
+from models.fingerprint import likeness
 from models.llama import Layer, Llama
 from models.vision.encoder import EncoderDims
 from models.vision.projector import build_projector
+
+log = logging.getLogger(__name__)
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -259,12 +263,26 @@ def base_spec(config: ModelConfig, fingerprint: str | None = None) -> BaseSpec:
 
 
 def check_fits(spec: BaseSpec, config: ModelConfig, fingerprint: str | None, source: str) -> None:
-    """Raise AdapterMismatch, naming each difference, unless the adapter was made for this base."""
+    """Raise AdapterMismatch, naming each difference, unless the adapter was made for this base.
+
+    A near copy (`models.fingerprint`) fits, with a word in the log: quantised and float16 files of a base
+    have values of their own.
+    """
+    alike = likeness(spec.fingerprint, fingerprint) if spec.fingerprint and fingerprint else "same"
     actual = base_spec(config, fingerprint).model_dump()
     wrong = [
         f"{name} {wanted} (the base has {actual[name]})"
         for name, wanted in spec.model_dump().items()
-        if wanted is not None and actual[name] is not None and wanted != actual[name]
+        if None not in (wanted, actual[name]) and wanted != actual[name]
+        if name != "fingerprint" or alike == "other"
     ]
     if wrong:
-        raise AdapterMismatch(f"{source} was made for another base: {', '.join(wrong)}")
+        raise AdapterMismatch(
+            f"{source} was made for another base: {', '.join(wrong)}; serve it on the base it was trained on"
+        )
+    if alike == "near":
+        log.warning(
+            "%s was made for a near copy of this base, whose values differ as after rounding, quantising or "
+            "light fine-tuning; its answers may differ from those of its own base",
+            source,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from models.adapter import Adapter, base_spec, check_fits
 from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
 from models.errors import AdapterMismatch, CheckpointError
+from models.fingerprint import fingerprint
 
 H, L, C = MHA.num_heads, MHA.num_layers, MHA.hidden_size
 EARLY = {
@@ -150,12 +152,26 @@ def test_check_fits_accepts_its_own_base():
 def test_check_fits_names_each_difference(field: str):
     actual = getattr(MHA, field)
     spec = base_spec(MHA).model_copy(update={field: 1234})
-    message = rf"^x/adapter\.json was made for another base: {field} 1234 \(the base has {actual}\)$"
+    message = rf"^x/adapter\.json was made for another base: {field} 1234 \(the base has {actual}\); serve"
     with pytest.raises(AdapterMismatch, match=message):
         check_fits(spec, MHA, None, "x/adapter.json")
 
 
+def test_check_fits_takes_a_near_copy_and_says_so(caplog: pytest.LogCaptureFixture):
+    embed = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    print_, rounded = fingerprint(embed), fingerprint((embed * 16).round() / 16)
+    assert print_ != rounded
+    check_fits(base_spec(MHA, print_), MHA, print_, "a")
+    assert not caplog.messages
+    check_fits(base_spec(MHA, print_), MHA, rounded, "x/adapter.json")
+    assert "x/adapter.json was made for a near copy of this base" in caplog.text
+    with pytest.raises(AdapterMismatch, match="hidden_size 1234"):
+        check_fits(base_spec(replace(MHA, hidden_size=1234), print_), MHA, rounded, "x")
+    with pytest.raises(AdapterMismatch, match="fingerprint"):
+        check_fits(base_spec(MHA, print_), MHA, fingerprint(embed.flip(0)), "x")
+
+
 def test_check_fits_names_all_differences_at_once():
-    message = r"num_kv_heads 2 \(the base has 6\), fingerprint abc \(the base has def\)$"
+    message = r"num_kv_heads 2 \(the base has 6\), fingerprint abc \(the base has def\); serve it"
     with pytest.raises(AdapterMismatch, match=message):
         check_fits(base_spec(GQA, "abc"), MHA, "def", "x")
