@@ -12,7 +12,7 @@ FAST := not weights and not server and not clip and not gpu and not paddle
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
-.PHONY: help serve test lint bench image constraints clean
+.PHONY: help serve test test-paddle lint bench image constraints clean
 
 help:
 	@echo 'make serve   start the service at http://$(HOST):$(PORT)   [HOST= PORT= ARGS="--adapter poet=./poet"]'
@@ -56,7 +56,13 @@ image:
 	touch $@
 
 .venv/.dev: .venv/.serve
-	$(BIN)/pip install --constraint constraints.txt --editable '.[worker,experts,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[worker,experts,clip,dev]'
+	touch $@
+
+.venv-paddle/.ready: constraints-paddle.txt
+	test -x .venv-paddle/bin/python || $(PYTHON) -m venv .venv-paddle
+	.venv-paddle/bin/pip install --constraint constraints-paddle.txt paddleocr onnxruntime pytest pytest-asyncio pytest-timeout
+	.venv-paddle/bin/pip install --constraint constraints-paddle.txt --no-deps rapidocr
 	touch $@
 
 # After a change of versions in .venv: pin them for everybody.
@@ -64,4 +70,4 @@ constraints: .venv/.dev
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch(vision)?==[^+]*)\+.*/\1/' > constraints.txt
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-paddle build dist *.egg-info
