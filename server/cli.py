@@ -9,6 +9,7 @@ import typer
 
 from models.errors import ModelError
 from server.commands.adapters import app as adapter_commands
+from server.commands.train import app as train_command
 from server.options import load, settings_options
 from server.serving import StartupError
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
@@ -25,6 +26,7 @@ app = typer.Typer(
     "Every option can come from the environment instead: --kv-cache-mib is LLAMA_ADAPTER_KV_CACHE_MIB.",
 )
 app.add_typer(adapter_commands)
+app.add_typer(train_command)
 
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 

@@ -1,0 +1,287 @@
+"""From a recipe to a run: base, adapter, data, and where an earlier run stopped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from filelock import FileLock
+from rich.console import Console
+from torch import Tensor
+
+from models.adapter import Adapter, base_spec
+from models.adapter_config import AdapterConfig, VisionConfig
+from models.checkpoints.base import load_base
+from models.checkpoints.native import load_adapter
+from models.llama import Llama
+from models.pull import resolve_base
+from models.tokenizer import load_tokenizer
+from models.vision.encoder import VisionEncoder, check_features, load_encoder
+from train.checkpoints import Checkpoints, load_state
+from train.data.batches import ImageReader, Steps
+from train.data.features import FeatureCache, cache_folder, encode_images, feature_shape, live_pixels
+from train.data.plan import Plan, SourcePlan
+from train.data.store import Encoder, ReadImages, Store, prepare
+from train.errors import TrainError
+from train.forward import Forward
+from train.groups import Groups
+from train.log import Log
+from train.processes import Processes, StopSignal
+from train.recipe import Recipe, recipe_text
+from train.trainer import HeldOut, Trainer
+
+_RECIPE = "recipe.yaml"
+# What may differ when a run goes on: where it computes and what it keeps, not what it learns.
+_MAY_CHANGE = ("resume", "output", "keep", "compute.device", "compute.pass_tokens", "compute.checkpointing",
+               "compute.workers", "compute.threads")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a training is made of."""
+
+    recipe: Recipe
+    adapter: Adapter
+    groups: Groups
+    trainer: Trainer
+    plan: Plan
+    steps: Steps
+    stores: Mapping[str, Store]
+    read_image: ImageReader
+    checkpoints: Checkpoints
+
+    def train(self, stop: StopSignal, log: Log | None) -> bool:
+        """To the end, or to a signal: False."""
+        start, keep = self.trainer.finished_steps, self.recipe.keep
+        held_out = [
+            HeldOut(name, store, [int(row) for row in store.held_out[: keep.evaluate_rows]])
+            for name, store in self.stores.items()
+            if len(store.held_out)
+        ]
+        steps = self.steps.load(start, self.recipe.compute.workers if start < len(self.plan) else 0)
+        return self.trainer.run(steps, held_out, self.read_image, self.checkpoints, log, stop)
+
+
+def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSignal, console: Console) -> Run:
+    """Open, check and prepare everything. Raises ModelError for whatever cannot be used."""
+    compute = recipe.compute
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+    checkpoints = Checkpoints(recipe.output / "checkpoints", recipe.keep.checkpoints)
+    last = _check_output(recipe, checkpoints, processes)
+    dtype: torch.dtype = getattr(torch, compute.dtype)
+    path = resolve_base(recipe.base, cache_dir)
+    base, print_ = load_base(path, dtype, processes.device)
+    adapter = _adapter(recipe, base, print_, last).to(processes.device)
+    groups = Groups(adapter, [source.trains for source in recipe.data.values()])
+    vision = adapter.config.vision
+    tokens = Encoder(
+        load_tokenizer(path),
+        recipe.adapter.template,
+        compute.max_tokens,
+        base.config.vocab_size,
+        sees=vision is not None,
+    )
+    encoder = _encoder(vision, processes.device) if vision else None
+    images = _Images(recipe, vision, encoder, cache_dir, stop)
+    stores = _stores(recipe, tokens, images.read_all, processes, stop, console)
+    plan = _plan(recipe, stores)
+    forward = Forward(base, adapter, encoder, compute.features == "live", compute.checkpointing)
+    trainer = Trainer(recipe, adapter, groups, forward, processes, len(plan))
+    if last is not None:
+        trainer.restore(load_state(last))
+    read = images.reader()
+    steps = Steps(
+        plan, list(stores.values()), read, compute.pass_tokens, processes.rank, processes.world, recipe.seed
+    )
+    return Run(recipe, adapter, groups, trainer, plan, steps, stores, read, checkpoints)
+
+
+def _plan(recipe: Recipe, stores: Mapping[str, Store]) -> Plan:
+    optimizer = recipe.optimizer
+    sources = [
+        SourcePlan(name, stores[name].train, source.epochs or optimizer.epochs)
+        for name, source in recipe.data.items()
+    ]
+    return Plan(sources, optimizer.batch_size, recipe.seed, optimizer.max_steps)
+
+
+def _check_output(recipe: Recipe, checkpoints: Checkpoints, processes: Processes) -> Path | None:
+    """The checkpoint to go on from. No run is overwritten, or gone on with by another recipe."""
+    last = checkpoints.last()
+    file = recipe.output / _RECIPE
+    processes.wait()  # nobody writes before all have looked
+    if last is not None and not recipe.resume:
+        raise TrainError(
+            f"{recipe.output}: holds a training already ({last.name}); add resume=true to go on with it, "
+            "or choose another output"
+        )
+    if last is not None:
+        _check_same(file, recipe)
+    if processes.first:
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        if last is None:
+            shutil.rmtree(recipe.output / "data", ignore_errors=True)  # perhaps another recipe's
+            file.write_text(recipe_text(recipe), encoding="utf-8")
+    return last
+
+
+def _check_same(file: Path, recipe: Recipe) -> None:
+    try:
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise TrainError(
+            f"{file}: cannot be read ({error}); restore it, or train to another output"
+        ) from error
+    then, now = _flat(before), _flat(recipe.model_dump(mode="json"))
+    changed = [
+        key
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in _MAY_CHANGE)
+    ]
+    if changed:
+        raise TrainError(
+            f"{file}: the run was begun with another recipe; {', '.join(changed[:5])} changed: "
+            "set them back, or train to another output"
+        )
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    inner = [_flat(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items()]
+    return {key: item for part in inner for key, item in part.items()}
+
+
+def _adapter(recipe: Recipe, base: Llama, fingerprint: str, last: Path | None) -> Adapter:
+    """A fresh adapter, or the one to go on from; its configuration must be the recipe's."""
+    config = recipe.adapter.config(base_spec(base.config, fingerprint))
+    source = last or recipe.start_from
+    if source is not None:
+        adapter = load_adapter(source, base.config, fingerprint)
+        _check_config(source, adapter.config, config)
+        fresh = Adapter(config)
+        fresh.load_state_dict(adapter.state_dict())
+        return fresh
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        adapter = Adapter(config).start_from(base)
+        with torch.no_grad():
+            if config.prompt:
+                adapter.prompt.mul_(recipe.init.prompt_std)
+            if config.gated_layers and recipe.init.gate == "normal":
+                adapter.gate.normal_()
+    return adapter
+
+
+def _check_config(source: Path, have: AdapterConfig, want: AdapterConfig) -> None:
+    skip = {"description", "template"}
+    have_fields, want_fields = _flat(have.model_dump(exclude=skip)), _flat(want.model_dump(exclude=skip))
+    wrong = [key for key in want_fields | have_fields if have_fields.get(key) != want_fields.get(key)]
+    if wrong:
+        raise TrainError(
+            f"{source}: is another kind of adapter than the recipe's: {', '.join(wrong[:5])} differ"
+        )
+
+
+def _encoder(vision: VisionConfig, device: torch.device) -> VisionEncoder:
+    encoder = load_encoder(vision.encoder, device)
+    check_features(vision, encoder)
+    return encoder
+
+
+class _Images:
+    """A recipe's images: encoded once and looked up, or read anew in each step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        vision: VisionConfig | None,
+        encoder: VisionEncoder | None,
+        cache_dir: Path,
+        stop: StopSignal,
+    ) -> None:
+        self._recipe = recipe
+        self._vision = vision
+        self._encoder = encoder
+        self._stop = stop
+        self._folder: Path | None = None
+        if vision and encoder and recipe.compute.features == "cached":
+            self._folder = cache_folder(cache_dir, encoder, vision)
+
+    def read_all(self, paths: list[Path]) -> list[int | str]:
+        """Check, and encode where features are kept."""
+        if self._vision is None or self._encoder is None:
+            return []
+        workers = self._recipe.compute.workers
+
+        def progress(count: int) -> None:
+            self._stop.check()
+
+        if self._folder is None:
+            return encode_images(paths, self._encoder, self._vision, None, workers, progress)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._folder / ".lock"):
+            cache = FeatureCache(self._folder, feature_shape(self._encoder, self._vision))
+            return encode_images(paths, self._encoder, self._vision, cache, workers, progress)
+
+    def reader(self) -> ImageReader:
+        vision, encoder = self._vision, self._encoder
+        if vision is None or encoder is None:
+            return _no_image
+        if self._folder is None:
+            augment = self._recipe.compute.augment
+
+            def read_live(store: Store, image: int, seed: int) -> Tensor:
+                return live_pixels(store.image_paths[image], encoder, vision, seed if augment else None)
+
+            return read_live
+        features = FeatureCache(self._folder, feature_shape(encoder, vision)).open()
+
+        def read_cached(store: Store, image: int, seed: int) -> Tensor:
+            return torch.from_numpy(features[store.feature_J[image]].copy())
+
+        return read_cached
+
+
+def _no_image(store: Store, image: int, seed: int) -> Tensor:
+    raise AssertionError("an adapter without vision was given an image")
+
+
+def _stores(
+    recipe: Recipe,
+    encoder: Encoder,
+    read_images: ReadImages,
+    processes: Processes,
+    stop: StopSignal,
+    console: Console,
+) -> dict[str, Store]:
+    """Each source, prepared once in the output folder by the first process; a resumed run reuses it."""
+    folder = recipe.output / "data"
+    if processes.first:
+        for name, source in recipe.data.items():
+            if (folder / name).is_dir():
+                continue
+            partial = folder / f".{name}.partial"
+            with console.status(f"reading {name}") as status:
+
+                def progress(count: int) -> None:
+                    stop.check()
+                    if count % 1000 == 0:
+                        status.update(f"reading {name}: {count:,} rows")  # noqa: B023 - called within the loop
+
+                store = prepare(name, source, encoder, partial, read_images, progress)
+            partial.replace(folder / name)
+            summary = store.summary
+            console.print(
+                f"{name}: {summary.used:,} rows to train on, {summary.held_out:,} held out, "
+                f"{summary.bad:,} bad, {summary.truncated:,} cut at {recipe.compute.max_tokens} tokens"
+            )
+            for fault in (summary.faults or [])[:3]:
+                console.print(f"  {fault}", highlight=False)
+    processes.wait()
+    return {name: Store(folder / name) for name in recipe.data}

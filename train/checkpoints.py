@@ -1,0 +1,93 @@
+"""Checkpoints: an adapter that can be served, and beside it what it takes to go on training.
+
+A checkpoint is written to a folder of another name and renamed when complete, so that there is never
+half of one; older ones are removed only after that.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from models.adapter import Adapter
+from models.checkpoints.native import save_adapter
+from train.errors import TrainError
+
+_STATE = "trainer.pt"
+_PARTIAL = ".partial"
+
+
+class Checkpoints:
+    """`step-0000500` and so on below one folder; the last `keep` of them."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder = folder
+        self._keep = keep
+
+    def last(self) -> Path | None:
+        """The newest complete one."""
+        found = sorted(path for path in self._folder.glob("step-*") if (path / _STATE).is_file())
+        return found[-1] if found else None
+
+    def save(self, step: int, adapter: Adapter, state: dict[str, Any]) -> Path:
+        """Raises TrainError where it cannot be written; those from before are still there then."""
+        target, partial = self._folder / f"step-{step:07d}", self._folder / _PARTIAL
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_adapter(adapter, partial)
+            _write_state(partial / _STATE, state)
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
+            _sync(self._folder)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap OSErrors
+            shutil.rmtree(partial, ignore_errors=True)
+            raise TrainError(
+                f"{target}: cannot be written ({str(error).splitlines()[0]}); {self.remedy('make room')}"
+            ) from error
+        for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def remedy(self, deed: str) -> str:
+        """What to do after a stop, and from where it will go on."""
+        last = self.last()
+        if last is None:
+            return f"nothing was saved before; {deed} and begin again"
+        return f"the last good checkpoint is {last}; {deed} and go on with resume=true"
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """Raises TrainError for a file that is damaged."""
+    file = checkpoint / _STATE
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError) as error:
+        raise TrainError(
+            f"{file}: is damaged ({str(error).splitlines()[0]}); remove its folder to go on from an older one"
+        ) from error
+    return state
+
+
+def _write_state(file: Path, state: dict[str, Any]) -> None:
+    with file.open("wb") as stream:
+        torch.save(state, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on disk when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,158 @@
+"""From a step's rows to what forward passes take: tokens without padding, targets, images.
+
+Shapes: N tokens of a pass (its sequences one after another), B sequences, M targets, J images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from train.data.plan import Plan
+from train.data.store import NO_IMAGE, Store
+from train.data.workers import quiet_worker
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass. Position `predicting_M[i]` of the flat tokens predicts `targets_M[i]`.
+
+    `images` are features or pixels of J images; sequence b has number `image_B[b]` of them, or -1.
+    """
+
+    tokens_N: Tensor
+    positions_N: Tensor
+    lens_B: tuple[int, ...]
+    predicting_M: Tensor
+    targets_M: Tensor
+    images: Tensor | None
+    image_B: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Pass:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            tokens_N=move(self.tokens_N),
+            positions_N=move(self.positions_N),
+            predicting_M=move(self.predicting_M),
+            targets_M=move(self.targets_M),
+            images=None if self.images is None else move(self.images),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One process's share of a step. `targets` and `tokens` count over all processes."""
+
+    number: int
+    source: int
+    passes: tuple[Pass, ...]
+    targets: int
+    tokens: int
+
+
+class ImageReader(Protocol):
+    """What an image is to the trainer: cached features, or pixels."""
+
+    def __call__(self, store: Store, image: int, seed: int) -> Tensor:
+        """Image number `image` of a store; `seed` is for augmentation."""
+
+
+class Steps(Dataset[Step]):
+    """All steps of a plan, as the process `rank` of `world` sees them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        stores: Sequence[Store],
+        read_image: ImageReader,
+        pass_tokens: int,
+        rank: int,
+        world: int,
+        seed: int,
+    ) -> None:
+        self._plan = plan
+        self._stores = stores
+        self._read_image = read_image
+        self._pass_tokens = pass_tokens
+        self._rank = rank
+        self._world = world
+        self._seed = seed
+
+    def __getitem__(self, number: int) -> Step:
+        source = int(self._plan.source_of_step[number])
+        store = self._stores[source]
+        rows = self._plan.rows(number)
+        mine = share(rows.tolist(), store, self._rank, self._world)
+        passes = make_passes(
+            store, mine, self._read_image, self._pass_tokens, seed=self._seed * 1_000_003 + number
+        )
+        return Step(
+            number,
+            source,
+            tuple(passes),
+            targets=int(store.targets_R[rows].sum()),
+            tokens=sum(store.length(row) for row in rows.tolist()),
+        )
+
+    def load(self, start: int, workers: int) -> Iterator[Step]:
+        """Steps from `start` on, read ahead by worker processes."""
+        loader: DataLoader[Step] = DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(start, len(self._plan)),
+            num_workers=workers,
+            worker_init_fn=quiet_worker,
+        )
+        return iter(loader)
+
+
+def share(rows: Iterable[int], store: Store, rank: int, world: int) -> list[int]:
+    """One process's rows: dealt out by length, so that all have about as much to do."""
+    by_length = sorted(rows, key=lambda row: (store.length(row), row))
+    return by_length[rank::world]
+
+
+def make_passes(
+    store: Store, rows: Sequence[int], read_image: ImageReader, pass_tokens: int, seed: int = 0
+) -> Iterator[Pass]:
+    """Rows of similar length together, up to `pass_tokens` at once; one row at least."""
+    group: list[int] = []
+    size = 0
+    for row in sorted(rows, key=lambda row: (store.length(row), row)):
+        if group and size + store.length(row) > pass_tokens:
+            yield _make_pass(store, group, read_image, seed)
+            group, size = [], 0
+        group.append(row)
+        size += store.length(row)
+    if group:
+        yield _make_pass(store, group, read_image, seed)
+
+
+def _make_pass(store: Store, rows: Sequence[int], read_image: ImageReader, seed: int) -> Pass:
+    ids, generated = zip(*(store.tokens(row) for row in rows), strict=True)
+    lens = tuple(len(row) for row in ids)
+    starts = np.concatenate([[0], np.cumsum(lens)])[:-1]
+    written = np.concatenate(generated).copy()
+    written[starts] = False  # nothing predicts a sequence's first token
+    targets = np.flatnonzero(written)
+    tokens = torch.from_numpy(np.concatenate(ids).astype(np.int64))
+    chosen = [int(store.image_R[row]) for row in rows]
+    images = sorted({image for image in chosen if image != NO_IMAGE})
+    return Pass(
+        tokens_N=tokens,
+        positions_N=torch.cat([torch.arange(length) for length in lens]),
+        lens_B=lens,
+        predicting_M=torch.from_numpy(targets - 1),
+        targets_M=tokens[torch.from_numpy(targets)],
+        images=torch.stack([read_image(store, image, seed + image) for image in images]) if images else None,
+        image_B=tuple(images.index(image) if image != NO_IMAGE else -1 for image in chosen),
+    )

@@ -1,0 +1,92 @@
+"""What a training tells: a progress bar, JSON lines, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from train.errors import TrainError
+
+LOG = "log.jsonl"
+
+
+class Log:
+    """One line and one point per step and per evaluation; lines of steps that are done again are dropped."""
+
+    def __init__(self, folder: Path, start: int, total: int, console: Console) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise TrainError("training needs tensorboard; install llama-adapter-server[train]") from error
+
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_log(folder) if line["step"] <= start]
+        self._lines = (folder / LOG).open("w", encoding="utf-8")
+        self._lines.writelines(json.dumps(line) + "\n" for line in kept)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+        )
+        self._task: TaskID = self._progress.add_task("", total=total, completed=start, loss=0.0, speed=0.0)
+        self._progress.start()
+
+    def step(self, step: int, values: Mapping[str, Any]) -> None:
+        """`values` hold `loss` and `tokens_per_second` at least."""
+        self._write(step, values)
+        self._progress.update(
+            self._task, completed=step, loss=values["loss"], speed=values["tokens_per_second"]
+        )
+
+    def evaluation(self, step: int, losses: Mapping[str, float], gates: list[float]) -> None:
+        """Held-out loss by source, and the mean gate magnitude of each gated layer."""
+        self._write(step, {"held_out": dict(losses), "gates": gates})
+        if losses:
+            text = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            self._progress.console.print(f"step {step}: held-out loss {text}", highlight=False)
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+        for name, value in _points(values):
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._progress.stop()
+        self._lines.close()
+        self._board.close()
+
+
+@contextmanager
+def open_log(folder: Path, start: int, total: int, console: Console) -> Iterator[Log]:
+    log = Log(folder, start, total, console)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """All complete lines of a log, in order."""
+    file = folder / LOG
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _points(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{key}", number) for key, number in value.items())
+        elif isinstance(value, int | float):
+            yield name, value

@@ -1,0 +1,67 @@
+"""The train job: parse, build, train, save, close.
+
+llama-adapter train RECIPE.yaml [key=value …]
+torchrun --nproc-per-node 2 -m train.main RECIPE.yaml [key=value …]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from models.checkpoints.native import save_adapter
+from models.errors import ModelError
+from train.build import build
+from train.errors import Interrupted, TrainError
+from train.log import open_log
+from train.processes import Processes, StopSignal, join, stop_signal
+from train.recipe import Recipe, load_recipe
+from train.report import write_report
+
+DEFAULT_CACHE = Path.home() / ".cache" / "llama-adapter"
+
+
+def train(recipe_name: str, overrides: Sequence[str] = (), cache_dir: Path = DEFAULT_CACHE) -> None:
+    """Train by a recipe. A signal saves and returns. Raises ModelError, which says what to do."""
+    recipe = load_recipe(recipe_name, overrides)
+    console = Console(stderr=True)
+    with stop_signal() as stop, join(recipe.compute.device) as processes:
+        try:
+            _run(recipe, cache_dir, processes, stop, console)
+        except Interrupted:
+            console.print("Stopped before the first step; nothing is lost.")
+        except OSError as error:
+            raise TrainError(
+                f"{error.filename or recipe.output}: {error.strerror or error}; what was saved before is "
+                "kept: mend it and go on with resume=true"
+            ) from error
+
+
+def _run(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSignal, console: Console) -> None:
+    run = build(recipe, cache_dir, processes, stop, console)
+    start, total = run.trainer.finished_steps, len(run.plan)
+    if not processes.first:
+        run.train(stop, None)
+        return
+    console.print(f"{run.groups.num_trained:,} trained parameters, {total:,} steps, {recipe.output}")
+    with open_log(recipe.output, start, total, console) as log:
+        finished = run.train(stop, log)
+    if not finished:
+        console.print(f"Stopped and saved at step {run.trainer.finished_steps}; go on with resume=true.")
+        return
+    save_adapter(run.adapter, recipe.output / "adapter")
+    summaries = {name: store.summary for name, store in run.stores.items()}
+    report = write_report(recipe.output, recipe, run.adapter, run.groups.num_trained, summaries)
+    console.print(f"{recipe.output / 'adapter'} and {report}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m train.main RECIPE.yaml [key=value …]")
+    try:
+        train(sys.argv[1], sys.argv[2:])
+    except ModelError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,308 @@
+"""The recipe: everything that decides what a training makes, typed, as YAML with overrides.
+
+A recipe says layers relative to its base (`last 30`), since one recipe serves bases of many depths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from models.adapter_config import (
+    AdapterConfig,
+    BaseSpec,
+    GateConfig,
+    Layers,
+    LoraConfig,
+    PromptConfig,
+    ScaleBiasConfig,
+    VisionConfig,
+)
+from train.errors import RecipeError
+
+_MAX_BYTES = 1 << 20
+SHIPPED = Path(__file__).parent / "recipes"
+
+LayerChoice = Annotated[str, Field(pattern=r"^((first|last) [1-9][0-9]{0,3}|all)$")] | Layers
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str | Path) else value
+
+
+def _expanded(value: object) -> object:
+    return Path(value).expanduser() if isinstance(value, str) else value
+
+
+UserPath = Annotated[Path, BeforeValidator(_expanded)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class PromptRecipe(PromptConfig):
+    """`PromptConfig` with layers relative to the base."""
+
+    layers: LayerChoice  # type: ignore[assignment]
+
+
+class VisionRecipe(VisionConfig):
+    """`VisionConfig` with layers relative to the base."""
+
+    layers: LayerChoice  # type: ignore[assignment]
+
+
+class AdapterRecipe(_Strict):
+    """`AdapterConfig` before it knows its base."""
+
+    prompt: PromptRecipe | None = None
+    gate: GateConfig = GateConfig()
+    norms: bool = False
+    final_norm: bool = False
+    head: bool = False
+    scale_bias: ScaleBiasConfig = ScaleBiasConfig()
+    lora: LoraConfig | None = None
+    vision: VisionRecipe | None = None
+    template: str = "chat"
+    description: str = ""
+
+    def config(self, base: BaseSpec) -> AdapterConfig:
+        """The adapter's configuration on this base. Raises RecipeError where it cannot be."""
+        fields = self.model_dump() | {"base": base.model_dump()}
+        for part in ("prompt", "vision"):
+            if fields[part] is not None:
+                name = f"adapter.{part}.layers"
+                fields[part]["layers"] = _layers(name, fields[part]["layers"], base.num_layers)
+        try:
+            return AdapterConfig.model_validate(fields)
+        except ValidationError as error:
+            raise RecipeError(f"recipe: adapter: {_sentences(error)}") from error
+
+
+def _layers(name: str, choice: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    if not isinstance(choice, str):
+        return choice
+    side, _, number = choice.partition(" ")
+    count = int(number) if number else num_layers
+    if count > num_layers:
+        raise RecipeError(f"recipe: {name}: {choice!r} of a base with {num_layers} layers; give fewer")
+    return tuple(range(num_layers - count, num_layers) if side == "last" else range(count))
+
+
+class InitRecipe(_Strict):
+    """Where parameters start that are not copied from the base. V1 starts gates at zero (section 3.2)."""
+
+    gate: Literal["zeros", "normal"] = "zeros"
+    prompt_std: float = Field(default=1.0, gt=0, le=10)
+
+
+class SourceRecipe(_Strict):
+    """One data source.
+
+    path       files, plain or compressed (.gz .bz2 .xz .zst)
+    images     the folder that image paths are relative to and must lie in
+    question   what is asked of an image that comes with a caption only
+    columns    names of the columns of a TSV file without a header
+    split      ScienceQA rows of this split only
+    trains     which parameters its steps may change: all; `visual`, those of V2's early fusion; `text`,
+               the others; or patterns over tensor names, such as `bias.*` or `gate.static`
+    epochs     passes over it, if not the optimizer's
+    holdout    share of rows kept for the held-out loss, chosen by a hash of caption or question, so
+               that the same text never lies on both sides
+    limit      use its first rows only
+    bad_rows   `stop` at the first bad row, or `skip` and report them
+    """
+
+    format: Literal["alpaca", "sharegpt", "messages", "captions", "coco", "llava", "scienceqa"]
+    path: Annotated[tuple[UserPath, ...], BeforeValidator(_listed), Field(min_length=1)]
+    images: UserPath | None = None
+    question: str = Field(default="", max_length=4000)
+    columns: tuple[str, ...] | None = None
+    split: str | None = None
+    trains: Literal["all", "visual", "text"] | tuple[str, ...] = "all"
+    epochs: float | None = Field(default=None, gt=0)
+    holdout: float = Field(default=0.0, ge=0, le=0.5)
+    limit: int | None = Field(default=None, gt=0)
+    bad_rows: Literal["stop", "skip"] = "stop"
+
+
+class OptimizerRecipe(_Strict):
+    """AdamW with linear warm-up and half a cosine, step by step.
+
+    batch_size  rows per step, over all processes: it decides the result, how many processes and passes
+                share the rows does not
+    base_lr     learning rate per 256 rows, as the reference gives it: lr = base_lr · batch_size / 256
+    warmup      share of all steps in which the rate rises from 0
+    clip        greatest norm of the gradient; the reference does not clip
+    """
+
+    epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(gt=0)
+    lr: float | None = Field(default=None, gt=0)
+    base_lr: float | None = Field(default=None, gt=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float | None = Field(default=None, gt=0)
+    max_steps: int | None = Field(default=None, gt=0)
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr or (self.base_lr or 0) * self.batch_size / 256
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Self:
+        if (self.lr is None) == (self.base_lr is None):
+            raise ValueError("give either `lr` or `base_lr`")
+        if self.min_lr > self.peak_lr:
+            raise ValueError("`min_lr` exceeds the learning rate")
+        return self
+
+
+class ComputeRecipe(_Strict):
+    """Where and how; none of it decides what is learnt, but for rounding.
+
+    dtype          of the frozen base and the activations; adapters and sums are float32
+    pass_tokens    tokens that one forward pass may hold; a step's rows are split to fit
+    checkpointing  recompute activations instead of keeping them
+    features       `cached`: each image is encoded once, on disk; `live`: in each step
+    augment        RandomResizedCrop as the released 7B pre-training has it; needs `live`
+    workers        processes that read rows and decode images; 0 reads in the training process
+    """
+
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_tokens: int = Field(default=512, ge=2)
+    pass_tokens: int = Field(default=4096, ge=2)
+    checkpointing: bool = False
+    features: Literal["cached", "live"] = "cached"
+    augment: bool = False
+    workers: int = Field(default=2, ge=0, le=256)
+    threads: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.augment and self.features == "cached":
+            raise ValueError("`augment` gives each step other pixels; set `features: live`")
+        return self
+
+
+class KeepRecipe(_Strict):
+    """Checkpoints and held-out losses every so many steps."""
+
+    checkpoint_every: int = Field(default=500, gt=0)
+    checkpoints: int = Field(default=2, gt=0)
+    evaluate_every: int = Field(default=500, gt=0)
+    evaluate_rows: int = Field(default=512, gt=0)
+
+
+class Recipe(_Strict):
+    """base: a path or an id that can be pulled; start_from: an adapter to go on from."""
+
+    base: str
+    output: UserPath
+    start_from: UserPath | None = None
+    resume: bool = False
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    adapter: AdapterRecipe
+    init: InitRecipe = InitRecipe()
+    data: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")], SourceRecipe] = Field(min_length=1)
+    optimizer: OptimizerRecipe
+    compute: ComputeRecipe = ComputeRecipe()
+    keep: KeepRecipe = KeepRecipe()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        early = self.adapter.vision is not None and self.adapter.vision.fusion == "early"
+        for name, source in self.data.items():
+            if source.trains in ("visual", "text") and not early:
+                raise ValueError(
+                    f"data.{name}.trains is `{source.trains}`, but only an adapter with vision and "
+                    "`fusion: early` has disjoint groups; use `all` or tensor names"
+                )
+            captioned = source.format in ("captions", "coco")
+            if captioned and not source.question and self.adapter.template != "caption":
+                raise ValueError(
+                    f"data.{name}.question: the template {self.adapter.template!r} needs a question to put "
+                    "before a caption, such as `Generate caption of this image`"
+                )
+        return self
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file, or a shipped one by its name, with `key.key=value` on top; values are YAML.
+
+    Raises RecipeError naming file, key and what is wrong with it.
+    """
+    file = Path(name).expanduser()
+    if not file.is_file() and (SHIPPED / f"{name}.yaml").is_file():
+        file = SHIPPED / f"{name}.yaml"
+    fields = _read(file)
+    for override in overrides:
+        _set(fields, override)
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise RecipeError(f"{file}: {_sentences(error)}") from error
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """YAML of a recipe with every value, as `load_recipe` reads it."""
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _read(file: Path) -> dict[str, Any]:
+    shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise RecipeError(f"{file}: larger than {_MAX_BYTES} bytes, which no recipe is")
+        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"{file}: cannot be read ({error.strerror}); give a file or one of: {shipped}"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{file}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{file}: holds a {type(fields).__name__}; a recipe is a mapping")
+    return fields
+
+
+def _set(fields: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not all([*parents, last]):
+        raise RecipeError(f"{override!r}: overrides read key=value, such as optimizer.lr=0.001")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{override!r}: the value is not YAML; quote it") from error
+    for parent in parents:
+        inner = fields.get(parent)
+        if inner is None:
+            fields[parent] = inner = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{override!r}: {parent} is no section of the recipe")
+        fields = inner
+    fields[last] = value
+
+
+def _sentences(error: ValidationError) -> str:
+    return "; ".join(_sentence(dict(fault)) for fault in error.errors())
+
+
+def _sentence(fault: Mapping[str, Any]) -> str:
+    where = ".".join(
+        str(part) for part in fault["loc"] if not str(part).startswith(("str", "tuple[", "literal["))
+    )
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        message = "there is no such key; correct or remove it"
+    return f"{where}: {message}" if where else message
