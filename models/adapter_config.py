@@ -36,6 +36,7 @@ Layers = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=1024)], ...], Field(min_length=1), AfterValidator(_ascending)
 ]
 Targets = Annotated[tuple[LinearName, ...], AfterValidator(_in_order)]
+ENCODER = r"efficientnet-lite0|open_clip:[A-Za-z0-9_.:/-]+"
 
 
 class _Strict(BaseModel):
@@ -122,7 +123,7 @@ class VisionConfig(_Strict):
                recipe trains text rows) or no visual tokens at all (`none`)
     """
 
-    encoder: str = Field(pattern=r"^(efficientnet-lite0|open_clip:[A-Za-z0-9_.:/-]+)$")
+    encoder: str = Field(pattern=f"^({ENCODER})$")
     features: Literal["global", "tokens"]
     projector: Literal["linear", "mlp", "query_blocks"]
     fusion: Literal["add", "early"]

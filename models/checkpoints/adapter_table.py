@@ -33,6 +33,7 @@ class AdapterOptions:
     color     the order of an image's channels
     litgpt    the version of LitGPT that made the file, such as `0.5.13`
     length    rows of one layer's prompt, where a file has all layers' in one tensor
+    encoder   the visual encoder, a name as in `VisionConfig`
     """
 
     gate: Literal["tanh", "raw"] | None = None
@@ -40,6 +41,7 @@ class AdapterOptions:
     color: Literal["rgb", "bgr"] | None = None
     litgpt: str | None = None
     length: int | None = None
+    encoder: str | None = None
 
 
 @dataclass(frozen=True)

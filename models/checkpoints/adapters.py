@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from models.adapter import Adapter, base_spec
-from models.adapter_config import AdapterConfig, BaseSpec
+from models.adapter_config import ENCODER, AdapterConfig, BaseSpec
 from models.checkpoints.adapter_table import AdapterFormat, AdapterOptions, check_base
 from models.checkpoints.chat65b import CHAT_65B
 from models.checkpoints.fields import first_fault
@@ -28,7 +29,14 @@ from models.config import ModelConfig
 from models.errors import CheckpointError, ModelError
 from models.registry import check_id
 
-__all__ = ["AdapterOptions", "detect", "export_adapter", "open_adapter", "parse_adapter_argument"]
+__all__ = [
+    "AdapterOptions",
+    "detect",
+    "export_adapter",
+    "open_adapter",
+    "parse_adapter_argument",
+    "parse_options",
+]
 
 FORMATS: tuple[AdapterFormat, ...] = (
     REFERENCE_V1,
@@ -39,6 +47,7 @@ FORMATS: tuple[AdapterFormat, ...] = (
     LITGPT,
 )
 NATIVE = "native"
+_OPTIONS = tuple(field.name for field in fields(AdapterOptions))
 _CHOICES = {"gate": ("tanh", "raw"), "color": ("rgb", "bgr")}
 
 
@@ -134,6 +143,7 @@ def _said(form: AdapterFormat, config: AdapterConfig) -> AdapterOptions:
         "color": config.vision.color if config.vision else None,
         "litgpt": "0.5.13" if regrouped else "0.5.4",
         "length": config.prompt.length if config.prompt else None,
+        "encoder": config.vision.encoder if config.vision else None,
     }
     return AdapterOptions(template=config.template, **{key: said[key] for key in form.options})
 
@@ -149,7 +159,7 @@ def _check_same(
 
 
 def parse_adapter_argument(text: str) -> tuple[str, Path, AdapterOptions]:
-    """`id=PATH[,gate=tanh|raw][,template=NAME][,color=rgb|bgr][,litgpt=VERSION][,length=ROWS]`.
+    """`id=PATH[,option=value …]`; the options are those of `AdapterOptions`.
 
     Raises CheckpointError that says which part is wrong.
     """
@@ -158,40 +168,57 @@ def parse_adapter_argument(text: str) -> tuple[str, Path, AdapterOptions]:
     if not equals or not path:
         raise CheckpointError(f"adapter {text!r}: write it as id=PATH, with options such as ,gate=raw")
     check_id(id)
-    values: dict[str, str | int] = {}
-    names = [field.name for field in fields(AdapterOptions)]
+    values: dict[str, str] = {}
     for piece in pieces:
         key, _, value = piece.partition("=")
-        if key not in names:
+        if key not in _OPTIONS:
             raise CheckpointError(
-                f"adapter {id}: {piece!r} is no option; there are {', '.join(names)}. "
+                f"adapter {id}: {piece!r} is no option; there are {', '.join(_OPTIONS)}. "
                 "A path must not contain commas"
             )
         if key in values:
             raise CheckpointError(f"adapter {id}: {key} is given twice; give it once")
-        values[key] = _value(id, key, value)
-    return id, Path(path), AdapterOptions(**values)  # type: ignore[arg-type]
+        values[key] = value
+    return id, Path(path), parse_options(id, values)
+
+
+def parse_options(id: str, values: Mapping[str, str]) -> AdapterOptions:
+    """The options of the adapter `id` from their texts. Raises CheckpointError that names the wrong one."""
+    for key in values:
+        if key not in _OPTIONS:
+            raise CheckpointError(f"adapter {id}: {key[:40]!r} is no option; there are {', '.join(_OPTIONS)}")
+    read = {key: _value(id, key, value) for key, value in values.items()}
+    return AdapterOptions(**read)  # type: ignore[arg-type]
 
 
 def _value(id: str, key: str, value: str) -> str | int:
     if key in _CHOICES and value not in _CHOICES[key]:
-        raise CheckpointError(f"adapter {id}: {key}={value}; use {' or '.join(_CHOICES[key])}")
+        raise CheckpointError(f"adapter {id}: {key}={value[:100]}; use {' or '.join(_CHOICES[key])}")
     if key == "length":
         if not re.fullmatch(r"[1-9][0-9]{0,2}|10[01][0-9]|102[0-4]", value):
-            raise CheckpointError(f"adapter {id}: length={value}; use a number from 1 to 1024")
+            raise CheckpointError(f"adapter {id}: length={value[:100]}; use a number from 1 to 1024")
         return int(value)
+    if key == "encoder":
+        if not re.fullmatch(ENCODER, value):
+            raise CheckpointError(
+                f"adapter {id}: encoder={value[:100]!r}; use efficientnet-lite0 or "
+                "open_clip:MODEL:PRETRAINED, where PRETRAINED is a tag or a file's path"
+            )
+        return value
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", value):
-        raise CheckpointError(f"adapter {id}: {key}={value!r}; use 1 to 64 letters, digits, '.', '_' or '-'")
+        raise CheckpointError(
+            f"adapter {id}: {key}={value[:100]!r}; use 1 to 64 letters, digits, '.', '_' or '-'"
+        )
     return value
 
 
 def _check_options(path: Path, name: str, known: frozenset[str], options: AdapterOptions) -> None:
     """`template` suits every adapter; what else a format leaves open it lists itself."""
-    for field in fields(AdapterOptions):
-        if getattr(options, field.name) is not None and field.name not in known | {"template"}:
+    for option in _OPTIONS:
+        if getattr(options, option) is not None and option not in known | {"template"}:
             where = "is in its adapter.json" if name == NATIVE else "has no meaning there"
             raise CheckpointError(
-                f"{path}: {field.name}= does not apply to {name} adapters, it {where}; leave it out"
+                f"{path}: {option}= does not apply to {name} adapters, it {where}; leave it out"
             )
 
 

@@ -130,6 +130,7 @@ def _open_options(form: AdapterFormat, config: AdapterConfig) -> dict[str, Any]:
         "color": config.vision.color if config.vision else None,
         "litgpt": "0.5.5 to 0.5.13" if regrouped else "up to 0.5.4",
         "length": config.prompt.length if config.prompt else None,
+        "encoder": config.vision.encoder if config.vision else None,
     }
     names = [field.name for field in fields(AdapterOptions)]
     return {name: assumed[name] for name in names if name in form.options | {"template"}}

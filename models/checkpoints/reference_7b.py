@@ -60,7 +60,7 @@ _BLOCK = "visual_blocks.{i}.norm1.weight"
 @dataclass(frozen=True)
 class Reference7B:
     name: str = "reference-7b"
-    options: frozenset[str] = frozenset({"color"})
+    options: frozenset[str] = frozenset({"color", "encoder"})
 
     def matches(self, file: TensorFile) -> bool:
         return file.has("visual_query.weight") and file.has("adapter_query.weight") and file.has(GATE)
@@ -148,7 +148,7 @@ class Reference7B:
                 f"to 64 blocks of a multiple of {_BLOCK_HEADS}, and at most 1024 queries; fetch it again"
             )
         return VisionConfig(
-            encoder="open_clip:ViT-L-14:openai",
+            encoder=options.encoder or "open_clip:ViT-L-14:openai",
             features="tokens",
             projector="query_blocks",
             fusion="add",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from models.checkpoints.adapters import AdapterOptions, open_adapter, parse_adapter_argument
+from models.checkpoints.adapters import AdapterOptions, open_adapter, parse_adapter_argument, parse_options
 from models.config import ModelConfig
 from models.errors import AdapterMismatch, CheckpointError, ModelError
 from models.prompts import template_names
@@ -47,16 +48,22 @@ class AdapterLoader:
         id, path, options = parse_adapter_argument(argument)
         return self._load(id, path.expanduser(), options)
 
-    def load_at_run_time(self, id: str, path: str) -> ServedModel:
+    def load_at_run_time(self, id: str, path: str, options: Mapping[str, str]) -> ServedModel:
         """An adapter below the configured root. Raises `InvalidRequest`."""
         try:
-            return self._load(id, self._registry.resolve(path), AdapterOptions())
+            known = parse_options(id, options)
+        except ModelError as error:
+            raise InvalidRequest(str(error), param="options", code="invalid_adapter") from error
+        try:
+            return self._load(id, self._registry.resolve(path), known, at_run_time=True)
         except AdapterMismatch as error:
             raise InvalidRequest(str(error), param="path", code="adapter_mismatch") from error
         except ModelError as error:
             raise InvalidRequest(str(error), param="path", code="invalid_adapter") from error
 
-    def _load(self, id: str, path: Path, options: AdapterOptions) -> ServedModel:
+    def _load(
+        self, id: str, path: Path, options: AdapterOptions, *, at_run_time: bool = False
+    ) -> ServedModel:
         if id == self._base_id:
             raise CheckpointError(f"adapter id {id!r} is the base's own; choose another id")
         adapter = open_adapter(path, self._config, options, self._fingerprint)
@@ -67,7 +74,7 @@ class AdapterLoader:
             )
         encoder = None
         if config.vision is not None:
-            encoder = self._encoder(config.vision.encoder)
+            encoder = self._encoder(config.vision.encoder, at_run_time)
             width = encoder.global_dim if config.vision.features == "global" else encoder.token_dim
             if width != config.vision.feature_dim:
                 raise AdapterMismatch(
@@ -102,8 +109,13 @@ class AdapterLoader:
         )
         return ServedModel(info)
 
-    def _encoder(self, name: str) -> VisionEncoder:
+    def _encoder(self, name: str, at_run_time: bool) -> VisionEncoder:
         with self._lock:
             if name not in self._encoders:
+                if at_run_time and "/" in name:
+                    raise CheckpointError(
+                        f"encoder {name!r} is a file, which run-time loading does not open; start the "
+                        "server with an adapter that names it, or name one of open_clip's tags"
+                    )
                 self._encoders[name] = load_encoder(name, self._device)
             return self._encoders[name]

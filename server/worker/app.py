@@ -90,7 +90,7 @@ def _add_adapter_routes(app: FastAPI, engine: Engine, max_bytes: int) -> None:
     @app.post("/adapters")
     async def load_adapter(request: Request) -> ModelInfo:
         body = await _parse(request, _LOAD_ADAPTER, max_bytes)
-        return await engine.load_adapter(body.id, body.path)
+        return await engine.load_adapter(body.id, body.path, body.options)
 
     @app.delete("/adapters/{id}", status_code=204)
     async def unload_adapter(id: str) -> None:

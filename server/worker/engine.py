@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
@@ -131,9 +131,9 @@ class NativeEngine:
                 del self._users[model.key]
                 await asyncio.shield(self._notify_released())
 
-    async def load_adapter(self, id: str, path: str) -> ModelInfo:
+    async def load_adapter(self, id: str, path: str, options: Mapping[str, str] | None = None) -> ModelInfo:
         async with self._loading:
-            model = await asyncio.to_thread(self._loader.load_at_run_time, id, path)
+            model = await asyncio.to_thread(self._loader.load_at_run_time, id, path, options or {})
             replaced = self._models.get(id)
             self._models[id] = model
             if replaced is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
 
 from server.worker.messages import (
@@ -44,7 +44,7 @@ class Engine(Protocol):
     def models(self) -> list[ModelInfo]:
         """The base first, then its adapters."""
 
-    async def load_adapter(self, id: str, path: str) -> ModelInfo:
+    async def load_adapter(self, id: str, path: str, options: Mapping[str, str] | None = None) -> ModelInfo:
         """Load, or load again under the same id as a new version; running requests keep theirs."""
 
     async def unload_adapter(self, id: str) -> None: ...

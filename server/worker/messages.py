@@ -142,6 +142,14 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Scheduled:
+    """The request left the queue: its prompt's first tokens are in the step that runs now."""
+
+    queued_seconds: float  # since its prompt was ready
+    type: Literal["scheduled"] = "scheduled"
+
+
+@dataclass(frozen=True, slots=True)
 class PromptScored:
     """The prompt's log-probabilities, for requests that asked for `prompt_logprobs`."""
 
@@ -179,7 +187,7 @@ class Failed:
     type: Literal["failed"] = "failed"
 
 
-Event = Annotated[Started | PromptScored | Delta | Finished | Failed, Field(discriminator="type")]
+Event = Annotated[Started | Scheduled | PromptScored | Delta | Finished | Failed, Field(discriminator="type")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +207,11 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapterRequest:
+    """`options` are those of the command line's `id=path,option=value`, as texts."""
+
     id: str
     path: str
+    options: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,5 +257,5 @@ class EngineStats:
 
 
 GENERATE_REQUEST: TypeAdapter[GenerateRequest] = TypeAdapter(GenerateRequest)
-EVENT: TypeAdapter[Started | PromptScored | Delta | Finished | Failed] = TypeAdapter(Event)
+EVENT: TypeAdapter[Started | Scheduled | PromptScored | Delta | Finished | Failed] = TypeAdapter(Event)
 MODELS: TypeAdapter[list[ModelInfo]] = TypeAdapter(list[ModelInfo])

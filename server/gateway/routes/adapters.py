@@ -26,7 +26,7 @@ async def list_adapters(gateway: GatewayDep) -> Response:
 async def load_adapter(
     body: Annotated[AdapterBody, Depends(json_body(AdapterBody))], gateway: GatewayDep
 ) -> Response:
-    info = await gateway.pool.load_adapter(LoadAdapterRequest(body.id, body.path))
+    info = await gateway.pool.load_adapter(LoadAdapterRequest(body.id, body.path, body.options))
     return JSONResponse(model_body(info), status_code=201)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.checkpoints.adapters import AdapterOptions, parse_adapter_argument
+from models.checkpoints.adapters import AdapterOptions, parse_adapter_argument, parse_options
 from models.errors import CheckpointError
 
 
@@ -19,8 +19,12 @@ from models.errors import CheckpointError
         ("a:b.c-1=/x/y=z.pth", ("a:b.c-1", "/x/y=z.pth", AdapterOptions())),
         ("a=x,gate=raw", ("a", "x", AdapterOptions(gate="raw"))),
         (
-            "a=x,gate=tanh,template=vicuna_v1,color=bgr,litgpt=0.5.13,length=12",
-            ("a", "x", AdapterOptions("tanh", "vicuna_v1", "bgr", "0.5.13", 12)),
+            "a=x,gate=tanh,template=vicuna_v1,color=bgr,litgpt=0.5.13,length=12,encoder=efficientnet-lite0",
+            ("a", "x", AdapterOptions("tanh", "vicuna_v1", "bgr", "0.5.13", 12, "efficientnet-lite0")),
+        ),
+        (
+            "a=x,encoder=open_clip:ViT-L-14-quickgelu:/models/ViT-L-14.pt",
+            ("a", "x", AdapterOptions(encoder="open_clip:ViT-L-14-quickgelu:/models/ViT-L-14.pt")),
         ),
         ("a=x y,length=1024", ("a", "x y", AdapterOptions(length=1024))),
     ],
@@ -50,6 +54,8 @@ def test_what_is_said_is_understood(text: str, expected: tuple[str, str, Adapter
         ("a=x,length=²", "from 1 to 1024"),
         ("a=x,length=1e2", "from 1 to 1024"),
         ("a=x,template=", "template=''"),
+        ("a=x,encoder=clip", "encoder='clip'; use efficientnet-lite0 or open_clip:MODEL:PRETRAINED"),
+        ("a=x,encoder=open_clip:", "encoder='open_clip:'"),
         ("a=x,template=../../x", "template='../../x'"),
     ],
 )
@@ -77,3 +83,9 @@ def test_any_text_is_understood_or_refused(text: str):
         return
     assert id
     assert "," not in str(path)
+
+
+def test_options_at_run_time_are_the_same():
+    assert parse_options("a", {"gate": "raw", "length": "12"}) == AdapterOptions(gate="raw", length=12)
+    with pytest.raises(CheckpointError, match="adapter a: 'gates' is no option; there are gate, template"):
+        parse_options("a", {"gates": "raw"})

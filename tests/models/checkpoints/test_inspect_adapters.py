@@ -61,7 +61,7 @@ def test_a_description_of_7b(tmp_path: Path):
     }
     assert told["vision"]["encoder"] == "open_clip:ViT-L-14:openai"
     assert told["lora"]["rank"] == 2
-    assert told["options"] == {"template": "plain", "color": "rgb"}
+    assert told["options"] == {"template": "plain", "color": "rgb", "encoder": "open_clip:ViT-L-14:openai"}
     assert told["template"] == "plain"
     assert told["parameters"] == sum(tensor.numel() for tensor in sample.own.values())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 
 from server.errors import InvalidRequest, NotFound
@@ -71,8 +71,9 @@ class ScriptedEngine:
     def models(self) -> list[ModelInfo]:
         return self.held
 
-    async def load_adapter(self, id: str, path: str) -> ModelInfo:
+    async def load_adapter(self, id: str, path: str, options: Mapping[str, str] | None = None) -> ModelInfo:
         info = replace(TEXT_ADAPTER, id=id, root=path)
+        self.options = options
         self.held = [*self.held, info]
         return info
 
@@ -106,8 +107,11 @@ async def test_the_two_sides_understand_each_other(launch: Launch) -> None:
         assert tokens.json() == {"tokens": [1, 2, 3], "count": 3, "max_model_len": 2048}
         text = await gateway.http.post("/detokenize", json={"model": "base", "tokens": [1]})
         assert text.json() == {"prompt": "text"}
-        loaded = await gateway.http.post("/v1/adapters", json={"id": "new", "path": "folder"})
+        loaded = await gateway.http.post(
+            "/v1/adapters", json={"id": "new", "path": "folder", "options": {"gate": "raw"}}
+        )
         assert (loaded.status_code, loaded.json()["root"]) == (201, "folder")
+        assert engine.options == {"gate": "raw"}
         assert (await gateway.chat(model="new")).status_code == 200
         assert (await gateway.http.delete("/v1/adapters/new")).status_code == 200
         assert (await gateway.chat(model="new")).status_code == 404

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +83,7 @@ class ScriptedEngine:
     def models(self) -> list[ModelInfo]:
         return [ModelInfo("base", "base", "base", None, created=1, max_model_len=64)]
 
-    async def load_adapter(self, id: str, path: str) -> ModelInfo:
+    async def load_adapter(self, id: str, path: str, options: Mapping[str, str] | None = None) -> ModelInfo:
         return ModelInfo(id, "adapter", path, "base", created=2, max_model_len=64)
 
     async def unload_adapter(self, id: str) -> None:

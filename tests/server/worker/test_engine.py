@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_files import K, reference_7b, reference_v1
 from PIL import Image
-from tiny_base import write_adapter, write_tiny_base
+from tiny_base import tiny_config, write_adapter, write_tiny_base
 
 from models.errors import AdapterMismatch, CheckpointError
 from server.errors import ApiError, InvalidRequest, NotFound, RateLimited, Timeout
@@ -265,6 +266,44 @@ async def test_adapters_come_and_go_while_others_run(engine: NativeEngine, folde
 
     info = await engine.load_adapter("v1", "v1")
     assert info.version == 2
+
+
+async def test_options_say_at_run_time_what_a_file_cannot(engine: NativeEngine, folder: Path):
+    """One file of the reference code, read with and without tanh: two adapters."""
+    torch.save(reference_v1(tiny_config()).tensors, folder / "adapters" / "v1.pth")
+    told = {"length": str(K), "template": "plain"}
+    await engine.load_adapter("tanh", "v1.pth", told)
+    await engine.load_adapter("raw", "v1.pth", {**told, "gate": "raw"})
+    tanh, raw = [text_of(await collect(engine, chat("hello", id))) for id in ("tanh", "raw")]
+    assert tanh != raw
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"gate": "sigmoid"}, "gate=sigmoid; use tanh or raw"),
+        ({"colour": "bgr"}, "'colour' is no option; there are gate, template"),
+        ({"encoder": "open_clip:ViT-B-32:../x,y"}, "encoder='open_clip:ViT-B-32:../x,y'; use efficientnet"),
+    ],
+)
+async def test_wrong_options_at_run_time_are_named(engine: NativeEngine, options: dict[str, str], match: str):
+    with pytest.raises(InvalidRequest) as caught:
+        await engine.load_adapter("new", "v1", options)
+    assert caught.value.param == "options"
+    assert match in caught.value.message
+
+
+async def test_run_time_loading_opens_no_encoder_file(engine: NativeEngine, folder: Path):
+    """Its path would lie outside the adapter root, whether an option or an adapter.json names it."""
+    name = f"open_clip:ViT-S-32:{folder / 'weights.pt'}"
+    torch.save({"model": reference_7b(tiny_config()).tensors}, folder / "adapters" / "7b.pth")
+    with pytest.raises(InvalidRequest, match="run-time loading does not open"):
+        await engine.load_adapter("new", "7b.pth", {"encoder": name})
+    write_adapter(folder / "adapters" / "named", "sight")
+    manifest = folder / "adapters" / "named" / "adapter.json"
+    manifest.write_text(manifest.read_text().replace("efficientnet-lite0", name))
+    with pytest.raises(InvalidRequest, match="run-time loading does not open"):
+        await engine.load_adapter("new", "named")
 
 
 async def test_a_new_version_never_meets_the_old_ones_blocks(engine: NativeEngine, folder: Path):

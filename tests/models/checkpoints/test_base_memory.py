@@ -36,7 +36,7 @@ MEASURE = r"""
 import json, re, sys
 from pathlib import Path
 import torch
-from server.worker.build import load_base
+from models.checkpoints.base import load_base
 import models.checkpoints.gguf, models.checkpoints.huggingface, models.checkpoints.meta
 
 def peak():  # of this program alone; getrusage's also counts the one that started it
