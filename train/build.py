@@ -35,9 +35,24 @@ from train.recipe import Recipe, recipe_text
 from train.trainer import HeldOut, Trainer
 
 _RECIPE = "recipe.yaml"
-# What may differ when a run goes on: where it computes and what it keeps, not what it learns.
-_MAY_CHANGE = ("resume", "output", "keep", "compute.device", "compute.pass_tokens", "compute.checkpointing",
-               "compute.workers", "compute.threads")  # fmt: skip
+# What may differ when a run goes on: where it computes, what it keeps, and what mends a bad learning rate.
+# The steps and their rows must stay the same.
+_MAY_CHANGE = (
+    "resume",
+    "output",
+    "keep",
+    "compute.device",
+    "compute.pass_tokens",
+    "compute.checkpointing",
+    "compute.workers",
+    "compute.threads",
+    "optimizer.lr",
+    "optimizer.base_lr",
+    "optimizer.min_lr",
+    "optimizer.warmup",
+    "optimizer.weight_decay",
+    "optimizer.clip",
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,7 @@ def _check_output(recipe: Recipe, checkpoints: Checkpoints, processes: Processes
         recipe.output.mkdir(parents=True, exist_ok=True)
         if last is None:
             shutil.rmtree(recipe.output / "data", ignore_errors=True)  # perhaps another recipe's
-            file.write_text(recipe_text(recipe), encoding="utf-8")
+        file.write_text(recipe_text(recipe), encoding="utf-8")
     return last
 
 

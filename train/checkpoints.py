@@ -37,7 +37,15 @@ class Checkpoints:
         return found[-1] if found else None
 
     def save(self, step: int, adapter: Adapter, state: dict[str, Any]) -> Path:
-        """Raises TrainError where it cannot be written; those from before are still there then."""
+        """Raises TrainError where it cannot be written, or where weights are no numbers any more.
+
+        Those from before are still there then.
+        """
+        for name, tensor in adapter.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise TrainError(
+                    f"step {step}: {name} holds NaN or infinite values; {self.remedy('lower optimizer.lr')}"
+                )
         target, partial = self._folder / f"step-{step:07d}", self._folder / _PARTIAL
         try:
             shutil.rmtree(partial, ignore_errors=True)

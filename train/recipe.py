@@ -252,10 +252,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{file}: {_sentences(error)}") from error
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """YAML of a recipe with every value, as `load_recipe` reads it."""
-    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return text
+def recipe_text(recipe: Recipe, *, brief: bool = False) -> str:
+    """YAML of a recipe, as `load_recipe` reads it, with every value or without the defaults."""
+    fields = recipe.model_dump(mode="json", exclude_defaults=brief)
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def write_report(
         _losses(held_out, steps),
         *plots,
         "## Recipe",
-        f"```yaml\n{recipe_text(recipe)}```",
+        f"```yaml\n{recipe_text(recipe, brief=True)}```",
     ]
     file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return file

@@ -11,6 +11,7 @@ from train.errors import DataError
 
 _CHUNK = 1 << 20
 _MAX_ITEM = 64 << 20  # characters
+_EXPONENT = 4  # a number that ends so close to what was read, such as 1 of 1.5 or 1e-5, might go on
 _WHITESPACE = " \t\r\n"
 
 
@@ -82,7 +83,7 @@ class _Reader:
                 if len(self._text) - self._at > _MAX_ITEM or not self._fill():
                     raise self.error(f"this is not JSON: {error}") from error
                 continue
-            if end == len(self._text) and self._fill():  # a number might go on
+            if isinstance(value, int | float) and len(self._text) - end < _EXPONENT and self._fill():
                 continue
             self.line += self._text.count("\n", self._at, end)
             self._at = end
@@ -146,6 +147,8 @@ class _Reader:
             return False
         rest = self._text[self._at :]
         more = self._stream.read(max(_CHUNK, len(rest)))
-        self._ended = not more
+        if not more:
+            self._ended = True
+            return False
         self._text, self._at = rest + more, 0
-        return bool(more)
+        return True

@@ -8,6 +8,7 @@ import gzip
 import importlib
 import json
 import lzma
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from train.data.json_stream import stream_items
 from train.errors import DataError, TrainError
 
 _MAX_LINE = 64 << 20  # characters
+_ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ def open_text(file: Path, packed: str) -> Iterator[TextIO]:
         raise TrainError(f"{file}: there is no such file; correct the path") from error
     except UnicodeDecodeError as error:
         raise TrainError(f"{file}: is not UTF-8 ({error}); convert it") from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, *_zstd_errors()) as error:
         raise TrainError(f"{file}: cannot be read ({error}); is it complete?") from error
 
 
@@ -88,18 +90,23 @@ def _xz(file: Path) -> IO[bytes]:
     return cast(IO[bytes], lzma.open(file, "rb"))
 
 
-def _zstandard(file: Path) -> IO[bytes]:
+def _zstd(file: Path) -> IO[bytes]:
     try:
-        zstandard = importlib.import_module("zstandard")
+        zstd = importlib.import_module(_ZSTD)
     except ImportError as error:
-        raise TrainError(f"{file}: reading .zst needs the package zstandard; install it") from error
-    try:
-        return cast(IO[bytes], zstandard.open(file, "rb"))
-    except zstandard.ZstdError as error:
-        raise TrainError(f"{file}: cannot be read ({error}); is it complete?") from error
+        raise TrainError(
+            f"{file}: reading .zst needs {_ZSTD}; install llama-adapter-server[train]"
+        ) from error
+    return cast(IO[bytes], zstd.open(file, "rb"))
 
 
-_OPENERS = {"": _plain, ".gz": _gzip, ".bz2": _bzip2, ".xz": _xz, ".zst": _zstandard}
+def _zstd_errors() -> tuple[type[Exception], ...]:
+    """What the decompressor raises, if one was opened."""
+    module = sys.modules.get(_ZSTD)
+    return (module.ZstdError,) if module else ()
+
+
+_OPENERS = {"": _plain, ".gz": _gzip, ".bz2": _bzip2, ".xz": _xz, ".zst": _zstd}
 
 
 def _lines(stream: TextIO, file: Path) -> Iterator[Row]:
