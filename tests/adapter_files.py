@@ -10,6 +10,7 @@ row order; and the configuration that the file means.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,6 +39,19 @@ class Values:
 
     def around(self, mean: float, spread: float, *shape: int) -> Tensor:
         return mean + spread * torch.randn(shape, generator=self._generator)
+
+
+def save_sample(sample: Sample, path: Path) -> Path:
+    """In the container that files of this kind come in."""
+    tensors = {key: tensor.clone() for key, tensor in sample.tensors.items()}
+    lora, biases = sample.config.lora, sample.config.scale_bias.bias_targets
+    value: dict[str, object] = {"model": tensors}
+    if sample.config.prompt is not None and sample.config.vision is None:
+        value = dict(tensors)
+    elif sample.config.vision is not None and biases:
+        value["config"] = {"w_bias": True, "w_lora": lora is not None, "lora_rank": lora.rank if lora else 16}
+    torch.save(value, path)
+    return path
 
 
 def module_of(name: str) -> str:
@@ -85,9 +99,15 @@ def reference_v1(
     return sample
 
 
-def reference_7b(config: ModelConfig, bias: bool = True, lora: int = 0) -> Sample:
-    """`lora` is the rank, 0 for a file without; a caption file has no biases."""
-    F, E, blocks = 10, 32, 2
+def reference_7b(
+    config: ModelConfig,
+    bias: bool = True,
+    lora: int = 0,
+    encoder: str = "open_clip:ViT-L-14:openai",
+    F: int = 10,
+) -> Sample:
+    """`lora` is the rank, 0 for a file without; a caption file has no biases. `F`: the encoder's features."""
+    E, blocks = 32, 2
     top = range(1, config.num_layers)
     spec = {
         "base": base_spec(config).model_dump(),
@@ -98,7 +118,7 @@ def reference_7b(config: ModelConfig, bias: bool = True, lora: int = 0) -> Sampl
         "scale_bias": {"bias_targets": BIASED if bias else ()},
         "lora": {"rank": lora, "targets": LINEARS} if lora else None,
         "vision": {
-            "encoder": "open_clip:ViT-L-14:openai",
+            "encoder": encoder,
             "features": "tokens",
             "projector": "query_blocks",
             "fusion": "add",

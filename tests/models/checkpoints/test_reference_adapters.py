@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapter_files import K, Sample, base_weights, chat_65b, reference_7b, reference_v1
+from adapter_files import K, Sample, base_weights, chat_65b, reference_7b, reference_v1, save_sample
 from oracle import Oracle
 from support import canonical_weights, random_base
 from torch import Tensor
@@ -45,20 +45,6 @@ SAMPLES: dict[str, tuple[str, Callable[[ModelConfig], Sample], str, AdapterOptio
     "chat-65B": ("chat-65b", chat_65b, "chat.pth", AdapterOptions()),
     "chat-65B, no final norm": ("chat-65b", lambda c: chat_65b(c, False), "chat.pth", AdapterOptions()),
 }
-
-
-def save(name: str, sample: Sample, path: Path) -> Path:
-    """The container that files of this kind come in."""
-    tensors = {key: tensor.clone() for key, tensor in sample.tensors.items()}
-    lora = sample.config.lora
-    if name.startswith("V1"):
-        torch.save(tensors, path)
-    elif name in ("BIAS-7B", "LORA-BIAS-7B"):
-        stated = {"w_bias": True, "w_lora": lora is not None, "lora_rank": lora.rank if lora else 16}
-        torch.save({"model": tensors, "config": stated}, path)
-    else:
-        torch.save({"model": tensors}, path)
-    return path
 
 
 def half_rotated(weight: Tensor, D: int) -> Tensor:
@@ -99,7 +85,7 @@ def oracle_of(config: ModelConfig, meta: dict[str, Tensor], sample: Sample) -> O
 def test_logits_are_the_oracle_s_of_the_raw_file(config: ModelConfig, name: str, tmp_path: Path):
     _, build, file, options = SAMPLES[name]
     sample = build(config)
-    adapter = open_adapter(save(name, sample, tmp_path / file), config, options)
+    adapter = open_adapter(save_sample(sample, tmp_path / file), config, options)
     assert adapter.config == sample.config
     meta, base = meta_and_ours(config)
     features = features_of(sample)
@@ -116,7 +102,7 @@ def test_logits_are_the_oracle_s_of_the_raw_file(config: ModelConfig, name: str,
 def test_greedy_tokens_are_the_oracle_s(config: ModelConfig, name: str, tmp_path: Path):
     _, build, file, options = SAMPLES[name]
     sample = build(config)
-    adapter = open_adapter(save(name, sample, tmp_path / file), config, options)
+    adapter = open_adapter(save_sample(sample, tmp_path / file), config, options)
     meta, base = meta_and_ours(config)
     features = features_of(sample)
     array = None if features is None else features.double().numpy()
@@ -132,7 +118,7 @@ def test_greedy_tokens_are_the_oracle_s(config: ModelConfig, name: str, tmp_path
 def test_export_gives_back_the_file(config: ModelConfig, name: str, tmp_path: Path):
     form, build, file, options = SAMPLES[name]
     sample = build(config)
-    adapter = open_adapter(save(name, sample, tmp_path / file), config, options)
+    adapter = open_adapter(save_sample(sample, tmp_path / file), config, options)
     export_adapter(adapter, form, tmp_path / "again" / file)
     value = torch.load(tmp_path / "again" / file, weights_only=True)
     tensors = value.get("model", value)
@@ -149,7 +135,7 @@ def test_a_scalar_gate_is_one_gate_per_layer(config: ModelConfig, tmp_path: Path
     sample = reference_v1(config)
     for i in range(config.num_layers):
         sample.tensors[f"layers.{i}.attention.gate"] = torch.tensor([0.5 + i])
-    adapter = open_adapter(save("V1", sample, tmp_path / "v1.pth"), config, LENGTH)
+    adapter = open_adapter(save_sample(sample, tmp_path / "v1.pth"), config, LENGTH)
     assert adapter.config.gate.per == "layer"
     assert torch.equal(adapter.gate, 0.5 + torch.arange(1.0, config.num_layers))
 
@@ -157,14 +143,14 @@ def test_a_scalar_gate_is_one_gate_per_layer(config: ModelConfig, tmp_path: Path
 def test_ten_rows_are_assumed_where_nothing_is_said(tmp_path: Path, config: ModelConfig):
     sample = reference_v1(config)
     sample.tensors["adapter_query.weight"] = torch.randn(20, config.hidden_size)
-    adapter = open_adapter(save("V1", sample, tmp_path / "v1.pth"), config)
+    adapter = open_adapter(save_sample(sample, tmp_path / "v1.pth"), config)
     assert adapter.config.prompt is not None
     assert adapter.config.prompt.length == 10
     assert adapter.config.prompt.layers == (config.num_layers - 2, config.num_layers - 1)
 
 
 def test_rows_that_make_no_whole_prompts_ask_for_the_length(tmp_path: Path, config: ModelConfig):
-    path = save("V1", reference_v1(config), tmp_path / "v1.pth")
+    path = save_sample(reference_v1(config), tmp_path / "v1.pth")
     with pytest.raises(CheckpointError, match=r"v1\.pth: adapter_query\.weight has 9 rows.*length=10"):
         open_adapter(path, config)
 
@@ -208,7 +194,7 @@ def test_a_7b_training_checkpoint_is_read_past_base_and_clip(config: ModelConfig
 
 
 def test_colour_order_of_a_7b_file_can_be_said(config: ModelConfig, tmp_path: Path):
-    path = save("BIAS-7B", reference_7b(config), tmp_path / "x.pth")
+    path = save_sample(reference_7b(config), tmp_path / "x.pth")
     vision = open_adapter(path, config, AdapterOptions(color="rgb")).config.vision
     assert vision is not None
     assert vision.color == "rgb"
@@ -232,18 +218,19 @@ def test_a_missing_key_is_named(config: ModelConfig, name: str, key: str, tmp_pa
     del sample.tensors[key]
     if key == "layers.3.attention.gate":  # the file now looks as if made for three layers
         with pytest.raises(AdapterMismatch, match="num_layers 3"):
-            open_adapter(save(name, sample, tmp_path / file), config, options)
+            open_adapter(save_sample(sample, tmp_path / file), config, options)
         return
     with pytest.raises(CheckpointError, match=key.replace(".", r"\.") + " missing"):
-        open_adapter(save(name, sample, tmp_path / file), config, options)
+        open_adapter(save_sample(sample, tmp_path / file), config, options)
 
 
 def test_biases_are_all_there_or_all_missing_without_a_word(config: ModelConfig, tmp_path: Path):
     """A caption file has no biases; one that has some of a linear is damaged."""
     sample = reference_7b(config)
     del sample.tensors["llama.layers.1.attention.wq.bias"]
+    torch.save({"model": sample.tensors}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"layers\.1\.attention\.wq\.bias missing"):
-        open_adapter(save("CAPTION-7B", sample, tmp_path / "x.pth"), config)
+        open_adapter(tmp_path / "x.pth", config)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -252,13 +239,13 @@ def test_an_unexpected_key_is_named(config: ModelConfig, name: str, tmp_path: Pa
     sample = build(config)
     sample.tensors["surprise.weight"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match=rf"{file}: surprise\.weight unexpected"):
-        open_adapter(save(name, sample, tmp_path / file), config, options)
+        open_adapter(save_sample(sample, tmp_path / file), config, options)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_another_base_is_refused_by_name(config: ModelConfig, name: str, tmp_path: Path):
     _, build, file, options = SAMPLES[name]
-    path = save(name, build(config), tmp_path / file)
+    path = save_sample(build(config), tmp_path / file)
     for field, other in (("hidden_size", 24), ("num_layers", 5)):
         with pytest.raises(AdapterMismatch, match=rf"{field} \d+ \(the base has {other}\)"):
             open_adapter(path, replace(config, **{field: other}), options)
