@@ -20,6 +20,7 @@ The wire form is OpenAI's: {"error": {"message", "type", "param", "code"}}.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -48,10 +49,10 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Retry-After in whole seconds, at least 1, where it is known."""
+        """Retry-After in whole seconds, rounded up and at least 1, where it is known."""
         if self.retry_after is None:
             return {}
-        return {"Retry-After": str(max(1, round(self.retry_after)))}
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
 
 
 class InvalidRequest(ApiError):

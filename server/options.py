@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsError
 
@@ -66,7 +66,8 @@ def load(settings: type[Settings], given: Mapping[str, Any]) -> Settings:
     try:
         return settings(**known)
     except ValidationError as error:
-        raise StartupError(" ".join(_sentence(dict(fault)) for fault in error.errors())) from None
+        faults = (_sentence(settings.model_fields, dict(fault)) for fault in error.errors())
+        raise StartupError(" ".join(faults)) from None
     except SettingsError as error:
         raise StartupError(
             f'{error}; lists and tables in the environment are JSON, such as ["a", "b"].'
@@ -90,6 +91,8 @@ def _plain_type(field: FieldInfo) -> Any:
     kind: Any = field.annotation
     if get_origin(kind) in (Union, UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))
+    if kind is SecretStr:
+        return str
     return list[str] if get_origin(kind) in (tuple, dict) else kind
 
 
@@ -107,10 +110,17 @@ def _default(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
     if default is None or default in ((), {}):
         return "(may be repeated)" if _plain_type(field) == list[str] else ""
+    if isinstance(default, SecretStr):
+        return f"[{default.get_secret_value()}]"  # a default is no secret
     return f"[{'on' if default else 'off'}]" if isinstance(default, bool) else f"[{default}]"
 
 
-def _sentence(fault: dict[str, Any]) -> str:
+def _sentence(fields: Mapping[str, FieldInfo], fault: dict[str, Any]) -> str:
     place = [str(part) for part in fault["loc"]] or ["settings"]
     names = f"{flag(place[0])} (or LLAMA_ADAPTER_{place[0].upper()})"
-    return f"{names}: {fault['msg']}, not {fault['input']!r}."
+    given = "" if _is_secret(fields.get(place[0])) else f", not {fault['input']!r}"
+    return f"{names}: {fault['msg']}{given}."
+
+
+def _is_secret(field: FieldInfo | None) -> bool:
+    return field is not None and "SecretStr" in str(field.annotation)

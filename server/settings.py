@@ -7,12 +7,15 @@ names with `__`), else from the default here. A bad value stops start-up with a 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
+RATE = r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$"  # such as 60/minute
+
+Secret = Annotated[SecretStr, Field(min_length=1)]
 
 
 def default_cache_dir() -> Path:
@@ -52,9 +55,33 @@ class GatewaySettings(ImageLimits):
         {}, description="name → http://host:port or unix:/path of its service"
     )
     expert_seconds: float = Field(20.0, gt=0, description="an expert that takes longer is left out")
+    expert_concurrency: int = Field(
+        8, gt=0, description="readings of one expert at once; more wait, within expert_seconds"
+    )
+    expert_failures: int = Field(
+        5, gt=0, description="failures in a row after which an expert is left alone for a while"
+    )
+    expert_pause_seconds: float = Field(10.0, gt=0, description="of that while; then one request tries it")
     expert_cache_entries: int = Field(1024, ge=0, description="readings kept by (expert, version, image)")
-    api_keys: tuple[str, ...] = Field((), description="empty: no key is asked for")
-    admin_keys: tuple[str, ...] = Field((), description="for /v1/adapters; empty: those routes are closed")
+    api_keys: tuple[Secret, ...] = Field((), description="without any, and without a keys file: all may call")
+    admin_keys: tuple[Secret, ...] = Field(
+        (), description="for /v1/adapters; without any those routes are closed"
+    )
+    keys_file: Path | None = Field(
+        None, description="TOML file of named keys and their limits; read again when it changes"
+    )
+    key_requests: str | None = Field(
+        None, pattern=RATE, description="requests of one key, such as 60/minute; default: any number"
+    )
+    key_tokens: str | None = Field(
+        None, pattern=RATE, description="prompt and completion tokens of one key, such as 100000/hour"
+    )
+    key_concurrency: int | None = Field(None, gt=0, description="requests of one key at once")
+    limits_store: SecretStr = Field(
+        SecretStr("memory://"),
+        description="where requests and tokens are counted: memory:// is this process, "
+        "redis://host:6379/0 is shared",
+    )
     max_body_bytes: int = Field(64 * MIB, gt=0, description="of one request")
     body_seconds: float = Field(60.0, gt=0, description="for a request's body to arrive")
     max_concurrent_requests: int = Field(256, gt=0, description="over it: 429 with Retry-After")

@@ -11,12 +11,13 @@ from starlette.middleware import Middleware
 
 from experts.contract import Expert
 from server.gateway import middleware
-from server.gateway.auth import Authentication, Keys
+from server.gateway.auth import Authentication
 from server.gateway.clients.pool import WorkerPool
-from server.gateway.clients.workers import WorkerClient
 from server.gateway.context import ExpertPanel
 from server.gateway.fetching import ImageFetcher
 from server.gateway.images import ImageLoader
+from server.gateway.keys import KeyRing
+from server.gateway.limiter import RATE_HEADERS, Limiter
 from server.gateway.metrics import GatewayMetrics
 from server.gateway.pipeline import Pipeline
 from server.gateway.routes import adapters, chat, completions, health, models, tokens
@@ -30,14 +31,17 @@ def create_app(
     experts: Mapping[str, Expert],
     drain: Drain | None = None,
     fetcher: ImageFetcher | None = None,
+    pool: WorkerPool | None = None,
 ) -> FastAPI:
     """The whole front.
 
     experts  by the name that requests call them by, in the order that "auto" asks them
     drain    once it is asked, new work is refused and readiness is 503; once expired, work is ended
     fetcher  of images behind http(s) URLs; a test may bring its own resolver
+    pool     of the workers at `worker_urls`, which the app starts and closes; experts may ask it too
     """
-    gateway = _assemble(settings, experts, drain or Drain(), fetcher or ImageFetcher(settings))
+    pool = pool or WorkerPool.of(settings)
+    gateway = _assemble(settings, experts, drain or Drain(), fetcher or ImageFetcher(settings), pool)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -62,18 +66,17 @@ def create_app(
 
 
 def _assemble(
-    settings: GatewaySettings, experts: Mapping[str, Expert], drain: Drain, fetcher: ImageFetcher
+    settings: GatewaySettings,
+    experts: Mapping[str, Expert],
+    drain: Drain,
+    fetcher: ImageFetcher,
+    pool: WorkerPool,
 ) -> Gateway:
-    workers = [
-        WorkerClient(url, settings.worker_connect_seconds, settings.worker_read_seconds)
-        for url in settings.worker_urls
-    ]
-    pool = WorkerPool(workers, settings.worker_poll_seconds)
     metrics = GatewayMetrics(pool.stats)
-    panel = ExpertPanel(experts, settings.expert_seconds, settings.expert_cache_entries, metrics)
-    pipeline = Pipeline(settings, pool, ImageLoader(settings, fetcher), panel, metrics)
-    keys = Keys(settings.api_keys, settings.admin_keys)
-    return Gateway(settings, pool, panel, fetcher, pipeline, metrics, keys, drain)
+    panel = ExpertPanel(experts, settings, metrics)
+    limiter = Limiter(settings.limits_store.get_secret_value())
+    pipeline = Pipeline(settings, pool, ImageLoader(settings, fetcher), panel, limiter, metrics)
+    return Gateway(settings, pool, panel, fetcher, pipeline, metrics, KeyRing(settings), limiter, drain)
 
 
 def _middleware(gateway: Gateway) -> list[Middleware]:
@@ -83,13 +86,15 @@ def _middleware(gateway: Gateway) -> list[Middleware]:
         allow_origins=settings.cors_origins,
         allow_methods=("GET", "POST", "DELETE"),
         allow_headers=("*",),
-        expose_headers=("x-request-id", "retry-after"),
+        expose_headers=("x-request-id", "retry-after", *RATE_HEADERS),
     )
     return [
         Middleware(middleware.RequestContext, metrics=gateway.metrics),
+        Middleware(middleware.AnswerHeaders),
         *([cors] if settings.cors_origins else []),
         Middleware(middleware.Errors),
         Middleware(Authentication, keys=gateway.keys),
         Middleware(middleware.Admission, limit=settings.max_concurrent_requests, drain=gateway.drain),
+        Middleware(middleware.Limits, limiter=gateway.limiter),
         Middleware(middleware.Lifetime, seconds=settings.request_seconds, drain=gateway.drain),
     ]

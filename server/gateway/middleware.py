@@ -1,10 +1,12 @@
 """What surrounds every route, outermost first. Each is plain ASGI and passes streams on unbuffered.
 
 RequestContext  x-request-id, access log
+AnswerHeaders   what every answer tells browsers and caches, and what layers below want told
 Cors            as configured
 Errors          every failure as OpenAI's error body, or as a stream's last event
 Authentication  API keys
 Admission       at most so many requests at once; none while draining
+Limits          what one key may ask for
 Lifetime        a vanished client, a passed deadline or an expired drain ends a request's work
 """
 
@@ -12,9 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-import uuid
+from typing import ClassVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -36,14 +37,15 @@ from server.errors import (
     from_wire,
 )
 from server.gateway.auth import OPEN_PATHS
+from server.gateway.limiter import Limiter
 from server.gateway.metrics import GatewayMetrics
 from server.gateway.streaming import sse
 from server.serving import Drain
-from server.telemetry import request_id
+from server.telemetry import accepted_id, request_id
+from server.tracing import server_span
 
 log = logging.getLogger(__name__)
 
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _CLIENT_GONE = 499  # in logs and metrics only: nobody is there to receive it
 
 
@@ -58,8 +60,8 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        id = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        headers = Headers(scope=scope)
+        id = accepted_id(headers)
         token = request_id.set(id)
         begun = time.monotonic()
         status = _CLIENT_GONE
@@ -72,17 +74,63 @@ class RequestContext:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            if scope["method"] == "POST":
+                await self._traced(headers, scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
         finally:
             self._note(scope, status, time.monotonic() - begun)
             request_id.reset(token)
+
+    async def _traced(self, headers: Headers, scope: Scope, receive: Receive, send: Send) -> None:
+        with server_span(scope["method"], headers) as span:
+
+            async def watched_send(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.set_attribute("http.response.status_code", message["status"])
+                await send(message)
+
+            span.set_attribute("request.id", request_id.get() or "")
+            await self._app(scope, receive, watched_send)
+            route = getattr(scope.get("route"), "path", "unknown")
+            span.update_name(f"{scope['method']} {route}")
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
         self._metrics.http_requests.labels(route, str(status)).inc()
         level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
         fields = {"method": scope["method"], "path": scope["path"][:500], "status": status}
+        if "caller" in scope:  # the key's name, never the key
+            fields["key"] = scope["caller"].name
         log.log(level, "request", extra={**fields, "seconds": round(seconds, 4)})
+
+
+class AnswerHeaders:
+    """Adds headers to every answer, errors included: fixed ones, and the scope's `answer_headers`."""
+
+    FIXED: ClassVar[dict[str, str]] = {
+        "cache-control": "no-store",  # an answer belongs to whoever asked
+        "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+    }
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        told: dict[str, str] = {}
+        scope["answer_headers"] = told
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self.FIXED | told)
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
 
 
 class Cors(CORSMiddleware):
@@ -185,6 +233,21 @@ class Admission:
             await self._app(scope, receive, send)
         finally:
             self._running -= 1
+
+
+class Limits:
+    """Holds POST requests to the quota of their key."""
+
+    def __init__(self, app: ASGIApp, limiter: Limiter) -> None:
+        self._app = app
+        self._limiter = limiter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        async with self._limiter.admitted(scope["caller"], scope["answer_headers"]):
+            await self._app(scope, receive, send)
 
 
 class Lifetime:

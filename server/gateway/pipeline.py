@@ -13,6 +13,8 @@ from server.errors import InvalidRequest
 from server.gateway.clients.pool import WorkerPool
 from server.gateway.context import ExpertPanel, ExpertReport, context_items
 from server.gateway.images import Image, ImageLoader
+from server.gateway.keys import Caller
+from server.gateway.limiter import Limiter
 from server.gateway.metrics import GatewayMetrics
 from server.gateway.schemas import ChatRequest, CompletionRequest
 from server.gateway.tasks import all_or_none, merged
@@ -31,6 +33,9 @@ from server.worker.messages import (
 
 log = logging.getLogger(__name__)
 
+_CHARACTERS_PER_TOKEN = 4
+_UNLIMITED_ANSWER = 256  # tokens reckoned with where a request names no limit
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -43,6 +48,15 @@ class Job:
     choices_per_prompt: int = 1
     reports: tuple[ExpertReport, ...] | None = None  # None: no expert was concerned
     arrived: float = field(default_factory=time.monotonic)
+
+    @property
+    def estimated_tokens(self) -> int:
+        """What it may take, before a worker has counted: prompts by their length, answers by their limit."""
+        prompts = self.choices[:: self.choices_per_prompt]
+        answers = (choice.sampling.max_tokens for choice in self.choices)
+        return sum(_estimate(choice.prompt) for choice in prompts) + sum(
+            _UNLIMITED_ANSWER if limit is None else limit for limit in answers
+        )
 
     def usage(self, usages: Sequence[Usage]) -> Usage:
         """The sum over choices (in their order), each prompt counted once."""
@@ -61,12 +75,14 @@ class Pipeline:
         pool: WorkerPool,
         images: ImageLoader,
         experts: ExpertPanel,
+        limiter: Limiter,
         metrics: GatewayMetrics,
     ) -> None:
         self._settings = settings
         self._pool = pool
         self._images = images
         self._experts = experts
+        self._limiter = limiter
         self._metrics = metrics
 
     async def prepare_chat(self, body: ChatRequest) -> Job:
@@ -77,7 +93,7 @@ class Pipeline:
         names = self._experts.choose(body.experts)
         images = await self._images.load(body.image_urls)
         self._refuse_blindness(body, model, names, images)
-        reports = await self._experts.read(names, images)
+        reports = await self._experts.read(model.id, names, images)
         messages = tuple(message.for_worker() for message in body.messages)
         prompt = ChatPrompt(messages, context_items(reports))
         seen = tuple(image.data for image in images) if model.reads_images else ()
@@ -141,12 +157,21 @@ class Pipeline:
         log.info("generation", extra=fields)
         return Job(id, int(time.time()), body.model, choices, n, reports, arrived)
 
-    async def run(self, job: Job) -> AsyncGenerator[tuple[int, Event], None]:
-        """The events of all choices, each with its choice's index.
+    async def run(self, job: Job, caller: Caller) -> AsyncGenerator[tuple[int, Event], None]:
+        """The events of all choices, each with its choice's index; their tokens are `caller`'s.
 
         Nothing is yielded before a worker has accepted every choice. Raises `ApiError` at whatever point
         something fails; closing the generator aborts every choice.
         """
+        async with (
+            self._limiter.spending(caller, job.estimated_tokens) as spending,
+            aclosing(self._events(job)) as events,
+        ):
+            async for index, event in events:
+                spending.see(index, event, counts_prompt=index % job.choices_per_prompt == 0)
+                yield index, event
+
+    async def _events(self, job: Job) -> AsyncGenerator[tuple[int, Event], None]:
         async with AsyncExitStack() as stack:
             observers = [self._metrics.observe(job.model, job.arrived) for _ in job.choices]
             sources = [self._pool.generate(choice) for choice in job.choices]
@@ -161,6 +186,17 @@ class Pipeline:
             async for index, event in rest:
                 observers[index].see(event)
                 yield index, event
+
+
+def _estimate(prompt: Prompt) -> int:
+    match prompt:
+        case TokenPrompt(token_ids=ids):
+            return len(ids)
+        case TextPrompt(text=text):
+            return -(-len(text) // _CHARACTERS_PER_TOKEN)
+        case ChatPrompt(messages=messages, context=context):
+            texts = [message.content for message in messages] + [item.text for item in context]
+            return sum(-(-len(text) // _CHARACTERS_PER_TOKEN) for text in texts)
 
 
 async def _next(source: AsyncGenerator[Event, None]) -> Event:

@@ -10,10 +10,11 @@ from fastapi import APIRouter, Depends
 from starlette.responses import JSONResponse, Response
 
 from server.gateway.answers import Choice, chat_logprobs, collect, usage_body
+from server.gateway.keys import Caller
 from server.gateway.parsing import json_body
 from server.gateway.pipeline import Job, Pipeline
 from server.gateway.schemas import ChatRequest
-from server.gateway.state import GatewayDep
+from server.gateway.state import CallerDep, GatewayDep
 from server.gateway.streaming import DONE, EventStream, sse
 from server.worker.messages import Delta, Finished, Started
 
@@ -22,12 +23,12 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions")
 async def create(
-    body: Annotated[ChatRequest, Depends(json_body(ChatRequest))], gateway: GatewayDep
+    body: Annotated[ChatRequest, Depends(json_body(ChatRequest))], gateway: GatewayDep, caller: CallerDep
 ) -> Response:
     if body.stream:
-        return EventStream(_stream(gateway.pipeline, body))
+        return EventStream(_stream(gateway.pipeline, body, caller))
     job = await gateway.pipeline.prepare_chat(body)
-    choices = await collect(job, gateway.pipeline.run(job))
+    choices = await collect(job, gateway.pipeline.run(job, caller))
     return JSONResponse(_completion(job, choices, bool(body.logprobs)))
 
 
@@ -48,12 +49,12 @@ def _completion(job: Job, choices: list[Choice], with_logprobs: bool) -> dict[st
     }
 
 
-async def _stream(pipeline: Pipeline, body: ChatRequest) -> AsyncGenerator[bytes, None]:
+async def _stream(pipeline: Pipeline, body: ChatRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
     job = await pipeline.prepare_chat(body)
     head = _head(job, "chat.completion.chunk") | ({"usage": None} if body.include_usage else {})
     first = _experts(job)  # rides on the first chunk alone
     usages = {}
-    async with aclosing(pipeline.run(job)) as events:
+    async with aclosing(pipeline.run(job, caller)) as events:
         async for index, event in events:
             match event:
                 case Started():

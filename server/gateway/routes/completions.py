@@ -10,10 +10,11 @@ from fastapi import APIRouter, Depends
 from starlette.responses import JSONResponse, Response
 
 from server.gateway.answers import Choice, LegacyLogprobs, collect, usage_body
+from server.gateway.keys import Caller
 from server.gateway.parsing import json_body
 from server.gateway.pipeline import Job
 from server.gateway.schemas import CompletionRequest
-from server.gateway.state import Gateway, GatewayDep
+from server.gateway.state import CallerDep, Gateway, GatewayDep
 from server.gateway.streaming import DONE, EventStream, sse
 from server.gateway.tasks import all_or_none
 from server.worker.messages import (
@@ -32,13 +33,15 @@ router = APIRouter()
 
 @router.post("/v1/completions")
 async def create(
-    body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))], gateway: GatewayDep
+    body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],
+    gateway: GatewayDep,
+    caller: CallerDep,
 ) -> Response:
     if body.stream:
-        return EventStream(_stream(gateway, body))
+        return EventStream(_stream(gateway, body, caller))
     job = gateway.pipeline.prepare_completion(body)
     echoes = await _echoes(gateway, job, body)
-    choices = await collect(job, gateway.pipeline.run(job))
+    choices = await collect(job, gateway.pipeline.run(job, caller))
     return JSONResponse(_completion(job, choices, echoes, body.logprobs is not None))
 
 
@@ -77,12 +80,12 @@ def _choice(index: int, echo: str, choice: Choice, with_logprobs: bool) -> dict[
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
 
-async def _stream(gateway: Gateway, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
+async def _stream(gateway: Gateway, body: CompletionRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
     job = gateway.pipeline.prepare_completion(body)
     echoes = await _echoes(gateway, job, body)
     pieces = _Pieces(job, body)
     usages = {}
-    async with aclosing(gateway.pipeline.run(job)) as events:
+    async with aclosing(gateway.pipeline.run(job, caller)) as events:
         async for index, event in events:
             match event:
                 case Started():

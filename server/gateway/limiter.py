@@ -1,0 +1,239 @@
+"""What each key may ask for: requests, tokens, and how many at once.
+
+Requests are counted in a moving window, exactly. Tokens are counted in a sliding-window counter, since a
+moving window would remember each of them. Both live in a store of the `limits` library, which gateways
+may share; the number at once is this gateway's own, so that no crash can leave a place taken.
+
+Tokens are only known afterwards. A generation therefore reserves an estimate here, which others of the
+same key cannot have meanwhile, and what it took is charged when it ends, even where that is more.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar, cast
+
+from limits import RateLimitItemPerSecond
+from limits.aio.storage import MemoryStorage, RedisStorage, Storage
+from limits.aio.storage.base import SlidingWindowCounterSupport
+from limits.aio.strategies import MovingWindowRateLimiter
+from limits.errors import StorageError
+
+from server.errors import RateLimited
+from server.gateway.keys import Caller
+from server.gateway.rates import Rate, Window
+from server.serving import StartupError
+from server.worker.messages import Delta, Event, Finished, Started
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+RATE_HEADERS = tuple(
+    f"x-ratelimit-{part}-{what}"
+    for what in ("requests", "tokens")
+    for part in ("limit", "remaining", "reset")
+)
+
+_ANY = 2**53  # no limit: what was used is charged, whatever is left
+_STORE_SECONDS = 1.0  # for the store to answer
+_STORE_AWAY_SECONDS = 5.0  # until one that did not is asked again
+
+
+class Spending:
+    """What one request has taken so far."""
+
+    def __init__(self) -> None:
+        self._prompt = 0
+        self._completions: Counter[int] = Counter()
+
+    def see(self, index: int, event: Event, counts_prompt: bool) -> None:
+        """`event` of the choice `index`; a prompt that several choices share is counted for one of them."""
+        match event:
+            case Started() if counts_prompt:
+                self._prompt += event.prompt_tokens
+            case Delta():
+                self._completions[index] += len(event.token_ids)
+            case Finished():  # knows also of tokens that are in no delta, such as the stop token
+                self._completions[index] = max(self._completions[index], event.usage.completion_tokens)
+
+    @property
+    def tokens(self) -> int:
+        return self._prompt + self._completions.total()
+
+
+class Limiter:
+    """Raises `RateLimited`, with the seconds after which the same request fits, for what is over a quota."""
+
+    def __init__(self, store_url: str) -> None:
+        self._store = _Store(store_url)
+        self._running: Counter[str] = Counter()  # by the caller's name; no entry where it is 0
+        self._reserved: Counter[str] = Counter()
+
+    async def close(self) -> None:
+        await self._store.close()
+
+    @asynccontextmanager
+    async def admitted(self, caller: Caller, headers: dict[str, str]) -> AsyncIterator[None]:
+        """One request of `caller`, counted; puts OpenAI's `x-ratelimit-*` into `headers`."""
+        most = caller.quota.concurrency
+        if most is not None and self._running[caller.name] >= most:
+            raise RateLimited(f"{most} requests of this key run already; try again.", retry_after=1)
+        with _held(self._running, caller.name, 1):
+            if caller.quota.requests:
+                await self._count_request(caller, caller.quota.requests, headers)
+            if caller.quota.tokens:
+                await self._refuse_debtor(caller, caller.quota.tokens, headers)
+            yield
+
+    @asynccontextmanager
+    async def spending(self, caller: Caller, estimate: int) -> AsyncIterator[Spending]:
+        """A generation that is expected to take `estimate` tokens; what it is seen to take is charged."""
+        spending = Spending()
+        rate = caller.quota.tokens
+        if rate is None:
+            yield spending
+            return
+        estimate = min(estimate, rate.amount)  # one that can never fit has to wait for an empty window
+        window = await self._token_window(caller, rate)
+        needed = self._reserved[caller.name] + estimate
+        if needed > rate.amount or (wait := window.wait(rate.amount, needed)) > 0:
+            raise _out_of("tokens", rate, 1.0 if needed > rate.amount else wait)
+        with _held(self._reserved, caller.name, estimate):
+            try:
+                yield spending
+            finally:
+                if spending.tokens:
+                    await self._charge(caller, rate, spending.tokens)
+
+    async def _count_request(self, caller: Caller, rate: Rate, headers: dict[str, str]) -> None:
+        item = RateLimitItemPerSecond(rate.amount, rate.seconds)
+
+        async def count(storage: Storage) -> tuple[bool, float, int]:
+            window = MovingWindowRateLimiter(storage)
+            counted = await window.hit(item, "requests", caller.name)
+            stats = await window.get_window_stats(item, "requests", caller.name)
+            return counted, stats.reset_time - time.time(), stats.remaining
+
+        counted, reset, remaining = await self._store.ask(count)
+        headers |= _headers("requests", rate, remaining, reset)
+        if not counted:
+            raise _out_of("requests", rate, reset)
+
+    async def _refuse_debtor(self, caller: Caller, rate: Rate, headers: dict[str, str]) -> None:
+        window = await self._token_window(caller, rate)
+        left = rate.amount - int(window.used) - self._reserved[caller.name]
+        headers |= _headers("tokens", rate, max(0, left), window.wait(rate.amount, rate.amount))
+        wait = window.wait(rate.amount, 1)
+        if wait > 0:
+            raise _out_of("tokens", rate, wait)
+
+    async def _token_window(self, caller: Caller, rate: Rate) -> Window:
+        async def look(storage: Storage) -> Window:
+            counter = cast(SlidingWindowCounterSupport, storage)
+            previous, previous_left, current, current_left = await counter.get_sliding_window(
+                _token_key(caller, rate), rate.seconds
+            )
+            left = max(0.0, current_left - rate.seconds)  # its entry outlives its window by another one
+            return Window(previous, previous_left, current, left, rate.seconds)
+
+        return await self._store.ask(look)
+
+    async def _charge(self, caller: Caller, rate: Rate, tokens: int) -> None:
+        async def charge(storage: Storage) -> bool:
+            counter = cast(SlidingWindowCounterSupport, storage)
+            return await counter.acquire_sliding_window_entry(
+                _token_key(caller, rate), _ANY, rate.seconds, tokens
+            )
+
+        await self._store.ask(charge)
+
+
+@contextmanager
+def _held(counter: Counter[str], name: str, amount: int) -> Iterator[None]:
+    """`amount` more of `name` in `counter`, for as long as the block runs."""
+    counter[name] += amount
+    try:
+        yield
+    finally:
+        counter[name] -= amount
+        if not counter[name]:
+            del counter[name]
+
+
+class _Store:
+    """The configured store; this process's memory while that one does not answer."""
+
+    def __init__(self, url: str) -> None:
+        self._memory = MemoryStorage()
+        self._shared: RedisStorage | None = None
+        self._away_until = 0.0
+        if url != "memory://":
+            self._shared, self._close_shared = _redis(url)
+
+    async def close(self) -> None:
+        if self._shared:
+            await self._close_shared()
+
+    async def ask(self, question: Callable[[Storage], Awaitable[Answer]]) -> Answer:
+        if self._shared and time.monotonic() >= self._away_until:
+            try:
+                return await question(self._shared)
+            except StorageError as error:
+                self._away_until = time.monotonic() + _STORE_AWAY_SECONDS
+                cause = type(error.storage_error).__name__  # its text may have the store's address
+                log.warning("the limits' store does not answer: counting here", extra={"cause": cause})
+        return await question(self._memory)
+
+
+def _redis(url: str) -> tuple[RedisStorage, Callable[[], Awaitable[None]]]:
+    """The store at `url`, and what closes its connections. Raises `StartupError`."""
+    try:
+        from redis.asyncio import BlockingConnectionPool
+    except ModuleNotFoundError:
+        raise StartupError(
+            "limits_store names a Redis, and redis is not installed; install llama-adapter-server[redis]."
+        ) from None
+    try:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=64,
+            timeout=_STORE_SECONDS,
+            socket_timeout=_STORE_SECONDS,
+            socket_connect_timeout=_STORE_SECONDS,
+        )
+    except ValueError:
+        raise StartupError(
+            "limits_store must be memory:// or the URL of a Redis, such as redis://host:6379/0."
+        ) from None
+    storage = RedisStorage(
+        "async+redis://",
+        wrap_exceptions=True,
+        implementation="redispy",
+        key_prefix="llama-adapter",
+        connection_pool=pool,  # type: ignore[arg-type]  # `limits` documents it and types it away
+    )
+    return storage, pool.disconnect
+
+
+def _token_key(caller: Caller, rate: Rate) -> str:
+    return f"tokens/{caller.name}/{rate.amount}/{rate.seconds}"
+
+
+def _out_of(what: str, rate: Rate, wait: float) -> RateLimited:
+    return RateLimited(
+        f"This key may use {rate.amount} {what} in {rate.seconds} s; try again in {wait:.1f} s.",
+        retry_after=wait,
+    )
+
+
+def _headers(what: str, rate: Rate, remaining: int, reset: float) -> dict[str, str]:
+    return {
+        f"x-ratelimit-limit-{what}": str(rate.amount),
+        f"x-ratelimit-remaining-{what}": str(remaining),
+        f"x-ratelimit-reset-{what}": f"{max(0.0, reset):.3f}s",
+    }

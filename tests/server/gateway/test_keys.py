@@ -1,0 +1,243 @@
+"""API keys: from settings and a file, read again when it changes, compared in full, told to nobody."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.gateway import keys
+from server.gateway.keys import KeyRing, read_keys
+from server.gateway.rates import Quota, Rate
+from server.serving import StartupError
+from server.settings import GatewaySettings
+from server.telemetry import JsonFormatter
+from tests.server.gateway.scripted import Launch, ScriptedWorker
+
+NO_LIMITS = Quota()
+
+
+def write(path: Path, text: str) -> Path:
+    """As a careful operator does it: whole or not at all."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.replace(path)
+    return path
+
+
+def ring(**settings: Any) -> KeyRing:
+    return KeyRing(GatewaySettings(**settings))
+
+
+def test_keys_of_the_settings_have_numbers_for_names() -> None:
+    known = ring(api_keys=("one", "two"), admin_keys=("root",), key_requests="5/second")
+    names = [
+        (caller.name, caller.admin) for key in ("one", "two", "root") if (caller := known.find(key.encode()))
+    ]
+    assert names == [("key-1", False), ("key-2", False), ("admin-1", True)]
+    assert known.find(b"one").quota.requests == Rate(5, 1)  # type: ignore[union-attr]
+    for wrong in (b"", b"on", b"onee", b"ONE", b"\xff\x00"):
+        assert known.find(wrong) is None
+
+
+def test_a_key_must_not_be_empty() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        GatewaySettings(api_keys=("",))
+
+
+def test_every_key_is_compared_whatever_is_presented(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ring(api_keys=("one", "two", "three"), admin_keys=("root",))
+    compared: list[int] = []
+    compare = hmac.compare_digest
+
+    def counting(a: bytes, b: bytes) -> bool:
+        compared.append(len(b))
+        return compare(a, b)
+
+    monkeypatch.setattr(keys.hmac, "compare_digest", counting)
+    for token in (b"one", b"root", b"none of them", b""):
+        compared.clear()
+        known.find(token)
+        assert compared == [32] * 4  # digests: neither length nor prefix of a key matters
+
+
+def test_a_keys_file(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"hidden").hexdigest()
+    path = write(
+        tmp_path / "keys.toml",
+        f"""
+        [alice]
+        key = "sk-alice"
+        requests = "60/minute"
+        concurrency = 4
+
+        ["bob@example.org"]
+        sha256 = "{digest}"
+
+        [ops]
+        key = "sk-ops"
+        admin = true
+        """,
+    )
+    known = ring(keys_file=path, key_tokens="1000/hour")
+    assert known.required
+    assert known.has_admin
+    alice, bob, ops = (known.find(token) for token in (b"sk-alice", b"hidden", b"sk-ops"))
+    assert alice
+    assert bob
+    assert ops
+    assert alice.quota == Quota(Rate(60, 60), Rate(1000, 3600), 4)
+    assert bob.quota == Quota(None, Rate(1000, 3600), None)
+    assert (bob.name, bob.admin, ops.name, ops.admin) == ("bob@example.org", False, "ops", True)
+
+
+SECRET = "sk-never-to-be-told"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f'[a]\nkey = "{SECRET}"\nsha256 = "{"0" * 64}"', "a"),
+        ("[a]\nadmin = true", "either key or sha256"),
+        (f'[a]\nkey = "{SECRET}"\nrequests = "many"', "a.requests"),
+        (f'[a]\nkey = "{SECRET}"\nconcurrency = 0', "a.concurrency"),
+        (f'[a]\nkey = "{SECRET}"\nadmin = "yes"', "a.admin"),
+        (f'[a]\nkey = "{SECRET}"\nlimit = 3', "a.limit"),
+        (f'[a]\nkey = ["{SECRET}"]', "a.key"),
+        ('[a]\nkey = ""', "a.key"),
+        (f'[a]\nsha256 = "{SECRET}"', "a.sha256"),
+        (f'["a b"]\nkey = "{SECRET}"', "a b"),
+        (f'a = "{SECRET}"', "a"),
+        (f'[a]\nkey = "{SECRET}"\n[b]\nkey = "{SECRET}"', "a and b"),
+        (f'[a\nkey = "{SECRET}"', "not TOML"),
+        (f'[a]\nkey = "{SECRET}"\n[a]\nkey = "{SECRET}"', "not TOML"),
+    ],
+)
+def test_a_bad_keys_file_stops_the_start_and_tells_no_key(tmp_path: Path, text: str, told: str) -> None:
+    path = write(tmp_path / "keys.toml", text)
+    with pytest.raises(StartupError) as caught:
+        ring(keys_file=path)
+    assert str(path) in str(caught.value)
+    assert told in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_keys_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.toml", tmp_path):
+        with pytest.raises(StartupError, match=str(path)):
+            ring(keys_file=path)
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes(b'[a]\nkey = "\xff"')
+    with pytest.raises(StartupError, match="UTF-8"):
+        ring(keys_file=latin)
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    path = tmp_path_factory.mktemp("keys") / "keys.toml"
+    path.write_bytes(raw)
+    try:
+        read_keys(path, NO_LIMITS)
+    except StartupError as error:
+        said = str(error)
+    else:
+        said = f"{path}: fine"
+    assert said.startswith(f"{path}: ")
+
+
+def test_an_empty_keys_file_closes_the_service(tmp_path: Path) -> None:
+    assert ring(keys_file=write(tmp_path / "keys.toml", "")).required
+    assert not ring().required
+
+
+def test_a_bad_change_leaves_the_keys_before_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "keys.toml", '[a]\nkey = "first"')
+    known = ring(keys_file=path)
+    write(path, f'[a]\nkey = "{SECRET}"\nadmin = 7')
+    known.reload()
+    assert known.find(b"first")
+    assert "the keys before it stay" in caplog.text
+    path.unlink()
+    known.reload()
+    assert known.find(b"first")
+    write(path, '[b]\nkey = "second"')
+    known.reload()
+    assert known.find(b"first") is None
+    assert known.find(b"second")
+    assert SECRET not in formatted(caplog)
+
+
+def test_a_change_of_the_same_size_is_seen(tmp_path: Path) -> None:
+    """As where a secret's folder is a link that is turned to the next version."""
+    for name, key in (("v1", "11111"), ("v2", "22222")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "keys.toml", f'[a]\nkey = "{key}"')
+        os.utime(tmp_path / name / "keys.toml", (0, 0))
+    (tmp_path / "now").symlink_to("v1")
+    known = ring(keys_file=tmp_path / "now" / "keys.toml")
+    (tmp_path / "now").unlink()
+    (tmp_path / "now").symlink_to("v2")
+    known.reload()
+    assert known.find(b"22222")
+
+
+def formatted(caplog: pytest.LogCaptureFixture) -> str:
+    """All logs as the service writes them, extras included."""
+    return "\n".join(JsonFormatter().format(record) for record in caplog.records)
+
+
+async def test_keys_come_and_go_while_the_service_runs(
+    launch: Launch, worker: ScriptedWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "_POLL_SECONDS", 0.02)
+    path = write(tmp_path / "keys.toml", '[alice]\nkey = "old"')
+    gateway = await launch(worker, keys_file=path)
+
+    async def status(key: str) -> int:
+        headers = {"authorization": f"Bearer {key}"}
+        return (await gateway.http.get("/v1/models", headers=headers)).status_code
+
+    assert (await status("old"), await status("new")) == (200, 401)
+    write(path, '[alice]\nkey = "new"\n[root]\nkey = "top"\nadmin = true')
+    for _ in range(200):
+        if await status("new") == 200:
+            break
+    assert (await status("old"), await status("new")) == (401, 200)
+    admin = {"authorization": "Bearer top"}
+    assert (await gateway.http.get("/v1/adapters", headers=admin)).status_code == 200
+
+
+async def test_logs_name_the_key_and_never_show_it(
+    launch: Launch, worker: ScriptedWorker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "keys.toml", f'[alice]\nkey = "{SECRET}-file"\nrequests = "4/minute"')
+    with caplog.at_level(logging.DEBUG):
+        gateway = await launch(
+            worker,
+            keys_file=path,
+            api_keys=(f"{SECRET}-api",),
+            admin_keys=(f"{SECRET}-admin",),
+            limits_store="memory://",
+        )
+        for key in ("file", "api", "admin", "wrong"):
+            gateway.http.headers["authorization"] = f"Bearer {SECRET}-{key}"
+            await gateway.chat()
+            await gateway.chat(stream=True)
+            await gateway.chat(temperature="hot")
+            await gateway.http.post("/v1/adapters", json={"id": "x", "path": "y"})
+            await gateway.chat()  # over alice's limit
+            await gateway.http.get("/nothing")
+        settings = gateway.app.state.gateway.settings
+        logging.getLogger("test").info("settings: %r %s", settings, settings, extra={"settings": settings})
+    own = [record for record in caplog.records if record.name.startswith(("server", "test"))]
+    lines = "\n".join(JsonFormatter().format(record) for record in own)
+    assert '"key": "alice"' in lines
+    assert '"status": 429' in lines
+    assert SECRET not in lines
