@@ -25,7 +25,7 @@ CONFIG = ModelConfig(
     head_dim=4,
     rms_norm_eps=1e-5,
     rope_theta=10000.0,
-    max_position_embeddings=64,
+    max_position_embeddings=512,
 )
 _KEYS = {"wo": "attn.proj", "w1": "mlp.fc_1", "w2": "mlp.proj", "w3": "mlp.fc_2"}
 

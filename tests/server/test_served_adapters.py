@@ -8,10 +8,15 @@ anybody can ask for them over the API, and that each answered token was the refe
 from __future__ import annotations
 
 import argparse
+import base64
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import httpx
@@ -23,17 +28,19 @@ from base_files import to_interleaved
 from litgpt_files import CONFIG, FIXTURES, base_weights, litgpt_oracle, weights_file
 from numpy.typing import NDArray
 from oracle import Oracle
+from PIL import Image
 from safetensors.torch import load_file
 from service import Service, serving
 from support import random_adapter, transformers_twin
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 
 from models.adapter import base_spec
 from models.adapter_config import LINEARS, AdapterConfig
 from models.checkpoints.huggingface import write_huggingface
 from models.checkpoints.native import save_adapter
 from models.llama import Llama
-from models.vision.encoder import load_encoder
+from models.vision.encoder import VisionEncoder, load_encoder
 
 pytestmark = [
     pytest.mark.server,
@@ -95,20 +102,28 @@ def text_files(folder: Path) -> dict[str, Served]:
     return served | {"v1-training": Served(str(folder / "checkpoint-4.pth"), of_reference(tanh))}
 
 
+def sighted_samples(encoder: str, width: int) -> dict[str, Sample]:
+    return {
+        "bias-7b": reference_7b(CONFIG, encoder=encoder, F=width),
+        "lora-bias-7b": reference_7b(CONFIG, lora=2, encoder=encoder, F=width),
+        "caption-7b": reference_7b(CONFIG, bias=False, encoder=encoder, F=width),
+    }
+
+
 def sighted_files(folder: Path, encoder: str) -> dict[str, Served]:
     """The 7B formats, which condition a request without an image on an all-zero one."""
     eye = load_encoder(encoder)
-    pixels = torch.zeros(1, 3, eye.image_size, eye.image_size)
-    features = eye.tokens(pixels)[0].double().numpy()
-
-    def sample(bias: bool = True, lora: int = 0) -> Sample:
-        return reference_7b(CONFIG, bias, lora, encoder, eye.token_dim)
-
-    files = {"bias-7b": sample(), "lora-bias-7b": sample(lora=2), "caption-7b": sample(bias=False)}
+    nothing = features_of(eye, torch.zeros(3, eye.image_size, eye.image_size))
     return {
-        id: Served(f"{save_sample(s, folder / f'{id}.pth')},encoder={encoder}", of_reference(s, features))
-        for id, s in files.items()
+        id: Served(
+            f"{save_sample(sample, folder / f'{id}.pth')},encoder={encoder}", of_reference(sample, nothing)
+        )
+        for id, sample in sighted_samples(encoder, eye.token_dim).items()
     }
+
+
+def features_of(eye: VisionEncoder, pixels_CHW: Tensor) -> NDArray[np.float64]:
+    return eye.tokens(pixels_CHW[None])[0].double().numpy()
 
 
 def litgpt_files() -> dict[str, Served]:
@@ -178,15 +193,15 @@ def adapters(folder: Path) -> dict[str, Served]:
     )
 
 
-def serve(folder: Path, adapters: dict[str, Served]) -> Iterator[Service]:
+def serve(folder: Path, adapters: dict[str, Served]) -> AbstractContextManager[Service]:
     flags = [piece for id, one in adapters.items() for piece in ("--adapter", f"{id}={one.argument}")]
-    with serving("--base", str(folder / "base"), "--dtype", "float32", "--experts", "", *flags) as service:
-        yield service
+    return serving("--base", str(folder / "base"), "--dtype", "float32", "--experts", "", *flags)
 
 
 @pytest.fixture(scope="module")
 def service(folder: Path, adapters: dict[str, Served]) -> Iterator[Service]:
-    yield from serve(folder, adapters)
+    with serve(folder, adapters) as service:
+        yield service
 
 
 def complete(service: Service, model: str, prompts: list[list[int]]) -> list[dict]:
@@ -205,17 +220,45 @@ def complete(service: Service, model: str, prompts: list[list[int]]) -> list[dic
 
 
 def check(choice: dict, prompt: list[int], logits: Logits) -> None:
-    """Every log-probability is the reference's, and every answered token its likeliest."""
+    """Prompt and answer are scored as the reference scores them."""
     ids = [LETTERS.index(token) for token in choice["logprobs"]["tokens"]]
     assert choice["text"] == "".join(choice["logprobs"]["tokens"])
     assert ids[: len(prompt)] == prompt
-    assert len(ids) == len(prompt) + ANSWER
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    check_scores(ids, len(prompt), choice["logprobs"]["token_logprobs"][1:], logits)
+
+
+def check_scores(ids: list[int], prompt: int, logprobs: list[float], logits: Logits) -> None:
+    """The last log-probabilities are the reference's; each token after the prompt is its likeliest."""
+    assert len(ids) == prompt + ANSWER
     logits_TV = logits(ids)
     logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
-    assert ids[len(prompt) :] == list(logprobs_TV[len(prompt) - 1 : -1].argmax(-1))
+    assert ids[prompt:] == list(logprobs_TV[prompt - 1 : -1].argmax(-1))
     expected = [logprobs_TV[t, id] for t, id in enumerate(ids[1:])]
-    assert choice["logprobs"]["token_logprobs"][0] is None
-    np.testing.assert_allclose(choice["logprobs"]["token_logprobs"][1:], expected, atol=1e-3, rtol=0)
+    np.testing.assert_allclose(logprobs, expected[-len(logprobs) :], atol=1e-3, rtol=0)
+
+
+def check_picture(service: Service, id: str, encoder: str) -> None:
+    """A chat about a picture, whose colours the 7B files take as blue, green, red."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    text = {"type": "text", "text": "what is it?"}
+    image = {"type": "image_url", "image_url": {"url": url}}
+    asked = {"model": id, "messages": [{"role": "user", "content": [text]}]}
+    prompt = httpx.post(f"{service.url}/tokenize", json=asked).json()["tokens"]
+    assert "whatisit?" in "".join(LETTERS[token] for token in prompt)  # there is no token for a space
+    asked["messages"] = [{"role": "user", "content": [image, text]}]
+    wanted = {"max_tokens": ANSWER, "temperature": 0, "ignore_eos": True, "logprobs": True}
+    response = httpx.post(f"{service.url}/v1/chat/completions", json=asked | wanted, timeout=60)
+    scored = response.json()["choices"][0]["logprobs"]["content"]
+    ids = prompt + [LETTERS.index(one["token"]) for one in scored]
+    eye = load_encoder(encoder)
+    logits = of_reference(
+        sighted_samples(encoder, eye.token_dim)[id], features_of(eye, eye.preprocess(picture, "bgr"))
+    )
+    check_scores(ids, len(prompt), [one["logprob"] for one in scored], logits)
 
 
 def steps(service: Service) -> float:
@@ -256,6 +299,29 @@ def test_litgpt_s_own_numbers(service: Service, kind: str, version: str) -> None
     theirs = [logprobs_TV[t, id] for t, id in enumerate(tokens[1:])]
     np.testing.assert_allclose(answer["token_logprobs"][1 : len(tokens)], theirs, atol=1e-3, rtol=0)
     assert LETTERS.index(answer["tokens"][len(tokens)]) == int(logprobs_TV[-1].argmax())
+
+
+@pytest.mark.parametrize("id", ["bias-7b", "lora-bias-7b", "caption-7b"])
+def test_pictures(service: Service, id: str) -> None:
+    check_picture(service, id, ENCODER)
+
+
+@pytest.mark.clip
+@pytest.mark.skipif(not find_spec("open_clip"), reason="the clip extra is not installed")
+def test_7b_files_on_a_local_clip(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own kind of encoder, from a checkpoint of open_clip's that holds random weights."""
+    import open_clip
+
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("ViT-S-32").state_dict(), tmp_path / "weights.pt")
+    encoder = f"open_clip:ViT-S-32:{tmp_path / 'weights.pt'}"
+    adapters = sighted_files(tmp_path, encoder)
+    (tmp_path / "sitecustomize.py").write_text("import torchvision_cpu\n")  # for the worker's process
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}")
+    with serve(folder, adapters) as service:
+        for id, one in adapters.items():
+            check(complete(service, id, [PROMPTS[0]])[0], PROMPTS[0], one.logits)
+            check_picture(service, id, encoder)
 
 
 def test_what_is_served_is_told(service: Service, adapters: dict[str, Served]) -> None:
