@@ -71,10 +71,16 @@ def write_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def write_gguf_byte_level(file: Path) -> None:
+    """A file with no weights."""
+    writer = GGUFWriter(file, "llama")
+    add_gguf_byte_level(writer)
+    _close(writer)
+
+
+def add_gguf_byte_level(writer: GGUFWriter) -> None:
     """The same vocabulary as `write_byte_level`, as llama.cpp's converter writes it."""
     spec = json.loads(byte_level_backend().to_str())
     vocabulary = sorted(spec["model"]["vocab"].items(), key=lambda item: item[1])
-    writer = GGUFWriter(file, "llama")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list([text for text, _ in vocabulary])
@@ -84,7 +90,6 @@ def write_gguf_byte_level(file: Path) -> None:
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHATML)
-    _close(writer)
 
 
 def write_gguf_sentencepiece(file: Path, processor: sentencepiece.SentencePieceProcessor) -> None:
