@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from urllib.parse import quote
 
 import httpx
@@ -19,14 +20,22 @@ _UNKNOWN = "unknown"
 class HttpExpert:
     """An `Expert` at `http://host:port` or `unix:/path`.
 
-    `version` is what the service said last; "unknown" until it has been reached once.
+    `version` is what the service said last; "unknown" until it has been reached once. `headers` are sent
+    along with each image, such as the id of the request that it is read for.
     """
 
-    def __init__(self, name: str, url: str, timeout: httpx.Timeout = TIMEOUT) -> None:
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        timeout: httpx.Timeout = TIMEOUT,
+        headers: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         self.name = name
         self.version = _UNKNOWN
         self._url = url
         self._timeout = timeout
+        self._headers = headers
         self._client: httpx.AsyncClient | None = None
 
     async def load(self) -> None:
@@ -47,8 +56,9 @@ class HttpExpert:
         """Raises `BadImage` where the service refuses the bytes, `ExpertError` for all else."""
         if self._client is None:
             raise ExpertError(f"the expert {self.name!r} was asked before it was loaded")
+        path = f"/experts/{quote(self.name, safe='')}/read"
         try:
-            response = await self._client.post(f"/experts/{quote(self.name, safe='')}/read", content=image)
+            response = await self._client.post(path, content=image, headers=dict(self._headers()))
         except httpx.HTTPError as error:
             reason = f"{type(error).__name__} {error}".strip()
             raise ExpertError(f"the expert {self.name!r} at {self._url} does not answer: {reason}") from error

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 
 from experts.contract import ExpertError
 from server.errors import ApiError
-from server.gateway.clients.workers import WorkerClient
-from server.worker.messages import ChatMessage, ChatPrompt, Delta, GenerateRequest, SamplingParams
+from server.worker.messages import ChatMessage, ChatPrompt, Delta, Event, GenerateRequest, SamplingParams
 
 CAPTION_ADAPTER = "caption"  # an adapter served under this id is offered as an expert
 
 _MAX_TOKENS = 64
 
 
-def caption_generator(worker: WorkerClient) -> Callable[[bytes, str], Awaitable[str]]:
+def caption_generator(
+    events_of: Callable[[GenerateRequest], AsyncGenerator[Event, None]],
+) -> Callable[[bytes, str], Awaitable[str]]:
     """`generate(image, prompt)`: the caption adapter's greedy answer. It raises `ExpertError`."""
 
     async def generate(image: bytes, prompt: str) -> str:
         try:
-            events = [event async for event in worker.generate(_request(image, prompt))]
+            async with aclosing(events_of(_request(image, prompt))) as stream:
+                events = [event async for event in stream]
         except ApiError as error:
             raise ExpertError(f"the worker gave no caption: {error.message}") from error
         return "".join(event.text for event in events if isinstance(event, Delta))

@@ -35,7 +35,7 @@ Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
     epilog="Examples:\n\n\b\n"
     "  llama-adapter serve\n"
     "  llama-adapter serve --port 9000 --adapter poet=./poet\n"
-    "  llama-adapter serve --base ~/models/Llama-3.2-1B --dtype bfloat16"
+    "  llama-adapter serve --base ~/models/Llama-3.2-1B --dtype bfloat16 --workers 2"
 )
 @settings_options(
     GatewaySettings,
@@ -54,9 +54,18 @@ def serve(
             envvar="LLAMA_ADAPTER_EXPERTS",
         ),
     ] = ",".join(_KNOWN_EXPERTS),
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            help="worker processes; each has the base and a KV cache of its own, and its share of the cores",
+            envvar="LLAMA_ADAPTER_WORKERS",
+        ),
+    ] = 1,
     **given: Any,
 ) -> None:
-    """Serve everything on this machine: gateway, worker and experts. The first start fetches the base."""
+    """Serve everything on this machine: gateway, workers and experts. The first start fetches the base."""
     from server.processes import run_service
     from server.supervisor import ServiceSettings
 
@@ -67,6 +76,7 @@ def serve(
         load(WorkerSettings, given),
         load(ExpertSettings, for_experts),
         tuple(name.strip() for name in experts.split(",") if name.strip()),
+        workers,
     )
     run_service(settings)
 

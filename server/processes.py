@@ -18,7 +18,8 @@ from server.serving import Drain, StartupError, bind, drain_on_signals, serve_ap
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
 from server.shipped import with_adapter_dir
 from server.supervisor import ServiceSettings, serve
-from server.telemetry import configure_logging
+from server.telemetry import RequestScope, configure_logging, outgoing_headers
+from server.tracing import configure_tracing
 
 _EXPERT_DRAIN_SECONDS = 5.0
 
@@ -38,6 +39,7 @@ llama-adapter serves {url}
 def run_service(settings: ServiceSettings) -> None:
     """Gateway, worker and experts on this machine; see `server.supervisor`. Raises `StartupError`."""
     configure_logging(settings.gateway.log_level)
+    configure_tracing("llama-adapter-gateway")
     settings = dataclasses.replace(settings, worker=with_adapter_dir(settings.worker))
     _fetch_base(settings.worker)
 
@@ -54,7 +56,9 @@ def run_gateway(settings: GatewaySettings) -> None:
     from server.gateway.app import create_app
 
     configure_logging(settings.log_level)
-    experts = {name: HttpExpert(name, url) for name, url in settings.expert_urls.items()}
+    configure_tracing("llama-adapter-gateway")
+    urls = settings.expert_urls
+    experts = {name: HttpExpert(name, url, headers=outgoing_headers) for name, url in urls.items()}
     drain = Drain()
     app = create_app(settings, experts, drain)
     _run(_serve(app, settings.host, settings.port, None, drain, settings.drain_seconds))
@@ -63,19 +67,21 @@ def run_gateway(settings: GatewaySettings) -> None:
 def run_worker(settings: WorkerSettings) -> None:
     """One engine behind the routes of `server.worker.app`. Raises what `build_engine` raises."""
     configure_logging(settings.log_level)
+    configure_tracing("llama-adapter-worker")
     _set_threads(settings.num_threads, spins=_WORKER_SPINS)
     from server.worker.app import create_app
     from server.worker.build import build_engine
 
     engine = build_engine(with_adapter_dir(settings))
     drain = Drain()
-    app = create_app(engine, settings, drain)
+    app = RequestScope(create_app(engine, settings, drain))
     _run(_serve(app, settings.host, settings.port, settings.uds, drain, settings.drain_seconds))
 
 
 def run_experts(names: tuple[str, ...], settings: ExpertSettings) -> None:
     """The named experts behind the routes of `experts.app`. Raises `StartupError`."""
     configure_logging(settings.log_level)
+    configure_tracing("llama-adapter-experts")
     _set_threads(settings.num_threads, spins=0)
     from experts.app import create_app
     from experts.contract import ExpertError
@@ -93,7 +99,7 @@ def run_experts(names: tuple[str, ...], settings: ExpertSettings) -> None:
         experts = [build_expert(name, options) for name in names]
     except ExpertError as error:
         raise StartupError(str(error)) from error
-    app = create_app(experts, max_image_bytes=settings.max_image_bytes)
+    app = RequestScope(create_app(experts, max_image_bytes=settings.max_image_bytes))
     _run(_serve(app, settings.host, settings.port, settings.uds, Drain(), _EXPERT_DRAIN_SECONDS))
 
 

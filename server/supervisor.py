@@ -1,4 +1,4 @@
-"""`llama-adapter serve`: the gateway in this process, the worker and the experts in a child each.
+"""`llama-adapter serve`: the gateway in this process, each worker and the experts in a child of its own.
 
 The children listen on Unix sockets in a folder that only this user can enter.
 """
@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 from pydantic_settings import BaseSettings
 
 from experts.caption import CaptionExpert
@@ -23,10 +22,12 @@ from experts.http import HttpExpert
 from server.captioning import CAPTION_ADAPTER, caption_generator
 from server.child import Child, ChildSpec
 from server.gateway.app import create_app
-from server.gateway.clients.workers import WorkerClient
+from server.gateway.clients.pool import WorkerPool
 from server.serving import Drain, bind, drain_on_signals, serve_app
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
+from server.telemetry import outgoing_headers
 
+_COMMAND = (sys.executable, "-m", "server.cli")
 _ENV_PREFIX = "LLAMA_ADAPTER_"
 _READY_SECONDS = 0.1
 
@@ -39,6 +40,7 @@ class ServiceSettings:
     worker: WorkerSettings
     expert: ExpertSettings
     experts: tuple[str, ...]
+    workers: int = 1
 
 
 def settings_environment(settings: BaseSettings) -> dict[str, str]:
@@ -52,31 +54,37 @@ def settings_environment(settings: BaseSettings) -> dict[str, str]:
 
 
 def child_specs(settings: ServiceSettings, folder: Path) -> list[ChildSpec]:
-    """What to start, with its sockets in `folder`."""
-    command = (sys.executable, "-m", "server.cli")
-    worker = settings.worker.model_copy(update={"uds": folder / "worker.sock"})
-    specs = [
-        ChildSpec(
-            name="worker",
-            command=(*command, "worker", "--supervised"),
-            uds=folder / "worker.sock",
-            env=settings_environment(worker),
-            stop_seconds=worker.drain_seconds,
-        )
-    ]
+    """What to start, with its sockets in `folder`: the workers first."""
+    specs = [_worker_spec(settings, folder, i) for i in range(settings.workers)]
     if settings.experts:
         threads = settings.expert.num_threads or max(1, (os.cpu_count() or 1) // 4)
         expert = settings.expert.model_copy(update={"uds": folder / "experts.sock", "num_threads": threads})
         specs.append(
             ChildSpec(
                 name="experts",
-                command=(*command, "expert", *settings.experts, "--supervised"),
+                command=(*_COMMAND, "expert", *settings.experts, "--supervised"),
                 uds=folder / "experts.sock",
                 env=settings_environment(expert),
                 stop_seconds=5.0,
             )
         )
     return specs
+
+
+def _worker_spec(settings: ServiceSettings, folder: Path, index: int) -> ChildSpec:
+    """Several workers share the cores of the machine, unless they are told how many threads to have."""
+    name = "worker" if settings.workers == 1 else f"worker-{index}"
+    threads = settings.worker.num_threads
+    if settings.workers > 1 and not threads:
+        threads = max(1, (os.cpu_count() or 1) // settings.workers)
+    worker = settings.worker.model_copy(update={"uds": folder / f"{name}.sock", "num_threads": threads})
+    return ChildSpec(
+        name=name,
+        command=(*_COMMAND, "worker", "--supervised"),
+        uds=folder / f"{name}.sock",
+        env=settings_environment(worker),
+        stop_seconds=worker.drain_seconds,
+    )
 
 
 async def serve(settings: ServiceSettings, announce: Callable[[str, str], None]) -> None:
@@ -92,30 +100,28 @@ async def serve(settings: ServiceSettings, announce: Callable[[str, str], None])
     url = _url(gateway.host, sock.getsockname()[1])
     with tempfile.TemporaryDirectory(prefix="llama-adapter-") as name:  # made with mode 0700
         folder = Path(name)
-        children = [Child(spec) for spec in child_specs(settings, folder)]
-        worker_url = f"unix:{folder / 'worker.sock'}"
-        worker = WorkerClient(worker_url, gateway.worker_connect_seconds, gateway.worker_read_seconds)
-        app = create_app(
-            gateway.model_copy(update={"worker_urls": (worker_url,)}),
-            _experts(settings, folder, worker),
-            drain,
-        )
+        specs = child_specs(settings, folder)
+        children = [Child(spec) for spec in specs]
+        urls = tuple(f"unix:{spec.uds}" for spec in specs[: settings.workers])
+        gateway = gateway.model_copy(update={"worker_urls": urls})
+        pool = WorkerPool.of(gateway)
+        app = create_app(gateway, _experts(settings, folder, pool), drain, pool=pool)
         serving = asyncio.create_task(serve_app(app, sock, drain, gateway.drain_seconds))
-        announcing = asyncio.create_task(_announce_when_ready(children, worker, url, announce))
+        announcing = asyncio.create_task(_announce_when_ready(children, pool, url, announce))
         try:
             await _run(serving, children, drain)
         finally:
             announcing.cancel()
-            await worker.close()
 
 
-def _experts(settings: ServiceSettings, folder: Path, worker: WorkerClient) -> dict[str, Expert]:
-    """The experts of the child, and captions by the worker where it has the adapter for them."""
+def _experts(settings: ServiceSettings, folder: Path, pool: WorkerPool) -> dict[str, Expert]:
+    """The experts of the child, and captions by the workers where they have the adapter for them."""
     url = f"unix:{folder / 'experts.sock'}"
-    experts: dict[str, Expert] = {name: HttpExpert(name, url) for name in settings.experts}
+    names = settings.experts
+    experts: dict[str, Expert] = {name: HttpExpert(name, url, headers=outgoing_headers) for name in names}
     caption = next((a for a in settings.worker.adapters if a.startswith(f"{CAPTION_ADAPTER}=")), None)
     if caption is not None:
-        experts["caption"] = CaptionExpert(caption_generator(worker), version=caption)
+        experts["caption"] = CaptionExpert(caption_generator(pool.generate), version=caption)
     return experts
 
 
@@ -136,14 +142,13 @@ async def _run(serving: asyncio.Task[None], children: Sequence[Child], drain: Dr
 
 
 async def _announce_when_ready(
-    children: Sequence[Child], worker: WorkerClient, url: str, announce: Callable[[str, str], None]
+    children: Sequence[Child], pool: WorkerPool, url: str, announce: Callable[[str, str], None]
 ) -> None:
     for child in children:
         await child.ready.wait()
-    async with httpx.AsyncClient(base_url=url, timeout=5.0, trust_env=False) as client:
-        while not (await client.get("/health/ready")).is_success:  # noqa: ASYNC110 - it is polled over HTTP
-            await asyncio.sleep(_READY_SECONDS)
-    base, *_ = await worker.models(seconds=5.0)
+    while not pool.all_ready:  # noqa: ASYNC110 - it polls them itself
+        await asyncio.sleep(_READY_SECONDS)
+    base, *_ = pool.models()
     announce(url, base.id)
 
 

@@ -1,16 +1,31 @@
-"""JSON logs on standard error, each line with the id of the request that it belongs to."""
+"""JSON logs on standard error, each line with the id of the request that it belongs to.
+
+The id and the trace's context travel with a request: `outgoing_headers` sends them, `RequestScope` takes
+them up.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
+import time
+import uuid
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.tracing import inject, server_span
+
+log = logging.getLogger(__name__)
+
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _STANDARD_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
@@ -46,3 +61,58 @@ def configure_logging(level: str) -> None:
     root.handlers[:] = [handler]
     for name in ("httpx", "httpcore", "PIL"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+def accepted_id(headers: Headers) -> str:
+    """The client's `x-request-id` if that is sane, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+
+
+def outgoing_headers() -> dict[str, str]:
+    """What tells the next service whose request it works for."""
+    current = request_id.get()
+    headers = {"x-request-id": current} if current else {}
+    inject(headers)
+    return headers
+
+
+class RequestScope:
+    """Around a service behind the gateway: its logs and spans belong to the request they came with.
+
+    What only looks (GET) is logged at debug and not traced: it is polled every second.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        token = request_id.set(accepted_id(headers))
+        try:
+            if scope["method"] == "GET":
+                await self._logged(logging.DEBUG, scope, receive, send)
+            else:
+                with server_span(f"{scope['method']} {scope['path'][:100]}", headers):
+                    await self._logged(logging.INFO, scope, receive, send)
+        finally:
+            request_id.reset(token)
+
+    async def _logged(self, level: int, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = time.monotonic()
+        status = 499  # nobody was there to receive an answer
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        finally:
+            fields = {"method": scope["method"], "path": scope["path"][:500], "status": status}
+            log.log(level, "request", extra={**fields, "seconds": round(time.monotonic() - begun, 4)})

@@ -8,16 +8,24 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from experts.contract import Expert, ExpertError, Reading
 from server.errors import InvalidRequest
+from server.gateway.clients.breaker import CircuitBreaker
+from server.gateway.clients.experts import GuardedExpert, Skipped
 from server.gateway.images import Image
 from server.gateway.metrics import GatewayMetrics
-from server.gateway.tasks import all_or_none, cancelled
+from server.gateway.tasks import all_or_none
+from server.settings import GatewaySettings
+from server.tracing import span
 from server.worker.messages import ContextItem
 
 log = logging.getLogger(__name__)
+
+
+Outcome = Literal["ok", "empty", "failed", "timeout", "skipped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,7 @@ class ExpertReport:
     """How one expert fared with one image; the answer's `experts` field holds these."""
 
     name: str
-    outcome: Literal["ok", "empty", "failed", "timeout"]
+    outcome: Outcome
     text: str
     seconds: float
     image: int  # which of the request's, from 0
@@ -41,23 +49,24 @@ class ExpertReport:
 
 
 class ExpertPanel:
-    """Asks experts side by side, each for at most `seconds`; remembers `cache_entries` readings."""
+    """Asks experts side by side and remembers `expert_cache_entries` readings."""
 
     def __init__(
-        self, experts: Mapping[str, Expert], seconds: float, cache_entries: int, metrics: GatewayMetrics
+        self, experts: Mapping[str, Expert], settings: GatewaySettings, metrics: GatewayMetrics
     ) -> None:
-        self._experts = dict(experts)
-        self._seconds = seconds
+        self._experts = {name: _guarded(expert, settings) for name, expert in experts.items()}
         self._metrics = metrics
-        self._cache = _LruCache(cache_entries)
-        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._cache = _LruCache(settings.expert_cache_entries)
+        for name, expert in self._experts.items():
+            open_now = partial(getattr, expert, "circuit_open")
+            metrics.open_circuits.labels(name).set_function(open_now)
 
     async def start(self) -> None:
-        """Begin to load every expert. Readings wait for it; the gateway, and the other experts, do not."""
-        self._loads = {name: asyncio.create_task(expert.load()) for name, expert in self._experts.items()}
+        """Begin to load every expert."""
+        for expert in self._experts.values():
+            expert.start()
 
     async def close(self) -> None:
-        await cancelled(list(self._loads.values()))
         await asyncio.gather(*(expert.close() for expert in self._experts.values()), return_exceptions=True)
 
     def choose(self, asked: str | list[str] | None) -> tuple[str, ...]:
@@ -74,36 +83,52 @@ class ExpertPanel:
                 )
         return tuple(dict.fromkeys(asked))
 
-    async def read(self, names: Sequence[str], images: Sequence[Image]) -> tuple[ExpertReport, ...]:
-        """Every expert on every image, all at once. Never fails: reports say what went wrong."""
-        asked = [(name, index) for index in range(len(images)) for name in names]
-        return tuple(await all_or_none(self._read(name, index, images[index]) for name, index in asked))
+    async def read(
+        self, model: str, names: Sequence[str], images: Sequence[Image]
+    ) -> tuple[ExpertReport, ...]:
+        """Every expert on every image, all at once, for a request to `model`.
 
-    async def _read(self, name: str, index: int, image: Image) -> ExpertReport:
-        expert = self._experts[name]
+        Never fails: reports say what went wrong.
+        """
+        asked = [(name, index) for index in range(len(images)) for name in names]
+        reports = await all_or_none(self._report(name, index, images[index]) for name, index in asked)
+        for report in reports:
+            self._metrics.experts.labels(model, report.name, report.outcome).observe(report.seconds)
+        return tuple(reports)
+
+    async def _report(self, name: str, index: int, image: Image) -> ExpertReport:
         begun = time.monotonic()
-        outcome: Literal["ok", "empty", "failed", "timeout"] = "failed"
-        text = ""
-        key = (name, expert.version, image.sha256)
-        reading = self._cache.get(key)
+        with span("expert", expert=name, image=index) as current:
+            outcome, text = await self._read(name, image)
+            current.set_attribute("outcome", outcome)
+        return ExpertReport(name, outcome, text, time.monotonic() - begun, index)
+
+    async def _read(self, name: str, image: Image) -> tuple[Outcome, str]:
+        expert = self._experts[name]
         try:
+            reading = self._cache.get((name, expert.version, image.sha256))
             if reading is None:
-                async with asyncio.timeout(self._seconds):
-                    await asyncio.shield(self._loads[name])
-                    reading = await expert.read(image.data)
+                reading = await expert.read(image.data)
                 # Its version may be known only now, with the first answer of a service.
                 self._cache.put((name, expert.version, image.sha256), reading)
-            text = reading.text.strip()
-            outcome = "ok" if text else "empty"
+        except Skipped:
+            return "skipped", ""
         except TimeoutError:
-            outcome = "timeout"
+            log.warning("an expert took too long", extra={"expert": name})
+            return "timeout", ""
         except ExpertError as error:
             log.warning("an expert failed", extra={"expert": name, "cause": str(error)})
+            return "failed", ""
         except Exception:
             log.exception("an expert broke its contract", extra={"expert": name})
-        seconds = time.monotonic() - begun
-        self._metrics.experts.labels(name, outcome).observe(seconds)
-        return ExpertReport(name, outcome, text, seconds, index)
+            return "failed", ""
+        text = reading.text.strip()
+        return ("ok" if text else "empty"), text
+
+
+def _guarded(expert: Expert, settings: GatewaySettings) -> GuardedExpert:
+    breaker = CircuitBreaker(settings.expert_failures, settings.expert_pause_seconds)
+    return GuardedExpert(expert, settings.expert_seconds, settings.expert_concurrency, breaker)
 
 
 def context_items(reports: Sequence[ExpertReport]) -> tuple[ContextItem, ...]:

@@ -19,6 +19,7 @@ from server.errors import InvalidRequest
 from server.gateway.fetching import ImageFetcher
 from server.gateway.tasks import all_or_none
 from server.settings import ImageLimits
+from server.tracing import span
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _BASE64_PIECE = 4 * 2**18  # decoded piecewise, since a piece holds the interpreter
@@ -55,10 +56,12 @@ class ImageLoader:
         return tuple(await all_or_none(self._load(param, url) for param, url in urls))
 
     async def _load(self, param: str, url: str) -> Image:
+        inline = url[:5].lower() == "data:"
         try:
-            if url[:5].lower() == "data:":
-                return await self._in_thread(self._from_data_url, url)
-            return await self._in_thread(self._checked, await self._fetcher.fetch(url))
+            with span("image", source="data" if inline else "fetch"):
+                if inline:
+                    return await self._in_thread(self._from_data_url, url)
+                return await self._in_thread(self._checked, await self._fetcher.fetch(url))
         except InvalidRequest as error:
             error.param = param
             raise

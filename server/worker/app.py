@@ -30,6 +30,7 @@ from server.worker.messages import (
 )
 from server.worker.metrics import WorkerMetrics
 from server.worker.streaming import EventStream
+from server.worker.tracing import GenerationTrace
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def _add_inference_routes(app: FastAPI, engine: Engine, drain: Drain, max_bytes:
     async def generate(request: Request) -> Response:
         body = await _parse(request, GENERATE_REQUEST, max_bytes)
         _refuse_unready(engine, drain)
-        return EventStream(engine.generate(body), metrics.observe(body.model), drain)
+        return EventStream(engine.generate(body), metrics.observe(body.model), GenerationTrace(body), drain)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Tokenized:

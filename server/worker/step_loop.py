@@ -8,6 +8,7 @@ while loop.has_work:
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ from server.worker.messages import (
     FinishReason,
     PromptScored,
     SamplingParams,
+    Scheduled,
     TokenLogprob,
     TopLogprob,
     Usage,
@@ -48,6 +50,7 @@ class Prepared:
     adapter: LoadedAdapter | None = None
     image: ImageInput | None = None
     continues_text: bool = False  # the answer goes on where the prompt ends, its leading space included
+    ready_at: float = field(default_factory=time.monotonic)  # from when on it waits
 
     @property
     def cache_key(self) -> Hashable:
@@ -65,6 +68,7 @@ class ActiveRequest:
     sampler: SamplerState
     output: OutputStream
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    queued: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,7 @@ class StepLoop:
     def step(self) -> None:
         batch = self._scheduler.schedule()
         items = sorted(batch.sequences, key=lambda item: item.num_tokens != 1)
+        self._tell_scheduled(items)
         try:
             logits_MV = self._runner.run([self._step_item(item) for item in items])
             drawn = self._draw(items, logits_MV)
@@ -162,6 +167,13 @@ class StepLoop:
         self._runner.adapter_slots.check_integrity()
         self._runner.prompt_slots.check_integrity()
         assert self._scheduler.has_work == bool(self._requests), "a request is lost"
+
+    def _tell_scheduled(self, items: Sequence[ScheduledSequence]) -> None:
+        for item in items:
+            request = self._requests[item.seq.request_id]
+            if request.queued:
+                request.queued = False
+                request.emit(Scheduled(time.monotonic() - request.prepared.ready_at))
 
     def _step_item(self, item: ScheduledSequence) -> StepItem:
         request = self._requests[item.seq.request_id]

@@ -10,9 +10,10 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from server.errors import ApiError, ServerFailure, Unavailable
+from server.metrics import GenerationObserver
 from server.serving import Drain
 from server.worker.messages import EVENT, Event, Failed
-from server.worker.metrics import RequestObserver
+from server.worker.tracing import GenerationTrace
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +27,18 @@ class EventStream(Response):
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, events: AsyncGenerator[Event, None], observer: RequestObserver, drain: Drain) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[Event, None],
+        observer: GenerationObserver,
+        trace: GenerationTrace,
+        drain: Drain,
+    ) -> None:
         super().__init__()
         del self.headers["content-length"]
         self._events = events
         self._observer = observer
+        self._trace = trace
         self._drain = drain
         self._started = False
 
@@ -47,11 +55,13 @@ class EventStream(Response):
         finally:
             await _cancelled(produced, gone, expired)
             await self._events.aclose()
+            self._trace.close()
 
     async def _produce(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async for event in self._events:
                 self._observer.see(event)
+                self._trace.see(event)
                 await self._write(event, send)
             if not self._started:
                 raise RuntimeError("the engine ended a request without an event")

@@ -1,4 +1,4 @@
-"""All workers: who is ready, who holds which model, who is least loaded."""
+"""All workers: who is ready, who holds which model, who has how much to do."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from server.errors import ApiError, Conflict, NotFound, Unavailable, model_not_found
+from server.gateway.clients.routing import choose, prefix_key
 from server.gateway.clients.workers import Unreachable, WorkerClient
 from server.gateway.tasks import cancelled
+from server.settings import GatewaySettings
 from server.worker.messages import (
     Detokenized,
     DetokenizeRequest,
@@ -85,6 +87,13 @@ class WorkerPool:
         self._poll_seconds = poll_seconds
         self._polls: list[asyncio.Task[None]] = []
 
+    @classmethod
+    def of(cls, settings: GatewaySettings) -> WorkerPool:
+        """Over the workers at `worker_urls`."""
+        connect, read = settings.worker_connect_seconds, settings.worker_read_seconds
+        clients = [WorkerClient(url, connect, read) for url in settings.worker_urls]
+        return cls(clients, settings.worker_poll_seconds)
+
     async def start(self) -> None:
         await asyncio.gather(*(worker.poll(self._poll_seconds) for worker in self.workers))
         self._polls = [asyncio.create_task(self._poll_forever(worker)) for worker in self.workers]
@@ -106,9 +115,13 @@ class WorkerPool:
     def ready(self) -> bool:
         return any(worker.ready for worker in self.workers)
 
-    def stats(self) -> list[tuple[str, str, EngineStats]]:
-        """(URL, base's id, last snapshot) of each ready worker."""
-        return [(w.client.url, w.base, w.stats) for w in self.workers if w.ready and w.stats]
+    @property
+    def all_ready(self) -> bool:
+        return all(worker.ready for worker in self.workers)
+
+    def stats(self) -> list[tuple[str, str, EngineStats | None]]:
+        """(URL, base's id, last snapshot) of each worker; the snapshot of one that is not ready is None."""
+        return [(w.client.url, w.base, w.stats if w.ready else None) for w in self.workers]
 
     def models(self) -> list[ModelInfo]:
         """Each model that a ready worker holds, bases first, once."""
@@ -122,13 +135,20 @@ class WorkerPool:
 
     def model(self, id: str) -> ModelInfo:
         """Raises `NotFound` for an unknown id, `Unavailable` where nobody can say now."""
-        return self._choose(id, ()).models[id]
+        return self._usable(id, ())[0].models[id]
 
-    def _choose(self, model: str, tried: tuple[Worker, ...]) -> Worker:
+    def _choose(self, request: GenerateRequest, tried: tuple[Worker, ...]) -> Worker:
+        """See `routing`. Raises as `model` does."""
+        usable = {worker.client.url: worker for worker in self._usable(request.model, tried)}
+        loads = {url: worker.load for url, worker in usable.items()}
+        return usable[choose(prefix_key(request), loads)]
+
+    def _usable(self, model: str, tried: tuple[Worker, ...]) -> list[Worker]:
+        """Who is ready, holds the model and was not tried yet; never empty."""
         holders = [worker for worker in self.workers if model in worker.models]
         usable = [worker for worker in holders if worker.ready and worker not in tried]
         if usable:
-            return min(usable, key=lambda worker: worker.load)
+            return usable
         if holders or not self.ready:
             raise Unavailable("No worker is ready to serve this model; try again.", retry_after=1)
         raise model_not_found(model)
@@ -137,7 +157,7 @@ class WorkerPool:
         """The events of the best worker; one that fails before its first event is replaced by the next."""
         tried: tuple[Worker, ...] = ()
         while True:
-            worker = self._choose(request.model, tried)
+            worker = self._choose(request, tried)
             begun = False
             try:
                 with worker.counted():
@@ -147,7 +167,7 @@ class WorkerPool:
                             yield event
                 return
             except ApiError as error:
-                if begun or not self._elsewhere(worker, error, request.model, tried):
+                if not self._elsewhere(worker, error, request.model, tried) or begun:
                     raise
                 tried += (worker,)
 
@@ -157,7 +177,9 @@ class WorkerPool:
             worker.ready = False  # until the next poll says otherwise
         if error.status < 500 and error.status not in (404, 429):
             return False
-        log.warning("a worker refused a request", extra={"worker": worker.client.url, "cause": error.message})
+        log.warning(
+            "a worker failed on a request", extra={"worker": worker.client.url, "cause": error.message}
+        )
         return any(w.ready and model in w.models and w is not worker and w not in tried for w in self.workers)
 
     async def tokenize(self, request: TokenizeRequest) -> Tokenized:
@@ -169,7 +191,7 @@ class WorkerPool:
     async def _ask(self, model: str, question: Callable[[WorkerClient], Awaitable[Answer]]) -> Answer:
         tried: tuple[Worker, ...] = ()
         while True:
-            worker = self._choose(model, tried)
+            worker = min(self._usable(model, tried), key=lambda worker: worker.load)
             try:
                 return await question(worker.client)
             except ApiError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -13,6 +14,7 @@ import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from server.errors import ApiError, ServerFailure, Timeout, Unavailable, from_wire
+from server.telemetry import outgoing_headers
 from server.worker.messages import (
     EVENT,
     GENERATE_REQUEST,
@@ -79,7 +81,7 @@ class WorkerClient:
         content = await _encode(request)
         finished = False
         try:
-            async with self._http.stream("POST", "/generate", content=content, headers=_JSON) as response:
+            async with self._stream(content) as response:
                 if response.status_code != 200:
                     raise _error(response, await response.aread())
                 # Read to the end even after `Finished`: only then can the connection serve again.
@@ -123,6 +125,10 @@ class WorkerClient:
     async def unload_adapter(self, id: str) -> None:
         await self._send("DELETE", f"/adapters/{quote(id, safe='')}", None, _ADMIN_SECONDS)
 
+    def _stream(self, content: bytes) -> AbstractAsyncContextManager[httpx.Response]:
+        headers = outgoing_headers() | _JSON
+        return self._http.stream("POST", "/generate", content=content, headers=headers)
+
     async def _ask(
         self,
         method: str,
@@ -141,7 +147,7 @@ class WorkerClient:
         self, method: str, path: str, body: bytes | None, seconds: float | None
     ) -> httpx.Response:
         timeout = self._timeout if seconds is None else httpx.Timeout(seconds)
-        headers = _JSON if body is not None else None
+        headers = outgoing_headers() | (_JSON if body is not None else {})
         try:
             response = await self._http.request(method, path, content=body, headers=headers, timeout=timeout)
         except httpx.HTTPError as error:

@@ -118,6 +118,61 @@ async def test_failures_are_not_remembered(launch: Launch, worker: ScriptedWorke
     assert outcomes(await ask(gateway))[0][1] == "ok"
 
 
+async def metric(gateway: Stack, name: str) -> float:
+    lines = (await gateway.http.get("/metrics")).text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(f"llama_adapter:{name} "))
+
+
+async def test_an_expert_that_keeps_failing_is_left_alone_until_a_probe_succeeds(
+    launch: Launch, worker: ScriptedWorker
+) -> None:
+    expert = ScriptedExpert("ocr", ExpertError("down"))
+    gateway = await launch(worker, experts={"ocr": expert}, expert_failures=2, expert_pause_seconds=0.4)
+
+    async def outcome() -> str:
+        return outcomes(await ask(gateway))[0][1]
+
+    circuit = 'expert_circuit_open{expert="ocr"}'
+    assert await metric(gateway, circuit) == 0
+    assert [await outcome() for _ in range(4)] == ["failed", "failed", "skipped", "skipped"]
+    assert len(expert.seen) == 2
+    assert await metric(gateway, circuit) == 1
+    skipped = 'expert_latency_seconds_count{expert="ocr",model="base",outcome="skipped"}'
+    assert await metric(gateway, skipped) == 2
+    await asyncio.sleep(0.45)
+    assert [await outcome(), await outcome()] == ["failed", "skipped"]  # the probe, and the next pause
+    await asyncio.sleep(0.45)
+    expert.says = "better"
+    assert await outcome() == "ok"
+    assert await metric(gateway, circuit) == 0
+    assert len(expert.seen) == 4
+
+
+async def test_an_image_that_cannot_be_read_is_no_failure_of_the_expert(
+    launch: Launch, worker: ScriptedWorker
+) -> None:
+    gateway = await launch(worker, experts={"ocr": ScriptedExpert("ocr", BadImage("x"))}, expert_failures=1)
+    assert [outcomes(await ask(gateway))[0][1] for _ in range(3)] == ["failed"] * 3
+
+
+async def test_so_many_readings_at_once(launch: Launch, worker: ScriptedWorker) -> None:
+    class Counting(ScriptedExpert):
+        running = most = 0
+
+        async def read(self, image: bytes) -> Reading:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            reading = await super().read(image)
+            self.running -= 1
+            return reading
+
+    expert = Counting("ocr", "x", seconds=0.05)
+    gateway = await launch(worker, experts={"ocr": expert}, expert_concurrency=2, expert_cache_entries=0)
+    await asyncio.gather(*(ask(gateway) for _ in range(6)))
+    assert expert.most == 2
+    assert len(expert.seen) == 6
+
+
 async def test_a_cache_of_no_entries(launch: Launch, worker: ScriptedWorker) -> None:
     expert = ScriptedExpert("ocr", "x")
     gateway = await launch(worker, experts={"ocr": expert}, expert_cache_entries=0)

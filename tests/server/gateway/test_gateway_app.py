@@ -351,7 +351,7 @@ async def test_metrics(launch: Launch, worker: ScriptedWorker) -> None:
     assert values[p + 'time_to_first_token_seconds_count{model="base"}'] == 2
     assert values[p + 'inter_token_latency_seconds_count{model="base"}'] == 2
     assert values[p + 'e2e_request_latency_seconds_count{model="base"}'] == 2
-    assert values[p + 'expert_latency_seconds_count{expert="ocr",outcome="ok"}'] == 1
+    assert values[p + 'expert_latency_seconds_count{expert="ocr",model="alpaca",outcome="ok"}'] == 1
     assert values[p + 'http_requests_total{route="/v1/chat/completions",status="404"}'] == 1
     engine = {name.partition("{")[0].removeprefix(p): v for name, v in values.items() if "worker=" in name}
     assert engine == {
@@ -361,6 +361,11 @@ async def test_metrics(launch: Launch, worker: ScriptedWorker) -> None:
         "prefix_cache_queries_total": 40,
         "prefix_cache_hits_total": 16,
         "num_preemptions_total": 2,
+        "engine_steps_total": 99,
+        "adapters_loaded": 2,
+        "adapters_hot": 1,
+        "prompt_slots_used": 1,
+        "worker_ready": 1,
     }
     assert "unknown-to-all" not in text
 

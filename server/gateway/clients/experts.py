@@ -1,0 +1,74 @@
+"""An expert with what guards the gateway from it: a deadline, a bound on calls at once, a circuit breaker."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from experts.contract import BadImage, Expert, Reading
+from server.gateway.clients.breaker import CircuitBreaker, Permit
+from server.gateway.tasks import cancelled
+
+
+class Skipped(Exception):
+    """The expert was not asked: it failed too often of late."""
+
+
+class GuardedExpert:
+    """`seconds` bound a reading, waiting for its turn included; `concurrency` readings are under way at once."""
+
+    def __init__(self, expert: Expert, seconds: float, concurrency: int, breaker: CircuitBreaker) -> None:
+        self._expert = expert
+        self._seconds = seconds
+        self._turns = asyncio.Semaphore(concurrency)
+        self._breaker = breaker
+        self._loading: asyncio.Task[None] | None = None
+
+    @property
+    def version(self) -> str:
+        return self._expert.version
+
+    @property
+    def circuit_open(self) -> bool:
+        return self._breaker.open
+
+    def start(self) -> None:
+        """Begin to load. Readings wait for it; nobody else does."""
+        self._loading = asyncio.create_task(self._expert.load())
+
+    async def close(self) -> None:
+        if self._loading is not None:
+            await cancelled([self._loading])
+        await self._expert.close()
+
+    async def read(self, image: bytes) -> Reading:
+        """Raises `Skipped`, `TimeoutError`, or what the expert raises."""
+        permit = self._breaker.enter(time.monotonic())
+        if permit is None:
+            raise Skipped
+        asked = False
+        try:
+            async with asyncio.timeout(self._seconds):
+                assert self._loading is not None, "read before start"
+                await asyncio.shield(self._loading)
+                async with self._turns:
+                    asked = True
+                    reading = await self._expert.read(image)
+        except asyncio.CancelledError:
+            self._leave(permit, None)
+            raise
+        except BadImage:
+            self._leave(permit, True)  # it did answer
+            raise
+        except TimeoutError:
+            # Whoever was not asked yet has not failed: it loads, or has much to do.
+            self._leave(permit, False if asked else None)
+            raise
+        except Exception:
+            self._leave(permit, False)
+            raise
+        self._leave(permit, True)
+        return reading
+
+    def _leave(self, permit: Permit, succeeded: bool | None) -> None:
+        self._breaker.leave(permit, succeeded, time.monotonic())
