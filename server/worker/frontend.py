@@ -74,8 +74,9 @@ class Frontend:
             self._scheduler.check_fits(len(token_ids), max_tokens)
         except SequenceRejected as error:
             param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+            # It begins with OpenAI's words: LiteLLM and others tell this error by them, not by its code.
             raise InvalidRequest(
-                f"This model's context holds {self._scheduler.max_sequence_len} tokens: {error}.",
+                f"This model's maximum context length is {self._scheduler.max_sequence_len} tokens: {error}.",
                 param=param,
                 code="context_length_exceeded",
             ) from None
