@@ -19,6 +19,7 @@ from server.gateway.images import ImageLoader
 from server.gateway.keys import KeyRing
 from server.gateway.limiter import RATE_HEADERS, Limiter
 from server.gateway.metrics import GatewayMetrics
+from server.gateway.openapi import describe
 from server.gateway.pipeline import Pipeline
 from server.gateway.routes import adapters, chat, completions, health, models, tokens
 from server.gateway.state import Gateway
@@ -56,12 +57,15 @@ def create_app(
         lifespan=lifespan,
         middleware=_middleware(gateway),
         exception_handlers={HTTPException: middleware.refuse_route},
-        openapi_url=None,
+        openapi_url=None,  # /openapi.json is a route of ours
+        docs_url=None,
+        redoc_url=None,
         redirect_slashes=False,
     )
     app.state.gateway = gateway
     for route in (chat, completions, models, adapters, tokens, health):
         app.include_router(route.router)
+    app.state.openapi = describe(app, gateway.keys.required)
     return app
 
 

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.gateway.answers import Choice, chat_logprobs, collect, usage_body
 from server.gateway.keys import Caller
+from server.gateway.openapi import ChatCompletion, documented
 from server.gateway.parsing import json_body
 from server.gateway.pipeline import Job, Pipeline
 from server.gateway.schemas import ChatRequest
@@ -21,7 +22,7 @@ from server.worker.messages import Delta, Finished, Started
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", **documented("Chat", ChatCompletion, ChatRequest, streams=True))
 async def create(
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))], gateway: GatewayDep, caller: CallerDep
 ) -> Response:

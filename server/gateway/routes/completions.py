@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.gateway.answers import Choice, LegacyLogprobs, collect, usage_body
 from server.gateway.keys import Caller
+from server.gateway.openapi import Completion, documented
 from server.gateway.parsing import json_body
 from server.gateway.pipeline import Job
 from server.gateway.schemas import CompletionRequest
@@ -31,7 +32,7 @@ from server.worker.messages import (
 router = APIRouter()
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", **documented("Plain completion", Completion, CompletionRequest, streams=True))
 async def create(
     body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],
     gateway: GatewayDep,

@@ -1,23 +1,31 @@
-"""GET /health/live, /health/ready, /health and /metrics"""
+"""GET /health/live, /health/ready, /health, /metrics and /openapi.json"""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from server.errors import Unavailable
+from server.gateway.openapi import REFUSED, Health, documented
 from server.gateway.state import GatewayDep
 
 router = APIRouter()
 
+_OPEN: dict[str, Any] = {"security": []}
 
-@router.api_route("/health/live", methods=["GET", "HEAD"])
+
+@router.head("/health/live", include_in_schema=False)
+@router.get("/health/live", **documented("The process runs", Health, openapi_extra=_OPEN))
 async def live() -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@router.api_route("/health/ready", methods=["GET", "HEAD"])
-@router.api_route("/health", methods=["GET", "HEAD"])
+@router.head("/health/ready", include_in_schema=False)
+@router.head("/health", include_in_schema=False)
+@router.get("/health/ready", **documented("A request can be answered now", Health, openapi_extra=_OPEN))
+@router.get("/health", **documented("A request can be answered now", Health, openapi_extra=_OPEN))
 async def ready(gateway: GatewayDep) -> Response:
     if gateway.drain.draining:
         raise Unavailable("The server is shutting down.", retry_after=1)
@@ -26,6 +34,16 @@ async def ready(gateway: GatewayDep) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    summary="Prometheus",
+    response_class=PlainTextResponse,
+    responses={"default": REFUSED},
+)
 async def metrics(gateway: GatewayDep) -> Response:
     return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> Response:
+    return JSONResponse(request.app.state.openapi)

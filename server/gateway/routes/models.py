@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
+from server.gateway.openapi import Model, ModelList, documented
 from server.gateway.state import GatewayDep
 from server.worker.messages import ModelInfo
 
@@ -29,11 +30,11 @@ def model_body(info: ModelInfo) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **documented("The base and every adapter", ModelList))
 async def list_models(gateway: GatewayDep) -> Response:
     return JSONResponse({"object": "list", "data": [model_body(info) for info in gateway.pool.models()]})
 
 
-@router.get("/v1/models/{id:path}")
+@router.get("/v1/models/{id:path}", **documented("One model", Model))
 async def retrieve_model(id: str, gateway: GatewayDep) -> Response:
     return JSONResponse(model_body(gateway.pool.model(id)))

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from starlette.responses import JSONResponse, Response
 
+from server.gateway.openapi import Text, Tokens, documented
 from server.gateway.parsing import json_body
 from server.gateway.schemas import DetokenizeBody, TokenizeBody
 from server.gateway.state import GatewayDep
@@ -15,7 +16,7 @@ from server.worker.messages import ChatPrompt, DetokenizeRequest, Prompt, TextPr
 router = APIRouter()
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", **documented("Text or messages to token ids", Tokens, TokenizeBody))
 async def tokenize(
     body: Annotated[TokenizeBody, Depends(json_body(TokenizeBody))], gateway: GatewayDep
 ) -> Response:
@@ -34,7 +35,7 @@ async def tokenize(
     )
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", **documented("Token ids to text", Text, DetokenizeBody))
 async def detokenize(
     body: Annotated[DetokenizeBody, Depends(json_body(DetokenizeBody))], gateway: GatewayDep
 ) -> Response:

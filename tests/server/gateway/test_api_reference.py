@@ -42,9 +42,10 @@ UNREAD = {"detail"}  # clients send it by habit; the reference says that it has 
 
 
 def test_every_route() -> None:
-    paths = {route.path for route in create_app(GatewaySettings(), {}).routes if hasattr(route, "path")}
+    paths = {*create_app(GatewaySettings(), {}).state.openapi["paths"], "/openapi.json"}
+    assert len(paths) > 10
     for path in paths:
-        assert path.replace(":path", "") in REFERENCE, path
+        assert f" {path}`" in REFERENCE, path
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)

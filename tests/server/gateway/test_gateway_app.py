@@ -62,7 +62,7 @@ async def test_errors_have_one_shape_on_every_route(launch: Launch, worker: Scri
             None or ("method_not_allowed" if "adapters" in route else "not_found"),
         )
     assert "POST" in (await http.get("/v1/completions")).headers["allow"]
-    for path in ("/", "/v1", "/v1/nothing", "/docs", "/openapi.json", "/v1/chat/completions/%ff%00"):
+    for path in ("/", "/v1", "/v1/nothing", "/docs", "/redoc", "/v1/chat/completions/%ff%00"):
         assert_error(await http.get(path), 404, "not_found")
     assert_error(await http.get("/v1/models/nothing"), 404, "model_not_found")
 

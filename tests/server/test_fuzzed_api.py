@@ -1,0 +1,65 @@
+"""The whole service under what schemathesis makes of its own OpenAPI description: nothing is a 5xx."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from service import serving as service_of
+from service import until
+from tiny_base import write_adapter, write_tiny_base
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(240)]
+
+SECONDS = 50
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
+    "unsupported_method,ignored_auth"
+)
+KEY = "of-the-fuzzer"
+
+
+def test_no_input_makes_a_server_error(tmp_path: Path) -> None:
+    write_tiny_base(tmp_path / "tiny")
+    write_adapter(tmp_path / "root" / "poet", "v1")
+    with service_of(
+        f"--base={tmp_path / 'tiny'}",
+        f"--adapter=poet={tmp_path / 'root' / 'poet'}",
+        f"--adapter-root={tmp_path / 'root'}",
+        f"--cache-dir={tmp_path / 'cache'}",
+        "--experts=",
+        f"--api-key={KEY}",
+        f"--admin-key={KEY}-admin",
+    ) as service:
+        schemathesis = Path(sys.executable).with_name("schemathesis")
+        command = [
+            schemathesis, "run", f"{service.url}/openapi.json", "--checks", CHECKS, "--phases",
+            "coverage,fuzzing", "--max-time", str(SECONDS), "--no-shrink", "--generation-database", "none",
+            "--suppress-health-check", "all", "--no-color", "--warnings", "off", "--request-timeout", "30",
+            "--continue-on-failure", "-H", f"Authorization: Bearer {KEY}-admin",
+        ]  # fmt: skip
+        tests = Path(__file__).parents[1]
+        environment = {**os.environ, "SCHEMATHESIS_HOOKS": "fuzz_hooks", "PYTHONPATH": str(tests)}
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr + service.text[-5000:]
+        metrics = scrape(service.url)
+        assert metrics["llama_adapter:request_success_total"] > 20, "no input got as far as the model"
+        until(lambda: scrape(service.url)["llama_adapter:kv_cache_usage_perc"] == 0)
+        assert '"exception"' not in service.text
+
+
+def scrape(url: str) -> dict[str, float]:
+    """Each metric's sum over its labels."""
+    text = httpx.get(f"{url}/metrics", headers={"authorization": f"Bearer {KEY}"}).text
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            sums[sample.name] = sums.get(sample.name, 0) + sample.value
+    return sums
