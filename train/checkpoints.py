@@ -59,7 +59,7 @@ class Checkpoints:
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap OSErrors
             shutil.rmtree(partial, ignore_errors=True)
             raise TrainError(
-                f"{target}: cannot be written ({str(error).splitlines()[0]}); {self.remedy('make room')}"
+                f"{target}: cannot be written ({_reason(error)}); {self.remedy('make room')}"
             ) from error
         for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -80,9 +80,13 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError) as error:
         raise TrainError(
-            f"{file}: is damaged ({str(error).splitlines()[0]}); remove its folder to go on from an older one"
+            f"{file}: is damaged ({_reason(error)}); remove its folder to go on from an older one"
         ) from error
     return state
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _write_state(file: Path, state: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ class Forward:
             size = encoder.image_size
             self._black = encode(vision, encoder, torch.zeros(1, 3, size, size)).to(base.device)
 
-    def backward(self, batch: Pass, scale: float) -> Tensor:
+    def backward(self, batch: Pass, scale: Tensor | float) -> Tensor:
         """Add `scale` times the gradient of the summed loss, and return that sum, unscaled."""
         batch = batch.to(self._base.device)
         hidden_MC, adaptation = self._hidden(batch)

@@ -68,8 +68,9 @@ def _device(name: str, local_rank: int) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda":
             device = torch.device("cuda", device.index if device.index is not None else local_rank)
-            torch.cuda.set_device(device)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise TrainError(f"compute.device: {name!r} cannot be used: {reason}") from error

@@ -110,8 +110,9 @@ class Trainer:
         """One update. Returns what to log, and whether any process is to stop after it."""
         active = self._groups.activate(step.source)
         loss = torch.zeros((), device=self._processes.device)
+        scale = self._scaler.scale(torch.ones((), device=loss.device)) / step.targets
         for batch in step.passes:
-            loss += self._forward.backward(batch, self._scaler.get_scale() / step.targets)
+            loss += self._forward.backward(batch, scale)
         stops = torch.tensor(float(stop), device=loss.device)
         *grads, loss, stops = self._processes.sum([*gradients(active), loss, stops])
         rate = self._set_rate()

@@ -1,0 +1,163 @@
+"""Images are decoded in workers, encoded once, and found again by their content."""
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.adapter_config import VisionConfig
+from models.vision.preprocess import Color
+from train.data.features import (
+    FeatureCache,
+    cache_folder,
+    encode_images,
+    feature_shape,
+    live_pixels,
+    random_resized_crop,
+)
+from train.errors import TrainError
+
+VISION = VisionConfig(
+    encoder="efficientnet-lite0",
+    features="global",
+    projector="linear",
+    fusion="early",
+    layers=(0,),
+    num_tokens=1,
+    feature_dim=3,
+    hidden_size=3,
+)
+
+
+class MeanColor:
+    """An encoder in a few lines: global features are an image's mean colour. Counts what it encodes."""
+
+    name = "mean:colour"
+    version = "1"
+    image_size = 8
+    token_dim = 3
+    num_tokens = 1
+    global_dim = 3
+
+    def __init__(self) -> None:
+        self.encoded = 0
+
+    def preprocess(self, image: Image.Image, color: Color = "rgb") -> Tensor:
+        pixels = torch.from_numpy(np.array(image.resize((8, 8)), np.float32)).permute(2, 0, 1) / 255
+        return pixels if color == "rgb" else pixels.flip(0)
+
+    def tokens(self, pixels_BCHW: Tensor) -> Tensor:
+        return self.global_features(pixels_BCHW)[:, None]
+
+    def global_features(self, pixels_BCHW: Tensor) -> Tensor:
+        self.encoded += len(pixels_BCHW)
+        return pixels_BCHW.mean((2, 3))
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    """40 images of colours of their own, two twins among them, one broken and one missing."""
+    paths = [tmp_path / f"{i}.png" for i in range(42)]
+    for i, path in enumerate(paths[:40]):
+        Image.new("RGB", (9, 9), (i, 2 * i, 255 - i)).save(path)
+    shutil.copy(paths[0], paths[1])
+    Image.effect_noise((60, 60), 90).save(paths[40])
+    paths[40].write_bytes(paths[40].read_bytes()[:2000])
+    return paths
+
+
+def read(
+    paths: list[Path], encoder: MeanColor, cache: FeatureCache | None, workers: int = 0
+) -> list[int | str]:
+    return encode_images(paths, encoder, VISION, cache, workers, lambda count: None)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_content_is_encoded_once(paths: list[Path], tmp_path: Path, workers: int):
+    encoder = MeanColor()
+    folder = cache_folder(tmp_path, encoder, VISION)
+    cache = FeatureCache(folder, feature_shape(encoder, VISION))
+    rows = read(paths, encoder, cache, workers)
+    assert encoder.encoded == len(cache) == 39
+    assert rows[0] == rows[1]
+    assert "corrupt or truncated" in str(rows[40])
+    assert "No such file" in str(rows[41])
+    features = cache.open()
+    for i in (0, 17, 39):
+        expected = np.array([i, 2 * i, 255 - i], np.float32) / 255
+        np.testing.assert_allclose(features[rows[i]], expected, atol=1e-6)
+    again = FeatureCache(folder, (3,))
+    assert read(paths[:40], encoder, again, workers) == rows[:40]
+    assert encoder.encoded == 39
+
+
+def test_an_interrupted_cache_goes_on(paths: list[Path], tmp_path: Path):
+    """Features whose hash was not written, or only in part, are written again."""
+    encoder, folder = MeanColor(), tmp_path / "features"
+    read(paths[:40], encoder, FeatureCache(folder, (3,)))
+    hashes = folder / "hashes.bin"
+    hashes.write_bytes(hashes.read_bytes()[: 10 * 32 + 5])
+    cache = FeatureCache(folder, (3,))
+    assert len(cache) == 10
+    rows = read(paths[:40], encoder, cache)
+    assert encoder.encoded == 39 + 29
+    features = cache.open()
+    for i in range(40):
+        expected = (
+            np.array([max(i, 0) if i != 1 else 0, 2 * i if i != 1 else 0, 255 - (i if i != 1 else 0)]) / 255
+        )
+        np.testing.assert_allclose(features[rows[i]], expected, atol=1e-6)
+
+
+def test_without_a_cache_images_are_only_checked(paths: list[Path]):
+    encoder = MeanColor()
+    found = read(paths, encoder, None)
+    assert [isinstance(fault, str) for fault in found] == [False] * 40 + [True] * 2
+    assert encoder.encoded == 0
+
+
+def test_colour_order_and_encoder_have_caches_of_their_own(tmp_path: Path):
+    encoder = MeanColor()
+    bgr = VISION.model_copy(update={"color": "bgr"})
+    tokens = VISION.model_copy(update={"features": "tokens"})
+    folders = {cache_folder(tmp_path, encoder, config) for config in (VISION, bgr, tokens)}
+    assert len(folders) == 3
+    assert all(folder.parent == tmp_path / "features" for folder in folders)
+
+
+def test_live_pixels_follow_seed_and_colour(paths: list[Path]):
+    encoder = MeanColor()
+    picture = paths[0].with_name("gradient.png")
+    Image.linear_gradient("L").convert("RGB").save(picture)
+    plain, one, two, other = (live_pixels(picture, encoder, VISION, seed) for seed in (None, 1, 1, 2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, plain)
+    with pytest.raises(TrainError, match=r"41\.png: was readable when the training began"):
+        live_pixels(paths[41], encoder, VISION, None)
+
+
+def test_random_crops_keep_to_their_bounds():
+    image = Image.new("RGB", (90, 60))
+    boxes = []
+
+    class Watched(Image.Image):
+        def resize(self, size, resample=None, box=None, reducing_gap=None):  # type: ignore[no-untyped-def]
+            boxes.append(box)
+            return Image.new("RGB", size)
+
+    image.__class__ = Watched
+    for seed in range(200):
+        assert random_resized_crop(image, 8, random.Random(seed)).size == (8, 8)
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= 90
+        assert 0 <= top < bottom <= 60
+        assert 0.6 <= (right - left) / (bottom - top) <= 1.55
+    areas = [(r - l) * (b - t) / 5400 for l, t, r, b in boxes]
+    assert len(set(boxes)) > 20
+    assert max(areas) <= 1
