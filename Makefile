@@ -27,9 +27,14 @@ serve: .venv/.serve
 # The fast ones first: what they find needs no waiting for the rest.
 TESTS ?= tests
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS) -m "$(FAST)" $(UNLESS_NONE)
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/pytest $(TESTS) -m "$(FAST)" --numprocesses auto $(UNLESS_NONE)
 	$(BIN)/llama-adapter pull smollm2-135m
 	$(BIN)/pytest $(TESTS) -m "not ($(FAST))" $(UNLESS_NONE)
+	$(if $(filter tests,$(TESTS)),@$(MAKE) --no-print-directory test-paddle)
+
+# PaddleOCR's OpenCV excludes RapidOCR's, so its tests run in a place of their own.
+test-paddle: .venv-paddle/.ready
+	.venv-paddle/bin/pytest --confcutdir tests/experts -o filterwarnings=default tests/experts/test_paddle_ocr.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check
