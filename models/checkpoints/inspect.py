@@ -13,12 +13,15 @@ from models.adapter_config import AdapterConfig, BaseSpec
 from models.checkpoints.adapter_table import AdapterFormat, AdapterOptions, NameTable
 from models.checkpoints.adapters import NATIVE, detect, export_adapter, open_adapter, read_adapter_config
 from models.checkpoints.base import open_base
+from models.checkpoints.chat65b import CHAT_65B
 from models.checkpoints.manifest import read_manifest
 from models.checkpoints.native import WEIGHTS, is_native, load_unchecked, native_shapes, read_tensors
+from models.checkpoints.reference_7b import REFERENCE_7B
+from models.checkpoints.reference_v1 import REFERENCE_V1, REFERENCE_V1_CAPTION
 from models.checkpoints.tensor_file import TensorFile, read_tensor_file
 from models.config import ModelConfig
 from models.errors import CheckpointError
-from models.fingerprint import fingerprint
+from models.fingerprint import fingerprint, likeness
 from models.registry import content_hash
 
 
@@ -74,8 +77,18 @@ def verify(path: Path, base: Base | None = None, options: AdapterOptions | None 
         )
     return told | {
         "variant": adapter.config.variant,
-        "verified": "values" if base is None else "values and base",
+        "verified": _verified(adapter.config.base.fingerprint, base),
     }
+
+
+def _verified(fingerprint: str | None, base: Base | None) -> str:
+    """How far: a base of one's own shape may still be another one where nothing tells it by its values."""
+    if base is None:
+        return "values"
+    if fingerprint is None:
+        return "values and base's shape"
+    near = likeness(fingerprint, base.fingerprint) == "near"
+    return "values and base (a near copy of its own)" if near else "values and base"
 
 
 def convert(
@@ -87,6 +100,7 @@ def convert(
 ) -> None:
     """Write the adapter of `source` to `target` in the format called `name`.
 
+    `reference` is whichever format of the reference code's files has a place for such an adapter.
     A native target remembers the base's fingerprint where the base is given. Raises CheckpointError or
     AdapterMismatch.
     """
@@ -94,7 +108,16 @@ def convert(
     if base is not None:
         spec = adapter.config.base.model_copy(update={"fingerprint": base.fingerprint})
         adapter.config = adapter.config.model_copy(update={"base": spec})
-    export_adapter(adapter, name, target)
+    export_adapter(adapter, _reference_format(adapter.config) if name == "reference" else name, target)
+
+
+def _reference_format(config: AdapterConfig) -> str:
+    if config.vision is not None:
+        return REFERENCE_7B.name
+    if config.prompt is None:
+        return CHAT_65B.name
+    caption = config.template == REFERENCE_V1_CAPTION.template
+    return (REFERENCE_V1_CAPTION if caption else REFERENCE_V1).name
 
 
 def _open(path: Path, base: Base | None, options: AdapterOptions) -> Adapter:

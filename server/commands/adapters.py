@@ -22,13 +22,12 @@ Given = Annotated[
     typer.Option(
         "--option",
         help="what the file cannot say: gate=tanh|raw, template=NAME, color=rgb|bgr, litgpt=VERSION, "
-        "length=ROWS",
+        "length=ROWS, encoder=NAME",
     ),
 ]
 Source = Annotated[Path, typer.Argument(help="An adapter folder or file, of any format.")]
-BasePath = Annotated[
-    str | None, typer.Option("--base", help="the base it is for: a path, or an id that `pull` knows")
-]
+_BASE = "the base it is for: a path, or an id that `pull` knows"
+BasePath = Annotated[str | None, typer.Option("--base", help=_BASE)]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
@@ -40,12 +39,23 @@ def inspect(path: Source, option: Given = None, as_json: AsJson = False) -> None
     _print(describe(path.expanduser(), _options(option)), as_json)
 
 
-@app.command(epilog="Example:\n\n\b\n  llama-adapter verify ./poet --base smollm2-135m")
-def verify(path: Source, base: BasePath = None, option: Given = None, as_json: AsJson = False) -> None:
-    """Read every value of an adapter and check it, against its base where that is given."""
+@app.command(epilog="Example:\n\n\b\n  llama-adapter verify ./poet smollm2-135m")
+def verify(
+    path: Source,
+    base: Annotated[str | None, typer.Argument(help=_BASE)] = None,
+    option: Given = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every value of an adapter and check it. With its base: whether it fits, and a first answer."""
     from models.checkpoints.inspect import verify as check
 
-    _print(check(path.expanduser(), _base(base), _options(option)), as_json)
+    path, known = path.expanduser(), _base(base)
+    told = check(path, known, _options(option))
+    if base is not None:
+        from server.commands.trial import answer
+
+        told["answer"] = answer(base, ",".join([str(path), *(option or ())]))
+    _print(told, as_json)
 
 
 @app.command(
@@ -58,7 +68,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="native, reference-v1, reference-v1-caption, reference-7b, chat-65b, peft or litgpt"
+            help="native, peft, litgpt, or reference: which of reference-v1, reference-v1-caption, "
+            "reference-7b and chat-65b it is follows from the adapter"
         ),
     ] = "native",
     base: BasePath = None,

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from adapter_files import K, chat_65b, reference_7b, reference_v1
+from adapter_files import K, Sample, chat_65b, reference_7b, reference_v1, save_sample
 from safetensors.torch import load_file, save_file
 from support import MHA, canonical_weights, random_base
+from tiny_base import tiny_config, write_tiny_base
 from typer.testing import CliRunner
 
 from models.checkpoints.adapters import AdapterOptions, open_adapter
 from models.checkpoints.huggingface import write_huggingface
 from models.checkpoints.inspect import Base, convert, describe, read_base, verify
 from models.checkpoints.manifest import read_manifest
+from models.checkpoints.tensor_file import read_tensor_file
+from models.config import ModelConfig
 from models.errors import AdapterMismatch, CheckpointError
 from models.fingerprint import fingerprint
 from models.registry import content_hash
@@ -107,7 +111,7 @@ def test_other_formats_need_their_base(tmp_path: Path):
         verify(v1(tmp_path), options=LENGTH)
     with pytest.raises(CheckpointError, match="give the base"):
         convert(v1(tmp_path), tmp_path / "native", options=LENGTH)
-    assert verify(v1(tmp_path), BASE, LENGTH)["verified"] == "values and base"
+    assert verify(v1(tmp_path), BASE, LENGTH)["verified"] == "values and base's shape"
 
 
 def test_verification_reads_every_value(tmp_path: Path):
@@ -144,8 +148,47 @@ def test_a_base_is_read_for_its_shape_and_fingerprint(base_folder: Path):
     assert read.fingerprint == fingerprint(random_base(MHA).embed)
 
 
-def test_the_command_line(tmp_path: Path, base_folder: Path):
-    run, file = CliRunner(), v1(tmp_path)
+def test_a_near_copy_of_the_base_is_told(tmp_path: Path):
+    embed = random_base(MHA).embed
+    own, copy = Base(MHA, fingerprint(embed)), Base(MHA, fingerprint((embed * 64).round() / 64))
+    convert(v1(tmp_path), tmp_path / "native", base=own, options=LENGTH)
+    assert verify(tmp_path / "native", own)["verified"] == "values and base"
+    assert verify(tmp_path / "native", copy)["verified"] == "values and base (a near copy of its own)"
+    with pytest.raises(AdapterMismatch, match="fingerprint"):
+        verify(tmp_path / "native", Base(MHA, fingerprint(random_base(MHA, seed=1).embed)))
+
+
+@pytest.mark.parametrize(
+    ("build", "query"),
+    [
+        (reference_v1, "adapter_query.weight"),
+        (lambda c: reference_v1(c, "cap_adapter_query.weight"), "cap_adapter_query.weight"),
+        (reference_7b, "visual_query.weight"),
+        (chat_65b, "layers.0.attention.wq_scale"),
+    ],
+)
+def test_reference_is_the_format_that_has_a_place_for_it(
+    tmp_path: Path, build: Callable[[ModelConfig], Sample], query: str
+):
+    options = AdapterOptions(length=K if "adapter_query" in query else None)
+    convert(save_sample(build(MHA), tmp_path / "x.pth"), tmp_path / "native", base=BASE, options=options)
+    convert(tmp_path / "native", tmp_path / "back.pth", "reference")
+    assert query in read_tensor_file(tmp_path / "back.pth").tensors
+
+
+def test_a_first_answer_needs_a_base_that_can_talk(tmp_path: Path, base_folder: Path):
+    with pytest.raises(CheckpointError, match="no tokenizer"):  # weights alone are enough to fit
+        CliRunner().invoke(
+            app,
+            ["verify", str(v1(tmp_path)), str(base_folder), "--option", f"length={K}"],
+            catch_exceptions=False,
+        )
+
+
+def test_the_command_line(tmp_path: Path):
+    base_folder = tmp_path / "base"
+    write_tiny_base(base_folder)
+    run, file = CliRunner(), save_sample(reference_v1(tiny_config()), tmp_path / "v1.pth")
     told = run.invoke(app, ["inspect", str(file), "--option", f"length={K}", "--json"])
     assert told.exit_code == 0
     assert json.loads(told.output)["variant"] == "V1 text"
@@ -157,8 +200,10 @@ def test_the_command_line(tmp_path: Path, base_folder: Path):
     done = run.invoke(app, ["convert", str(file), str(target), "--base", str(base_folder), *options])
     assert done.exit_code == 0, done.output
     assert read_manifest(target).gate.activation == "raw"
-    checked = run.invoke(app, ["verify", str(target), "--base", str(base_folder), "--json"])
-    assert json.loads(checked.output)["verified"] == "values and base"
-    open_adapter(target, MHA, fingerprint=read_base(base_folder).fingerprint)
+    checked = json.loads(run.invoke(app, ["verify", str(target), str(base_folder), "--json"]).output)
+    assert checked["verified"] == "values and base"
+    assert checked["answer"]  # random weights say something, too
+    assert "answer" in run.invoke(app, ["verify", str(file), str(base_folder), *options]).output
+    open_adapter(target, tiny_config(), fingerprint=read_base(base_folder).fingerprint)
     refused = run.invoke(app, ["inspect", str(tmp_path / "nowhere")])
     assert isinstance(refused.exception, CheckpointError)  # which `llama-adapter` tells in one sentence
