@@ -8,7 +8,7 @@ IMAGE ?= llama-adapter
 
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
-FAST := not weights and not server and not clip and not gpu and not paddle
+FAST := not weights and not server and not clip and not gpu and not paddle and not clients and not node
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
@@ -17,7 +17,7 @@ UNLESS_NONE := || test $$? -eq 5
 help:
 	@echo 'make serve   start the service at http://$(HOST):$(PORT)   [HOST= PORT= ARGS="--adapter poet=./poet"]'
 	@echo 'make test    every test that this machine can run           [TESTS=tests/server]'
-	@echo 'make lint    style, types and import directions'
+	@echo 'make lint    style, types, import directions, insecure code, known vulnerabilities'
 	@echo 'make bench   tokens per second of the server at PORT        [ARGS="--models base"]'
 	@echo 'make image   build the container image                      [IMAGE=llama-adapter]'
 
@@ -26,7 +26,7 @@ serve: .venv/.serve
 
 # The fast ones first: what they find needs no waiting for the rest.
 TESTS ?= tests
-test: .venv/.dev
+test: .venv/.dev clients
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/pytest $(TESTS) -m "$(FAST)" --numprocesses auto $(UNLESS_NONE)
 	$(BIN)/llama-adapter pull smollm2-135m
 	$(BIN)/pytest $(TESTS) -m "not ($(FAST))" $(UNLESS_NONE)
@@ -41,6 +41,8 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml server models experts train
+	$(BIN)/python .ci/audit.py constraints.txt
 
 bench: .venv/.dev
 	$(BIN)/python bench/serve.py --url http://$(HOST):$(PORT) $(ARGS)
@@ -68,6 +70,21 @@ image:
 	test -x .venv-paddle/bin/python || $(PYTHON) -m venv .venv-paddle
 	.venv-paddle/bin/pip install --constraint constraints-paddle.txt paddleocr onnxruntime pytest pytest-asyncio pytest-timeout
 	.venv-paddle/bin/pip install --constraint constraints-paddle.txt --no-deps rapidocr
+	touch $@
+
+# Other people's clients, for the tests: in an environment of their own, since their dependencies exclude
+# ours. It brings Node.js, too.
+CLIENTS := .venv-clients
+NODE_CLIENTS := tests/clients/node
+clients: $(CLIENTS)/.python $(NODE_CLIENTS)/node_modules/.package-lock.json
+
+$(CLIENTS)/.python: tests/clients/python/requirements.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --no-deps --requirement $<
+	touch $@
+
+$(NODE_CLIENTS)/node_modules/.package-lock.json: $(NODE_CLIENTS)/package-lock.json $(CLIENTS)/.python
+	PATH="$(CURDIR)/$(CLIENTS)/bin:$$PATH" npm ci --prefix $(NODE_CLIENTS) --ignore-scripts --no-audit --no-fund
 	touch $@
 
 # After a change of versions in .venv: pin them for everybody.

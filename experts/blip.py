@@ -45,8 +45,12 @@ class BlipExpert(LocalExpert):
         if self._num_threads:
             torch.set_num_threads(self._num_threads)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
-            model: Any = BlipForConditionalGeneration.from_pretrained(self._folder, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                self._folder, local_files_only=True
+            )  # a local folder # nosec B615
+            model: Any = BlipForConditionalGeneration.from_pretrained(
+                self._folder, local_files_only=True
+            )  # a local folder # nosec B615
         except Exception as error:  # transformers raises whatever the file at fault makes it raise
             raise ExpertError(f"{self._folder}: not a usable BLIP model: {error}") from error
         self._model = model.eval()
