@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.telemetry import TelemetryConfig
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -24,11 +25,16 @@ _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60)
 
 
 def create_app(
-    experts: Sequence[Expert], *, max_image_bytes: int = 20 * 1024 * 1024, max_waiting: int = 32
+    experts: Sequence[Expert],
+    *,
+    max_image_bytes: int = 20 * 1024 * 1024,
+    max_waiting: int = 32,
+    telemetry: TelemetryConfig | None = None,
 ) -> FastAPI:
     """A service of these experts, which it loads when it starts and closes when it ends.
 
-    `max_waiting` requests may be under way per expert; over it they are refused with 429.
+    `max_waiting` requests may be under way per expert; over it they are refused with 429. `telemetry`: what
+    FastAPI is to trace, where the process has an OpenTelemetry provider.
     """
     service = _Service(experts, max_image_bytes, max_waiting)
     app = FastAPI(
@@ -37,6 +43,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        telemetry=telemetry,
     )
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _our_bug)

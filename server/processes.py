@@ -19,7 +19,7 @@ from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
 from server.shipped import with_adapter_dir
 from server.supervisor import ServiceSettings, serve
 from server.telemetry import RequestScope, configure_logging, outgoing_headers
-from server.tracing import configure_tracing
+from server.tracing import TELEMETRY, configure_tracing
 
 _EXPERT_DRAIN_SECONDS = 5.0
 
@@ -99,8 +99,10 @@ def run_experts(names: tuple[str, ...], settings: ExpertSettings) -> None:
         experts = [build_expert(name, options) for name in names]
     except ExpertError as error:
         raise StartupError(str(error)) from error
-    app = RequestScope(create_app(experts, max_image_bytes=settings.max_image_bytes))
-    _run(_serve(app, settings.host, settings.port, settings.uds, Drain(), _EXPERT_DRAIN_SECONDS))
+    app = create_app(experts, max_image_bytes=settings.max_image_bytes, telemetry=TELEMETRY)
+    _run(
+        _serve(RequestScope(app), settings.host, settings.port, settings.uds, Drain(), _EXPERT_DRAIN_SECONDS)
+    )
 
 
 def pull_base(name: str, cache_dir: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.tracing import inject, server_span
+from server.tracing import inject
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +78,9 @@ def outgoing_headers() -> dict[str, str]:
 
 
 class RequestScope:
-    """Around a service behind the gateway: its logs and spans belong to the request they came with.
+    """Around a service behind the gateway: its logs carry the id of the request that it works for.
 
-    What only looks (GET) is logged at debug and not traced: it is polled every second.
+    What only looks (GET) is logged at debug: it is polled every second.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -90,18 +90,7 @@ class RequestScope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        token = request_id.set(accepted_id(headers))
-        try:
-            if scope["method"] == "GET":
-                await self._logged(logging.DEBUG, scope, receive, send)
-            else:
-                with server_span(f"{scope['method']} {scope['path'][:100]}", headers):
-                    await self._logged(logging.INFO, scope, receive, send)
-        finally:
-            request_id.reset(token)
-
-    async def _logged(self, level: int, scope: Scope, receive: Receive, send: Send) -> None:
+        token = request_id.set(accepted_id(Headers(scope=scope)))
         begun = time.monotonic()
         status = 499  # nobody was there to receive an answer
 
@@ -114,5 +103,7 @@ class RequestScope:
         try:
             await self._app(scope, receive, watched_send)
         finally:
+            level = logging.DEBUG if scope["method"] == "GET" else logging.INFO
             fields = {"method": scope["method"], "path": scope["path"][:500], "status": status}
             log.log(level, "request", extra={**fields, "seconds": round(time.monotonic() - begun, 4)})
+            request_id.reset(token)

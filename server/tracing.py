@@ -1,24 +1,38 @@
 """OpenTelemetry traces, off unless the environment names a collector (`OTEL_EXPORTER_OTLP_ENDPOINT`).
 
-Off, spans cost next to nothing and the caller's W3C context (`traceparent`) is passed on all the same.
+FastAPI makes the span of each request, a child of what its W3C `traceparent` names; ours are its parts.
 Every other variable of OpenTelemetry's own (headers, sampler, batch sizes, service name) counts too.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping, MutableMapping
+from collections.abc import Generator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
+from fastapi.telemetry import TelemetryConfig
 from opentelemetry import trace
-from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind, Tracer
+from opentelemetry.trace import Span, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from server.serving import StartupError
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _PROPAGATOR = TraceContextTextMapPropagator()
+
+
+def _only_looks(scope: MutableMapping[str, Any]) -> bool:
+    return scope.get("method") in ("GET", "HEAD")
+
+
+# For FastAPI: a span for what does work, none for the polls of every second.
+TELEMETRY: TelemetryConfig = {
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "exclude": _only_looks,
+}
 
 
 def configure_tracing(service: str) -> None:
@@ -52,14 +66,6 @@ def tracer() -> Tracer:
 def span(name: str, **attributes: str | int) -> Generator[Span, None, None]:
     """A piece of the current request's work, the parent of what is begun within."""
     with tracer().start_as_current_span(name, attributes=attributes) as current:
-        yield current
-
-
-@contextmanager
-def server_span(name: str, headers: Mapping[str, str]) -> Generator[Span, None, None]:
-    """The whole of a request, a child of what its `traceparent` names."""
-    context = _PROPAGATOR.extract(headers, Context())
-    with tracer().start_as_current_span(name, context, SpanKind.SERVER) as current:
         yield current
 
 

@@ -25,6 +25,7 @@ from server.gateway.routes import adapters, chat, completions, health, models, t
 from server.gateway.state import Gateway
 from server.serving import Drain
 from server.settings import GatewaySettings
+from server.tracing import TELEMETRY
 
 
 def create_app(
@@ -61,6 +62,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=TELEMETRY,
     )
     app.state.gateway = gateway
     for route in (chat, completions, models, adapters, tokens, health):

@@ -17,6 +17,7 @@ import logging
 import time
 from typing import ClassVar
 
+from opentelemetry import trace
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -42,7 +43,6 @@ from server.gateway.metrics import GatewayMetrics
 from server.gateway.streaming import sse
 from server.serving import Drain
 from server.telemetry import accepted_id, request_id
-from server.tracing import server_span
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        id = accepted_id(headers)
+        id = accepted_id(Headers(scope=scope))
+        trace.get_current_span().set_attribute("request.id", id)
         token = request_id.set(id)
         begun = time.monotonic()
         status = _CLIENT_GONE
@@ -74,26 +74,10 @@ class RequestContext:
             await send(message)
 
         try:
-            if scope["method"] == "POST":
-                await self._traced(headers, scope, receive, send_with_id)
-            else:
-                await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_with_id)
         finally:
             self._note(scope, status, time.monotonic() - begun)
             request_id.reset(token)
-
-    async def _traced(self, headers: Headers, scope: Scope, receive: Receive, send: Send) -> None:
-        with server_span(scope["method"], headers) as span:
-
-            async def watched_send(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    span.set_attribute("http.response.status_code", message["status"])
-                await send(message)
-
-            span.set_attribute("request.id", request_id.get() or "")
-            await self._app(scope, receive, watched_send)
-            route = getattr(scope.get("route"), "path", "unknown")
-            span.update_name(f"{scope['method']} {route}")
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")

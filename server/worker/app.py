@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from server.errors import ApiError, InvalidRequest, ServerFailure, TooLarge, Unavailable, from_wire
 from server.serving import Drain
 from server.settings import WorkerSettings
+from server.tracing import TELEMETRY
 from server.worker.engine_api import Engine
 from server.worker.messages import (
     GENERATE_REQUEST,
@@ -53,7 +54,9 @@ def create_app(engine: Engine, settings: WorkerSettings, drain: Drain | None = N
         finally:
             await engine.stop()
 
-    app = FastAPI(title="LLaMA-Adapter worker", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="LLaMA-Adapter worker", lifespan=lifespan, docs_url=None, redoc_url=None, telemetry=TELEMETRY
+    )
     _add_error_handlers(app)
     _add_inference_routes(app, engine, drain, settings.max_message_bytes)
     _add_adapter_routes(app, engine, settings.max_message_bytes)

@@ -1,0 +1,155 @@
+"""`serve --workers 2` under faults: a worker that is killed, a drain in time and one past its deadline."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from service import Service, serving, until
+from tiny_base import write_tiny_base
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
+
+STREAMS = 8
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    write_tiny_base(folder)
+    return folder
+
+
+@dataclass
+class Stream:
+    """One streamed answer, read by a thread of its own; times are of the monotonic clock."""
+
+    service: Service
+    prompt: str
+    max_tokens: int = 400
+    events: list[Any] = field(default_factory=list)
+    ended: float | None = None
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._read)
+        self.thread.start()
+
+    def _read(self) -> None:
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": self.prompt}],
+            "max_tokens": self.max_tokens,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        url = f"{self.service.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                if line:
+                    data = line.removeprefix("data: ")
+                    self.events.append(data if data == "[DONE]" else json.loads(data))
+        self.ended = time.monotonic()
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.events)
+
+    @property
+    def outcome(self) -> str:
+        self.thread.join(60)
+        assert not self.thread.is_alive(), "a stream never ended"
+        last = self.events[-1]
+        return "done" if last == "[DONE]" else last["error"]["type"]
+
+
+def workers(service: Service) -> list[psutil.Process]:
+    children = psutil.Process(service.process.pid).children()
+    return sorted(
+        (c for c in children if "worker" in c.cmdline()), key=lambda c: c.environ()["LLAMA_ADAPTER_UDS"]
+    )
+
+
+def ready_workers(service: Service) -> dict[str, float]:
+    text = httpx.get(f"{service.url}/metrics").text
+    [family] = [f for f in text_string_to_metric_families(text) if f.name == "llama_adapter:worker_ready"]
+    return {sample.labels["worker"].rpartition("/")[2]: sample.value for sample in family.samples}
+
+
+def start_streams(service: Service) -> list[Stream]:
+    streams = [Stream(service, f"{i}: tell") for i in range(STREAMS)]
+    until(lambda: all(stream.begun for stream in streams))
+    return streams
+
+
+def test_what_a_killed_worker_had_not_begun_goes_to_the_other(base: Path) -> None:
+    with serving("--base", str(base), "--experts", "", "--workers", "2") as service:
+        assert ready_workers(service) == {"worker-0.sock": 1, "worker-1.sock": 1}
+        first, second = workers(service)
+        threads = {worker.environ()["LLAMA_ADAPTER_NUM_THREADS"] for worker in (first, second)}
+        assert threads == {str(max(1, (psutil.cpu_count() or 1) // 2))}
+        for worker in (first, second):
+            worker.suspend()  # so that none can begin before one is killed
+        streams = [Stream(service, f"{i}: tell") for i in range(STREAMS)]
+        second.resume()
+        until(lambda: any(stream.ended for stream in streams))
+        assert not all(stream.ended for stream in streams), "the first worker got none of them"
+        first.kill()
+        assert [stream.outcome for stream in streams] == ["done"] * STREAMS
+        until(lambda: ready_workers(service) == {"worker-0.sock": 1, "worker-1.sock": 1}, 90)
+        assert workers(service)[0].pid != first.pid
+        assert workers(service)[1].pid == second.pid
+        assert "the worker-0 was killed by SIGKILL" in service.text
+
+
+def test_a_worker_killed_mid_stream_ends_that_stream_with_an_error_event(base: Path) -> None:
+    with serving("--base", str(base), "--experts", "", "--workers", "2") as service:
+        first, second = workers(service)
+        streams = start_streams(service)
+        first.suspend()
+        second.suspend()
+        unfinished = [stream for stream in streams if stream.events[-1] != "[DONE]"]
+        assert unfinished, "every stream was over before a worker could be stopped"
+        killed = time.monotonic()
+        first.kill()
+        second.resume()
+        outcomes = [stream.outcome for stream in unfinished]
+        for stream, outcome in zip(unfinished, outcomes, strict=True):
+            assert stream.ended is not None
+            assert outcome == "done" or stream.ended - killed < 5
+        assert "server_error" in outcomes, "none of the unfinished streams was the killed worker's"
+        assert service.ask({"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2})
+
+
+def test_sigterm_lets_streams_finish(base: Path) -> None:
+    with serving("--base", str(base), "--experts", "", "--workers", "2") as service:
+        streams = start_streams(service)
+        service.process.send_signal(signal.SIGTERM)
+        assert [stream.outcome for stream in streams] == ["done"] * STREAMS
+        assert service.process.wait(60) == 0
+    assert "Traceback" not in service.text
+
+
+def test_sigterm_ends_what_runs_past_the_deadline(base: Path) -> None:
+    arguments = ("--base", str(base), "--experts", "", "--drain-seconds", "1")
+    with serving(*arguments) as service:
+        [worker] = workers(service)
+        stream = Stream(service, "tell")
+        until(lambda: stream.begun)
+        worker.suspend()
+        assert stream.events[-1] != "[DONE]"
+        asked = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        assert stream.outcome == "server_error"
+        assert stream.ended is not None
+        assert 0.9 < stream.ended - asked < 5
+        assert service.process.wait(60) == 0  # the worker cannot hear its own signal, and is killed
+    assert not worker.is_running()
