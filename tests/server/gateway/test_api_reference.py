@@ -6,11 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from server.errors import ApiError
 from server.gateway.app import create_app
-from server.gateway.metrics import PREFIX, GatewayMetrics
 from server.gateway.schemas import (
     AdapterBody,
     Body,
@@ -23,7 +21,6 @@ from server.gateway.schemas import (
     TokenizeBody,
 )
 from server.settings import GatewaySettings
-from tests.server.gateway.scripted import STATS
 
 ROOT = Path(__file__).parents[3]
 REFERENCE = (ROOT / "docs/api.md").read_text()
@@ -66,16 +63,3 @@ def test_every_error_code() -> None:
     named |= {cls.default_code for cls in ApiError.__subclasses__() if cls.default_code}
     for code in named:
         assert f"`{code}`" in REFERENCE, code
-
-
-def test_every_metric() -> None:
-    metrics = GatewayMetrics(lambda: [("w", "base", STATS)])
-    families = text_string_to_metric_families(metrics.render().decode())
-    names = {
-        f.name + ("_total" if f.type == "counter" else "")
-        for f in families
-        if not f.name.endswith("_created")
-    }
-    assert len(names) > 10
-    for name in names:
-        assert f"`{name.removeprefix(PREFIX)}`" in REFERENCE, name
