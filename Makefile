@@ -12,7 +12,7 @@ FAST := not weights and not server and not clip and not gpu and not paddle and n
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
-.PHONY: help serve test test-paddle lint bench image constraints clean
+.PHONY: help serve test test-paddle lint bench image clients constraints clean
 
 help:
 	@echo 'make serve   start the service at http://$(HOST):$(PORT)   [HOST= PORT= ARGS="--adapter poet=./poet"]'
@@ -92,4 +92,4 @@ constraints: .venv/.dev
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch(vision)?==[^+]*)\+.*/\1/' > constraints.txt
 
 clean:
-	rm -rf .venv .venv-paddle build dist *.egg-info
+	rm -rf .venv .venv-paddle $(CLIENTS) $(NODE_CLIENTS)/node_modules build dist *.egg-info

@@ -24,8 +24,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def service(models: Path) -> Iterator[Service]:
     arguments = ("--base", str(models / "tiny"), "--adapter-dir", str(models / "adapters"))
-    with serving(*arguments, "--experts", "", "--kv-cache-mib", "32") as service:
+    with serving(*arguments, "--experts", "", "--dtype", "float32") as service:
         yield service
+
+
+@pytest.fixture(scope="session")
+def clients() -> Path:
+    """Where the programs are of the environment that holds the other clients."""
+    here = Path(__file__).resolve().parent
+    installed = here.parents[1] / ".venv-clients"
+    if not (installed / ".python").exists() or not (here / "node" / "node_modules").exists():
+        pytest.skip("`make clients` installs these clients")
+    return installed / "bin"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,82 @@
+// The official JavaScript client against the service.
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import OpenAI from 'openai';
+import { baseURL, byHand, greedy, questions } from './support.js';
+
+const client = new OpenAI({ baseURL, apiKey: 'none', maxRetries: 0 });
+
+for (const [kind, question] of Object.entries(questions)) {
+  test(`an answer, ${kind}`, async () => {
+    const answer = await client.chat.completions.create({ ...question, ...greedy });
+    assert.equal(answer.choices[0].message.content, await byHand(question));
+    assert.equal(answer.model, question.model);
+    assert.equal(answer.usage.total_tokens, answer.usage.prompt_tokens + answer.usage.completion_tokens);
+    assert.ok(answer._request_id);
+  });
+
+  test(`a stream, ${kind}`, async () => {
+    const options = { stream: true, stream_options: { include_usage: true } };
+    const chunks = await Array.fromAsync(await client.chat.completions.create({ ...question, ...greedy, ...options }));
+    assert.equal(chunks.map((chunk) => chunk.choices[0]?.delta.content ?? '').join(''), await byHand(question));
+    assert.ok(chunks.at(-1).usage.completion_tokens > 0);
+  });
+
+  test(`the stream helper, ${kind}`, async () => {
+    const final = await client.chat.completions.stream({ ...question, ...greedy }).finalChatCompletion();
+    assert.equal(final.choices[0].message.content, await byHand(question));
+    assert.ok(['stop', 'length'].includes(final.choices[0].finish_reason));
+  });
+}
+
+test('the image is seen', async () => {
+  const blind = { ...questions.text, model: 'sight' };
+  assert.notEqual(await byHand(questions.image), await byHand(blind));
+});
+
+test('leaving a stream', async () => {
+  const stream = await client.chat.completions.create({ ...questions.text, max_tokens: 300, stream: true });
+  for await (const chunk of stream) {
+    assert.equal(chunk.choices[0].delta.role, 'assistant');
+    break;
+  }
+  assert.ok(stream.controller.signal.aborted);
+  assert.equal((await client.chat.completions.create({ ...questions.text, ...greedy })).choices.length, 1);
+});
+
+test('plain completions', async () => {
+  const request = { model: 'tiny', prompt: 'The quick brown', max_tokens: 6, temperature: 0 };
+  const whole = await client.completions.create({ ...request, echo: true, logprobs: 1 });
+  const chunks = await Array.fromAsync(await client.completions.create({ ...request, stream: true }));
+  assert.equal(whole.choices[0].text, request.prompt + chunks.map((chunk) => chunk.choices[0].text).join(''));
+  assert.equal(whole.choices[0].logprobs.tokens.length, whole.usage.total_tokens);
+});
+
+test('models', async () => {
+  const models = await Array.fromAsync(client.models.list());
+  assert.deepEqual(models.map((model) => model.id).sort(), ['poet', 'sight', 'tiny']);
+  assert.equal((await client.models.retrieve('poet')).parent, 'tiny');
+});
+
+test('headers beside the answer', async () => {
+  const headers = { 'x-request-id': 'mine-2' };
+  const request = client.chat.completions.create({ ...questions.text, ...greedy }, { headers });
+  const { data, response, request_id } = await request.withResponse();
+  assert.equal(response.status, 200);
+  assert.equal(request_id, 'mine-2');
+  assert.equal(data.object, 'chat.completion');
+});
+
+for (const stream of [false, true]) {
+  test(`mistakes are errors of the client, stream: ${stream}`, async () => {
+    const unknown = client.chat.completions.create({ ...questions.text, model: 'nobody', stream });
+    await assert.rejects(unknown, (error) => {
+      assert.ok(error instanceof OpenAI.NotFoundError);
+      assert.deepEqual([error.code, error.param], ['model_not_found', 'model']);
+      assert.ok(error.requestID);
+      return true;
+    });
+    const hot = client.chat.completions.create({ ...questions.text, temperature: 9, stream });
+    await assert.rejects(hot, (error) => error instanceof OpenAI.BadRequestError && error.param === 'temperature');
+  });
+}
