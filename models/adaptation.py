@@ -72,19 +72,23 @@ class OneAdapter(_Adaptation):
     """Every token has the same adapter; gradients flow into its parameters. Training's view."""
 
     def __init__(self, adapter: Adapter, dtype: torch.dtype) -> None:
-        self._adapter = adapter
-        self._dtype = dtype
-        self._vectors = vectors(adapter)
+        # Cut into layers once: the gradient of each cut by itself would be as large as the whole stack.
+        self._vectors = {key: value.to(dtype).unbind() for key, value in vectors(adapter).items()}
+        self._lora = {
+            name: [terms[side].to(dtype).unbind() for side in ("a", "b")]  # type: ignore[index]
+            for name, terms in adapter.lora.items()
+        }
+        self._lora_scaling = lora_scaling(adapter.config)
 
     def vector(self, key: str, layer: int) -> Tensor | None:
         value = self._vectors.get(key)
-        return None if value is None else value[layer].to(self._dtype)
+        return None if value is None else value[layer]
 
     def low_rank(self, layer: int, name: LinearName | Head, x: Tensor) -> Tensor | None:
-        if name not in self._adapter.lora:
+        if name not in self._lora:
             return None
-        a, b = (self._adapter.lora[name][side][layer].to(self._dtype) for side in ("a", "b"))  # type: ignore[index]
-        return lora_scaling(self._adapter.config) * F.linear(F.linear(x, a), b)
+        a, b = (stack[layer] for stack in self._lora[name])
+        return self._lora_scaling * F.linear(F.linear(x, a), b)
 
 
 class AdapterBank:

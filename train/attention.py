@@ -66,8 +66,7 @@ class PackedAttend:
         if slots_B is not None:
             k_SHKD, v_SHKD, gate_SH = (x.index_select(0, slots_B) for x in (k_SHKD, v_SHKD, gate_SH))
         out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_SHKD, v_SHKD)
-        gated: Tensor = (out_BHTD * gate_SH[..., None, None]).to(q_BHTD.dtype)
-        return gated
+        return (out_BHTD * gate_SH[..., None, None]).to(q_BHTD.dtype)
 
     def _pad(self, x_NHD: Tensor) -> Tensor:
         """[N, H, D] → [B, H, T, D]."""
@@ -75,7 +74,8 @@ class PackedAttend:
         if self._places_N is not None:
             padded = x_NHD.new_zeros(B * T, *x_NHD.shape[1:])
             x_NHD = padded.index_copy(0, self._places_N, x_NHD)
-        return x_NHD.unflatten(0, (B, T)).transpose(1, 2)
+        x_BTHD: Tensor = x_NHD.unflatten(0, (B, T))
+        return x_BTHD.transpose(1, 2)
 
     def _unpad(self, x_BHTD: Tensor) -> Tensor:
         """[B, H, T, D] → [N, H, D]."""

@@ -70,7 +70,7 @@ def open_text(file: Path, packed: str) -> Iterator[TextIO]:
         raise TrainError(f"{file}: there is no such file; correct the path") from error
     except UnicodeDecodeError as error:
         raise TrainError(f"{file}: is not UTF-8 ({error}); convert it") from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, *_zstd_errors()) as error:
+    except _damage() as error:
         raise TrainError(f"{file}: cannot be read ({error}); is it complete?") from error
 
 
@@ -100,10 +100,10 @@ def _zstd(file: Path) -> IO[bytes]:
     return cast(IO[bytes], zstd.open(file, "rb"))
 
 
-def _zstd_errors() -> tuple[type[Exception], ...]:
-    """What the decompressor raises, if one was opened."""
-    module = sys.modules.get(_ZSTD)
-    return (module.ZstdError,) if module else ()
+def _damage() -> tuple[type[Exception], ...]:
+    """What the decompressors raise; zstd's own only once it was needed."""
+    zstd = sys.modules.get(_ZSTD)
+    return (OSError, EOFError, lzma.LZMAError, zlib.error, *((zstd.ZstdError,) if zstd else ()))
 
 
 _OPENERS = {"": _plain, ".gz": _gzip, ".bz2": _bzip2, ".xz": _xz, ".zst": _zstd}
