@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from server.gateway import keys
 from server.gateway.keys import KeyRing, read_keys
 from server.gateway.rates import Quota, Rate
+from server.options import load
 from server.serving import StartupError
 from server.settings import GatewaySettings
 from server.telemetry import JsonFormatter
@@ -241,3 +242,20 @@ async def test_logs_name_the_key_and_never_show_it(
     assert '"key": "alice"' in lines
     assert '"status": 429' in lines
     assert SECRET not in lines
+
+
+def test_start_up_errors_tell_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_ADAPTER_API_KEYS", SECRET)  # a list in the environment is JSON
+    with pytest.raises(StartupError) as caught:
+        load(GatewaySettings, {})
+    assert "api_keys" in str(caught.value)
+    assert SECRET not in str(caught.value)
+    monkeypatch.setenv("LLAMA_ADAPTER_API_KEYS", f'["{SECRET}", 7, ["{SECRET}"], ""]')
+    with pytest.raises(StartupError) as caught:
+        load(GatewaySettings, {})
+    assert "--api-key" in str(caught.value)
+    assert SECRET not in str(caught.value)
+    monkeypatch.delenv("LLAMA_ADAPTER_API_KEYS")
+    with pytest.raises(StartupError, match="--key-requests .* not 'many'"):
+        load(GatewaySettings, {"key_requests": "many"})
+    assert load(GatewaySettings, {"api_keys": [SECRET]}).api_keys[0].get_secret_value() == SECRET
