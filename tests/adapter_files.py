@@ -83,13 +83,13 @@ def add_norms(sample: Sample, values: Values, prefix: str, final: bool = True) -
 
 
 def reference_v1(
-    config: ModelConfig, query: str = "adapter_query.weight", activation: str = "tanh"
+    config: ModelConfig, query: str = "adapter_query.weight", activation: str = "tanh", length: int = K
 ) -> Sample:
     sample = Sample(
         AdapterConfig.model_validate(
             {
                 "base": base_spec(config).model_dump(),
-                "prompt": {"length": K, "layers": range(1, config.num_layers)},
+                "prompt": {"length": length, "layers": range(1, config.num_layers)},
                 "gate": {"activation": activation},
                 "template": "alpaca" if query == "adapter_query.weight" else "caption",
             }

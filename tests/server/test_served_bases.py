@@ -29,7 +29,10 @@ from support import transformers_twin
 from tokenizer_files import add_gguf_byte_level, write_byte_level, write_sentencepiece
 from torch import Tensor
 
+from models.checkpoints.adapter_table import AdapterOptions
 from models.checkpoints.huggingface import NAMES, write_huggingface
+from models.checkpoints.inspect import Base, convert
+from models.fingerprint import fingerprint
 from models.llama import Llama
 
 pytestmark = pytest.mark.server
@@ -118,9 +121,15 @@ def test_answers_are_the_oracle_s(
     plain = Oracle(CONFIG, rows, rope="interleaved")
     own = {name: tensor.double().numpy() for name, tensor in sample.own.items()}
     adapted = replace(plain, adapter=sample.config, own=own)
-    arguments = ("--base-id", "plain", "--adapter", f"v1={adapter},length={K}", "--experts", "")
-    with serving("--base", str(path), "--dtype", "float32", *arguments) as service:
+    # It remembers the base before rounding: of a GGUF file's base it knows a near copy, and says so.
+    original = Base(CONFIG, fingerprint(weights["embed.weight"]))
+    convert(adapter, tmp_path / "native", base=original, options=AdapterOptions(length=K))
+    adapters = ("--adapter", f"v1={adapter},length={K}", "--adapter", f"native={tmp_path / 'native'}")
+    settings = ("--base-id", "plain", "--dtype", "float32", "--experts", "")
+    with serving("--base", str(path), *settings, *adapters) as service:
         assert check(service, "plain", plain) != check(service, "v1", adapted)
+        check(service, "native", adapted)
+        assert ("native was made for a near copy of this base" in service.text) == (kind is not None)
 
 
 def check(service: Service, model: str, oracle: Oracle) -> list[int]:
