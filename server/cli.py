@@ -9,6 +9,7 @@ import typer
 
 from models.errors import ModelError
 from server.commands.adapters import app as adapter_commands
+from server.commands.top import app as top_command
 from server.commands.train import app as train_command
 from server.options import load, settings_options
 from server.serving import StartupError
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(adapter_commands)
 app.add_typer(train_command)
+app.add_typer(top_command)
 
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 

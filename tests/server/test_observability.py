@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -215,3 +217,16 @@ def test_no_poll_is_traced(answered: tuple[Service, Any], collector: Collector) 
     service, _ = answered
     httpx.get(f"{service.url}/health/ready").raise_for_status()
     assert not [span.name for _, span in collector.spans if span.name.startswith("GET")]
+
+
+def test_top_shows_it(answered: tuple[Service, Any]) -> None:
+    service, _ = answered
+    command = [sys.executable, "-m", "server.cli", "top", service.url, "--once", "--interval", "0.2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    rows = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines() if "│" in line]
+    [worker] = [row for row in rows if "worker.sock" in row]
+    assert "ready" in worker
+    [model] = [row for row in rows if "poet" in row]
+    assert model[2:4] == ["1", "0.0"]  # done, tokens per second just now
+    [expert] = [row for row in rows if "classifier" in row]
+    assert expert[2:5] == ["closed", "1", "0"]

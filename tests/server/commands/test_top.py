@@ -23,7 +23,7 @@ WORKERS = [("unix:/run/x/worker-0.sock", "tiny", STATS), ("http://10.0.0.5:8001"
 
 
 def rows(before: Reading, now: Reading) -> dict[str, list[str]]:
-    console = Console(width=200, record=True, file=None, force_terminal=False)
+    console = Console(width=200)
     with console.capture() as capture:
         console.print(frame(before, now))
     lines = [line.split("│")[1:-1] for line in capture.get().splitlines() if "│" in line]
