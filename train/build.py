@@ -9,9 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from filelock import FileLock
 from rich.console import Console
-from torch import Tensor
 
 from models.adapter import Adapter, base_spec
 from models.adapter_config import AdapterConfig, VisionConfig
@@ -23,10 +21,10 @@ from models.tokenizer import load_tokenizer
 from models.vision.encoder import VisionEncoder, check_features, load_encoder
 from train.checkpoints import Checkpoints, load_state
 from train.data.batches import ImageReader, Steps
-from train.data.features import FeatureCache, cache_folder, encode_images, feature_shape, live_pixels
+from train.data.images import Images
 from train.data.plan import Plan, SourcePlan
 from train.data.store import Encoder, ReadImages, Store, prepare
-from train.errors import TrainError
+from train.errors import Interrupted, TrainError
 from train.forward import Forward
 from train.groups import Groups
 from train.log import Log
@@ -102,7 +100,7 @@ def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSigna
         sees=vision is not None,
     )
     encoder = _encoder(vision, processes.device) if vision else None
-    images = _Images(recipe, vision, encoder, cache_dir, stop)
+    images = Images(recipe, vision, encoder, cache_dir, stop)
     stores = _stores(recipe, tokens, images.read_all, processes, stop, console)
     plan = _plan(recipe, stores)
     forward = Forward(base, adapter, encoder, compute.features == "live", compute.checkpointing)
@@ -129,7 +127,7 @@ def _check_output(recipe: Recipe, checkpoints: Checkpoints, processes: Processes
     """The checkpoint to go on from. No run is overwritten, or gone on with by another recipe."""
     last = checkpoints.last()
     file = recipe.output / _RECIPE
-    processes.wait()  # nobody writes before all have looked
+    processes.any(False)  # nobody writes before all have looked
     if last is not None and not recipe.resume:
         raise TrainError(
             f"{recipe.output}: holds a training already ({last.name}); add resume=true to go on with it, "
@@ -209,64 +207,6 @@ def _encoder(vision: VisionConfig, device: torch.device) -> VisionEncoder:
     return encoder
 
 
-class _Images:
-    """A recipe's images: encoded once and looked up, or read anew in each step."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        vision: VisionConfig | None,
-        encoder: VisionEncoder | None,
-        cache_dir: Path,
-        stop: StopSignal,
-    ) -> None:
-        self._recipe = recipe
-        self._vision = vision
-        self._encoder = encoder
-        self._stop = stop
-        self._folder: Path | None = None
-        if vision and encoder and recipe.compute.features == "cached":
-            self._folder = cache_folder(cache_dir, encoder, vision)
-
-    def read_all(self, paths: list[Path]) -> list[int | str]:
-        """Check, and encode where features are kept."""
-        if self._vision is None or self._encoder is None:
-            return []
-        workers = self._recipe.compute.workers
-
-        def progress(count: int) -> None:
-            self._stop.check()
-
-        if self._folder is None:
-            return encode_images(paths, self._encoder, self._vision, None, workers, progress)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._folder / ".lock"):
-            cache = FeatureCache(self._folder, feature_shape(self._encoder, self._vision))
-            return encode_images(paths, self._encoder, self._vision, cache, workers, progress)
-
-    def reader(self) -> ImageReader:
-        vision, encoder = self._vision, self._encoder
-        if vision is None or encoder is None:
-            return _no_image
-        if self._folder is None:
-            augment = self._recipe.compute.augment
-
-            def read_live(store: Store, image: int, seed: int) -> Tensor:
-                return live_pixels(store.image_paths[image], encoder, vision, seed if augment else None)
-
-            return read_live
-        features = FeatureCache(self._folder, feature_shape(encoder, vision)).open()
-
-        def read_cached(store: Store, image: int, seed: int) -> Tensor:
-            return torch.from_numpy(features[store.feature_J[image]].copy())
-
-        return read_cached
-
-
-def _no_image(store: Store, image: int, seed: int) -> Tensor:
-    raise AssertionError("an adapter without vision was given an image")
-
-
 def _stores(
     recipe: Recipe,
     encoder: Encoder,
@@ -276,27 +216,41 @@ def _stores(
     console: Console,
 ) -> dict[str, Store]:
     """Each source, prepared once in the output folder by the first process; a resumed run reuses it."""
-    folder = recipe.output / "data"
-    if processes.first:
-        for name, source in recipe.data.items():
-            if (folder / name).is_dir():
-                continue
-            partial = folder / f".{name}.partial"
-            with console.status(f"reading {name}") as status:
-
-                def progress(count: int) -> None:
-                    stop.check()
-                    if count % 1000 == 0:
-                        status.update(f"reading {name}: {count:,} rows")  # noqa: B023 - called within the loop
-
-                store = prepare(name, source, encoder, partial, read_images, progress)
-            partial.replace(folder / name)
-            summary = store.summary
-            console.print(
-                f"{name}: {summary.used:,} rows to train on, {summary.held_out:,} held out, "
-                f"{summary.bad:,} bad, {summary.truncated:,} cut at {recipe.compute.max_tokens} tokens"
-            )
-            for fault in (summary.faults or [])[:3]:
-                console.print(f"  {fault}", highlight=False)
-    processes.wait()
+    folder, stopped = recipe.output / "data", False
+    try:
+        for name in recipe.data if processes.first else ():
+            if not (folder / name).is_dir():
+                _prepare(recipe, name, encoder, folder, read_images, stop, console)
+    except Interrupted:
+        stopped = True
+    if processes.any(stopped):
+        raise Interrupted
     return {name: Store(folder / name) for name in recipe.data}
+
+
+def _prepare(
+    recipe: Recipe,
+    name: str,
+    encoder: Encoder,
+    folder: Path,
+    read_images: ReadImages,
+    stop: StopSignal,
+    console: Console,
+) -> None:
+    """One source, built beside its place and renamed when complete."""
+    partial = folder / f".{name}.partial"
+    with console.status(f"reading {name}") as status:
+
+        def progress(count: int) -> None:
+            stop.check()
+            if count % 1000 == 0:
+                status.update(f"reading {name}: {count:,} rows")
+
+        summary = prepare(name, recipe.data[name], encoder, partial, read_images, progress).summary
+    partial.replace(folder / name)
+    console.print(
+        f"{name}: {summary.used:,} rows to train on, {summary.held_out:,} held out, "
+        f"{summary.bad:,} bad, {summary.truncated:,} cut at {recipe.compute.max_tokens} tokens"
+    )
+    for fault in (summary.faults or [])[:3]:
+        console.print(f"  {fault}", highlight=False)

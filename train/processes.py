@@ -37,13 +37,19 @@ class Processes:
         if self.world == 1:
             return list(tensors)
         flat = torch.cat([tensor.flatten().to(torch.float32) for tensor in tensors])
-        dist.all_reduce(flat)
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:
+            raise TrainError(
+                "another process of this training has ended; its own message says why"
+            ) from error
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
-    def wait(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in any process. None goes on before all have said."""
+        [count] = self.sum([torch.tensor(float(flag), device=self.device)])
+        return bool(count > 0)
 
 
 @contextmanager
@@ -71,6 +77,9 @@ def _device(name: str, local_rank: int) -> torch.device:
         torch.empty(0, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            # A resumed run shall end with the same bits; kernels that cannot promise it say so.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise TrainError(f"compute.device: {name!r} cannot be used: {reason}") from error

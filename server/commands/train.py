@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from server.options import load
+from server.serving import StartupError
 from server.settings import WorkerSettings
 
 app = typer.Typer()
@@ -25,6 +26,12 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter by a recipe. SIGTERM and Ctrl-C save; resume=true goes on."""
-    from train.main import train as run
-
+    try:
+        from train.main import train as run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("train", "models"):
+            raise
+        raise StartupError(
+            f"{error.name} is not installed; install llama-adapter-server[worker,train]."
+        ) from error
     run(recipe, overrides or (), load(WorkerSettings, {}).cache_dir)

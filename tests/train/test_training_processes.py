@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_files import text_recipe, write_recipe
+from train_files import text_recipe, write_instructions, write_recipe
 
 from models.checkpoints.manifest import read_manifest
 from models.checkpoints.native import load_unchecked
@@ -137,6 +137,25 @@ def test_workers_survive_a_signal_to_the_whole_group(recipe: str, start: Start, 
         os.kill(int(pid), signal.SIGTERM)
     processes[0].send_signal(signal.SIGTERM)
     assert "Stopped and saved" in finish(processes)[0]
+
+
+def test_a_signal_while_reading_data(recipe: str, start: Start, tmp_path: Path):
+    many = write_instructions(tmp_path / "many.jsonl", 100_000)
+    processes = start(recipe, [f"data.instruct.path={many}"], world=2)
+    partial = tmp_path / "run" / "data" / ".instruct.partial"
+    deadline = time.monotonic() + 60
+    while not partial.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    assert "Stopped before the first step" in finish(processes)[0]
+
+
+def test_what_ends_one_process_ends_all(recipe: str, start: Start):
+    errors = finish(start(recipe, ["data.instruct.path=none.jsonl"], world=2), code=1)
+    assert "none.jsonl: there is no such file" in errors[0]
+    assert "error: another process of this training has ended" in errors[1]
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_1(recipe: str, start: Start):

@@ -35,7 +35,7 @@ class Decoded(NamedTuple):
     fault: str = ""
 
 
-class Images(Dataset[Decoded]):
+class ImageFiles(Dataset[Decoded]):
     """Image files for worker processes. `known`: hashes whose pixels nobody needs."""
 
     def __init__(
@@ -141,7 +141,7 @@ def encode_images(
             cache.add(list(waiting), encode(config, encoder, torch.stack(list(waiting.values()))))
         waiting.clear()
 
-    for decoded in _decode(Images(paths, encoder, config, known), workers):
+    for decoded in _decode(ImageFiles(paths, encoder, config, known), workers):
         digests.append(decoded.digest)
         found.append(decoded.fault or 0)
         new = cache is not None and decoded.pixels is not None and cache.row(decoded.digest) is None
@@ -158,7 +158,7 @@ def encode_images(
     return [row for row in rows if row is not None]
 
 
-def _decode(images: Images, workers: int) -> Iterator[Decoded]:
+def _decode(images: ImageFiles, workers: int) -> Iterator[Decoded]:
     if not len(images):
         return iter(())
     loader: DataLoader[Decoded] = DataLoader(

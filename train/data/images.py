@@ -1,0 +1,75 @@
+"""A recipe's images, by whichever way it has chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from models.adapter_config import VisionConfig
+from models.vision.encoder import VisionEncoder
+from train.data.batches import ImageReader
+from train.data.features import FeatureCache, cache_folder, encode_images, feature_shape, live_pixels
+from train.data.store import Store
+from train.processes import StopSignal
+from train.recipe import Recipe
+
+
+class Images:
+    """A recipe's images: encoded once and looked up, or read anew in each step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        vision: VisionConfig | None,
+        encoder: VisionEncoder | None,
+        cache_dir: Path,
+        stop: StopSignal,
+    ) -> None:
+        self._recipe = recipe
+        self._vision = vision
+        self._encoder = encoder
+        self._stop = stop
+        self._folder: Path | None = None
+        if vision and encoder and recipe.compute.features == "cached":
+            self._folder = cache_folder(cache_dir, encoder, vision)
+
+    def read_all(self, paths: list[Path]) -> list[int | str]:
+        """Check, and encode where features are kept."""
+        if self._vision is None or self._encoder is None:
+            return []
+        workers = self._recipe.compute.workers
+
+        def progress(count: int) -> None:
+            self._stop.check()
+
+        if self._folder is None:
+            return encode_images(paths, self._encoder, self._vision, None, workers, progress)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._folder / ".lock"):
+            cache = FeatureCache(self._folder, feature_shape(self._encoder, self._vision))
+            return encode_images(paths, self._encoder, self._vision, cache, workers, progress)
+
+    def reader(self) -> ImageReader:
+        vision, encoder = self._vision, self._encoder
+        if vision is None or encoder is None:
+            return _no_image
+        if self._folder is None:
+            augment = self._recipe.compute.augment
+
+            def read_live(store: Store, image: int, seed: int) -> Tensor:
+                return live_pixels(store.image_paths[image], encoder, vision, seed if augment else None)
+
+            return read_live
+        features = FeatureCache(self._folder, feature_shape(encoder, vision)).open()
+
+        def read_cached(store: Store, image: int, seed: int) -> Tensor:
+            return torch.from_numpy(features[store.feature_J[image]].copy())
+
+        return read_cached
+
+
+def _no_image(store: Store, image: int, seed: int) -> Tensor:
+    raise AssertionError("an adapter without vision was given an image")
