@@ -1,8 +1,8 @@
 """What each key may ask for: requests, tokens, and how many at once.
 
-Requests are counted in a moving window, exactly. Tokens are counted in a sliding-window counter, since a
-moving window would remember each of them. Both live in a store of the `limits` library, which gateways
-may share; the number at once is this gateway's own, so that no crash can leave a place taken.
+Requests and tokens are counted in sliding-window counters of the `limits` library, two numbers each, where
+a moving window would remember every request and token. Gateways may share their store. The number at once
+is this gateway's own, so that no crash can leave a place taken.
 
 Tokens are only known afterwards. A generation therefore reserves an estimate here, which others of the
 same key cannot have meanwhile, and what it took is charged when it ends, even where that is more.
@@ -15,12 +15,10 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TypeVar, cast
+from typing import TypeVar
 
-from limits import RateLimitItemPerSecond
-from limits.aio.storage import MemoryStorage, RedisStorage, Storage
-from limits.aio.storage.base import SlidingWindowCounterSupport
-from limits.aio.strategies import MovingWindowRateLimiter
+from limits.aio.storage import MemoryStorage, RedisStorage
+from limits.aio.storage.base import SlidingWindowCounterSupport as Counters
 from limits.errors import StorageError
 
 from server.errors import RateLimited
@@ -99,7 +97,7 @@ class Limiter:
             yield spending
             return
         estimate = min(estimate, rate.amount)  # one that can never fit has to wait for an empty window
-        window = await self._token_window(caller, rate)
+        window = await self._tokens(caller, rate)
         needed = self._reserved[caller.name] + estimate
         if needed > rate.amount or (wait := window.wait(rate.amount, needed)) > 0:
             raise _out_of("tokens", rate, 1.0 if needed > rate.amount else wait)
@@ -111,46 +109,39 @@ class Limiter:
                     await self._charge(caller, rate, spending.tokens)
 
     async def _count_request(self, caller: Caller, rate: Rate, headers: dict[str, str]) -> None:
-        item = RateLimitItemPerSecond(rate.amount, rate.seconds)
-
-        async def count(storage: Storage) -> tuple[bool, float, int]:
-            window = MovingWindowRateLimiter(storage)
-            counted = await window.hit(item, "requests", caller.name)
-            stats = await window.get_window_stats(item, "requests", caller.name)
-            return counted, stats.reset_time - time.time(), stats.remaining
-
-        counted, reset, remaining = await self._store.ask(count)
-        headers |= _headers("requests", rate, remaining, reset)
+        key = _key("requests", caller, rate)
+        counted = await self._store.ask(lambda counter: _add(counter, key, rate, 1, rate.amount))
+        window = await self._store.ask(lambda counter: _window(counter, key, rate))
+        left = rate.amount - int(window.used)
+        headers |= _headers("requests", rate, left, window)
         if not counted:
-            raise _out_of("requests", rate, reset)
+            raise _out_of("requests", rate, window.wait(rate.amount, 1))
 
     async def _refuse_debtor(self, caller: Caller, rate: Rate, headers: dict[str, str]) -> None:
-        window = await self._token_window(caller, rate)
+        window = await self._tokens(caller, rate)
         left = rate.amount - int(window.used) - self._reserved[caller.name]
-        headers |= _headers("tokens", rate, max(0, left), window.wait(rate.amount, rate.amount))
+        headers |= _headers("tokens", rate, left, window)
         wait = window.wait(rate.amount, 1)
         if wait > 0:
             raise _out_of("tokens", rate, wait)
 
-    async def _token_window(self, caller: Caller, rate: Rate) -> Window:
-        async def look(storage: Storage) -> Window:
-            counter = cast(SlidingWindowCounterSupport, storage)
-            previous, previous_left, current, current_left = await counter.get_sliding_window(
-                _token_key(caller, rate), rate.seconds
-            )
-            left = max(0.0, current_left - rate.seconds)  # its entry outlives its window by another one
-            return Window(previous, previous_left, current, left, rate.seconds)
-
-        return await self._store.ask(look)
+    async def _tokens(self, caller: Caller, rate: Rate) -> Window:
+        return await self._store.ask(lambda counter: _window(counter, _key("tokens", caller, rate), rate))
 
     async def _charge(self, caller: Caller, rate: Rate, tokens: int) -> None:
-        async def charge(storage: Storage) -> bool:
-            counter = cast(SlidingWindowCounterSupport, storage)
-            return await counter.acquire_sliding_window_entry(
-                _token_key(caller, rate), _ANY, rate.seconds, tokens
-            )
+        key = _key("tokens", caller, rate)
+        await self._store.ask(lambda counter: _add(counter, key, rate, tokens, _ANY))
 
-        await self._store.ask(charge)
+
+async def _add(counter: Counters, key: str, rate: Rate, amount: int, limit: int) -> bool:
+    """Count `amount`, unless that makes it more than `limit`."""
+    return await counter.acquire_sliding_window_entry(key, limit, rate.seconds, amount)
+
+
+async def _window(counter: Counters, key: str, rate: Rate) -> Window:
+    previous, previous_left, current, current_left = await counter.get_sliding_window(key, rate.seconds)
+    left = max(0.0, current_left - rate.seconds)  # its entry outlives its window by another one
+    return Window(previous, previous_left, current, left, rate.seconds)
 
 
 @contextmanager
@@ -179,7 +170,7 @@ class _Store:
         if self._shared:
             await self._close_shared()
 
-    async def ask(self, question: Callable[[Storage], Awaitable[Answer]]) -> Answer:
+    async def ask(self, question: Callable[[Counters], Awaitable[Answer]]) -> Answer:
         if self._shared and time.monotonic() >= self._away_until:
             try:
                 return await question(self._shared)
@@ -220,8 +211,8 @@ def _redis(url: str) -> tuple[RedisStorage, Callable[[], Awaitable[None]]]:
     return storage, pool.disconnect
 
 
-def _token_key(caller: Caller, rate: Rate) -> str:
-    return f"tokens/{caller.name}/{rate.amount}/{rate.seconds}"
+def _key(what: str, caller: Caller, rate: Rate) -> str:
+    return f"{what}/{caller.name}/{rate.amount}/{rate.seconds}"
 
 
 def _out_of(what: str, rate: Rate, wait: float) -> RateLimited:
@@ -231,9 +222,9 @@ def _out_of(what: str, rate: Rate, wait: float) -> RateLimited:
     )
 
 
-def _headers(what: str, rate: Rate, remaining: int, reset: float) -> dict[str, str]:
+def _headers(what: str, rate: Rate, left: int, window: Window) -> dict[str, str]:
     return {
         f"x-ratelimit-limit-{what}": str(rate.amount),
-        f"x-ratelimit-remaining-{what}": str(remaining),
-        f"x-ratelimit-reset-{what}": f"{max(0.0, reset):.3f}s",
+        f"x-ratelimit-remaining-{what}": str(max(0, left)),
+        f"x-ratelimit-reset-{what}": f"{window.wait(rate.amount, rate.amount):.3f}s",
     }

@@ -256,6 +256,6 @@ def test_start_up_errors_tell_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--api-key" in str(caught.value)
     assert SECRET not in str(caught.value)
     monkeypatch.delenv("LLAMA_ADAPTER_API_KEYS")
-    with pytest.raises(StartupError, match="--key-requests .* not 'many'"):
+    with pytest.raises(StartupError, match=r"--key-requests .* not 'many'"):
         load(GatewaySettings, {"key_requests": "many"})
     assert load(GatewaySettings, {"api_keys": [SECRET]}).api_keys[0].get_secret_value() == SECRET

@@ -91,28 +91,39 @@ async def refused(limiter: Limiter, who: Caller, estimate: int | None = None) ->
     return caught.value
 
 
-async def test_requests_in_a_moving_window(limiter: Limiter) -> None:
+async def test_requests_in_a_sliding_window(limiter: Limiter) -> None:
     alice, bob = caller(requests=Rate(3, 60)), caller("bob", requests=Rate(3, 60))
     left = [(await admit(limiter, alice))["x-ratelimit-remaining-requests"] for _ in range(3)]
     assert left == ["2", "1", "0"]
     error = await refused(limiter, alice)
-    assert 58 < error.retry_after <= 60  # type: ignore[operator]
+    assert 20 <= error.retry_after <= 80  # type: ignore[operator]
     assert "3 requests in 60 s" in error.message
     headers = await admit(limiter, bob)  # whose requests are his own
     assert headers["x-ratelimit-limit-requests"] == "3"
-    assert 58 < float(headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+    assert 60 <= float(headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 120
 
 
-async def test_the_window_moves_on(limiter: Limiter) -> None:
-    alice = caller(requests=Rate(2, 1))
-    await admit(limiter, alice)
-    await asyncio.sleep(0.5)
-    await admit(limiter, alice)
-    error = await refused(limiter, alice)
-    assert 0.2 < error.retry_after < 0.55  # type: ignore[operator]
-    await asyncio.sleep(error.retry_after + 0.05)  # type: ignore[operator]
-    await admit(limiter, alice)
-    await refused(limiter, alice)  # the second request still counts
+async def test_after_the_told_wait_there_is_room_again(limiter: Limiter) -> None:
+    alice = caller(requests=Rate(4, 1))
+    begun = time.monotonic()
+    admitted = 0
+    for _ in range(3):
+        while (wait := await admit_or_wait(limiter, alice)) is None:
+            admitted += 1
+            assert admitted < 50
+        assert 0 < wait <= 1.5
+        await asyncio.sleep(wait + 0.01)
+        await admit(limiter, alice)
+        admitted += 1
+    assert admitted <= 4 * (time.monotonic() - begun + 1) + 1
+
+
+async def admit_or_wait(limiter: Limiter, who: Caller) -> float | None:
+    try:
+        await admit(limiter, who)
+    except RateLimited as error:
+        return error.retry_after
+    return None
 
 
 async def test_requests_at_once(limiter: Limiter) -> None:
@@ -274,7 +285,7 @@ async def test_requests_over_the_wire(launch: Launch, worker: ScriptedWorker) ->
         response = await gateway.chat(stream=stream)
         assert_limited(response)
         assert response.headers["x-ratelimit-remaining-requests"] == "0"
-        assert float(response.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+        assert float(response.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 120
     assert (await gateway.http.get("/v1/models")).status_code == 200
     assert len(worker.requests) == 1
     gateway.http.headers["authorization"] = "Bearer two"
