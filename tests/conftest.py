@@ -2,10 +2,15 @@
 
 import pytest
 import torchvision_cpu  # noqa: F401 - before anything that imports torchvision
+from hypothesis import settings
 from support import CONFIGS, random_base
 
 from models.config import ModelConfig
 from models.llama import Llama
+
+# A busy machine is no failure.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(params=sorted(CONFIGS))
