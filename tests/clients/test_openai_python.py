@@ -182,9 +182,6 @@ def test_plain_completions(client: OpenAI) -> None:
     assert whole.choices[0].text == "The quick brown" + "".join(pieces)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the worker gives an end of text no score: the step loop finishes before it is shown"
-)
 def test_the_end_of_text_is_scored_too(client: OpenAI) -> None:
     """lm-eval asks for one token after the prompt and takes the last score for its, whatever it is."""
     answer = client.completions.create(
