@@ -195,6 +195,8 @@ class NativeEngine:
         future: Future[None] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # whoever asked has left meanwhile
             try:
                 command()
             except Exception as error:

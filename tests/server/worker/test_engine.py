@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator
 from io import BytesIO
 from pathlib import Path
@@ -368,3 +369,34 @@ def test_float_types_of_the_base(folder: Path):
     for name in ("bfloat16", "float16"):
         engine = build_engine(settings(folder, dtype=name))
         assert engine._step_loop._runner.base.dtype == getattr(torch, name)
+
+
+async def test_a_client_may_leave_while_its_request_waits_for_the_step_thread(
+    engine: NativeEngine, monkeypatch: pytest.MonkeyPatch
+):
+    """The command that adds it is cancelled; the thread that finds it so goes on."""
+    busy, go_on = threading.Event(), threading.Event()
+    run = engine._step_loop._runner.run
+
+    def held(*arguments):
+        busy.set()
+        assert go_on.wait(10)
+        return run(*arguments)
+
+    monkeypatch.setattr(engine._step_loop._runner, "run", held)
+    first = asyncio.create_task(collect(engine, chat("first", id="first")))
+    assert await asyncio.to_thread(busy.wait, 10)
+    leaving = asyncio.create_task(collect(engine, chat("second", id="second")))
+    for _ in range(500):
+        if not engine._inbox.empty():
+            break
+        await asyncio.sleep(0.01)
+    assert not engine._inbox.empty()
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    go_on.set()
+    assert text_of(await first)
+    assert engine.healthy
+    assert text_of(await collect(engine, chat("third", id="second")))  # the id is free as well
+    await settle(engine)
+    engine._step_loop.check_integrity()
