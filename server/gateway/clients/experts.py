@@ -15,7 +15,7 @@ class Skipped(Exception):
 
 
 class GuardedExpert:
-    """`seconds` bound a reading, waiting for its turn included; `concurrency` readings are under way at once."""
+    """`seconds` bound a reading, its turn included; `concurrency` readings are under way at once."""
 
     def __init__(self, expert: Expert, seconds: float, concurrency: int, breaker: CircuitBreaker) -> None:
         self._expert = expert
