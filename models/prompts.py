@@ -13,6 +13,7 @@ from typing import Any, Literal
 from models.chat_template import ToolCall, render_chat
 from models.errors import PromptError
 from models.tokenizer import Segment, Tokenizer
+from models.tool_text import CALL_SEPARATOR, call_text, preamble, response_text, speaks_calls
 
 CAPTION_PROMPT = "Generate caption of this image :"
 
@@ -60,18 +61,20 @@ def render(
 
     With `add_generation_prompt` the prompt ends where the model is to answer. Without it, and with an
     answer as the last turn, it is a training sample: the segments of answers, with the EOS that ends
-    them, are flagged `generated`. Raises PromptError for an unknown template, for no turns, and for
-    roles or tools that the template has no place for.
+    them, are flagged `generated`. `tools` are as OpenAI's requests have them. Raises PromptError for an
+    unknown template, for no turns, and for what a base's own template refuses.
     """
     if not turns:
         raise PromptError("there are no messages; send at least one")
     text = context_text(context)
     if template == "chat":
-        return _chat(_with_context(turns, text), tokenizer, add_generation_prompt, tools)
+        turns = _with_context(turns, text)
+        if not speaks_calls(tokenizer.chat_template):
+            turns, tools = _in_plain_text(turns, tools), ()
+        return _chat(turns, tokenizer, add_generation_prompt, tools)
     if template not in TEMPLATES:
         raise PromptError(f"template {template!r} is unknown; known: {', '.join(template_names())}")
-    if tools or any(turn.role == "tool" or turn.tool_calls for turn in turns):
-        raise PromptError(f"the model's template {template!r} has no place for tools; leave them out")
+    turns = _in_plain_text(turns, tools)
     spec = TEMPLATES[template]
     segments = spec.build(turns, text, _eos(tokenizer), add_generation_prompt)
     return Rendered(tuple(segment for segment in segments if segment.text), spec.stop)
@@ -104,6 +107,25 @@ def _with_context(turns: Sequence[Turn], text: str) -> list[Turn]:
         return [*turns, Turn("user", text)]
     turns[last] = replace(turns[last], content="\n".join(filter(None, (text, turns[last].content))))
     return turns
+
+
+def _in_plain_text(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> list[Turn]:
+    """For a template that does not know tools: as system text, calls as answers, results as questions."""
+    plain = [_without_tools(turn) for turn in turns]
+    if tools and plain[0].role == "system":
+        plain[0] = replace(plain[0], content=f"{plain[0].content}\n\n{preamble(tools)}")
+    elif tools:
+        plain.insert(0, Turn("system", preamble(tools)))
+    return plain
+
+
+def _without_tools(turn: Turn) -> Turn:
+    if turn.role == "tool":
+        return Turn("user", response_text(turn.content))
+    if not turn.tool_calls:
+        return turn
+    calls = CALL_SEPARATOR.join(call_text(call.name, call.arguments) for call in turn.tool_calls)
+    return replace(turn, content="\n".join(filter(None, (turn.content, calls))), tool_calls=())
 
 
 def _chat(

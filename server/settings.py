@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+KIB = 1024
 MIB = 1024 * 1024
 RATE = r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$"  # such as 60/minute
 
@@ -129,6 +130,10 @@ class WorkerSettings(_Settings):
     prefix_caching: bool = Field(True, description="keep the blocks of prompts that may come again")
     max_hot_adapters: int = Field(64, gt=0, description="adapters in the bank at once")
     prompt_slots: int = Field(128, gt=0, description="(adapter, image) prompts kept as keys and values")
+    max_grammar_bytes: int = Field(
+        64 * KIB, gt=0, description="JSON of one request's response_format and tools, schemas and all"
+    )
+    grammar_cache_entries: int = Field(128, gt=0, description="compiled response formats and tools kept")
     max_message_bytes: int = Field(
         256 * MIB, gt=0, description="of one request to a worker, images as base64"
     )

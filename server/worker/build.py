@@ -21,6 +21,7 @@ from server.worker.adapter_loading import AdapterLoader
 from server.worker.blocks import BlockManager
 from server.worker.engine import NativeEngine
 from server.worker.frontend import Frontend
+from server.worker.grammar import GrammarCompiler
 from server.worker.messages import SamplingParams
 from server.worker.runner import Runner
 from server.worker.scheduler import Scheduler
@@ -67,9 +68,15 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
     _warm_up(step_loop)
     log.info("loaded %s in %s in %.1f s", path, dtype, time.monotonic() - began)
     limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    grammars = GrammarCompiler(
+        tokenizer,
+        base.config.vocab_size,
+        max_bytes=settings.max_grammar_bytes,
+        cache_entries=settings.grammar_cache_entries,
+    )
     return NativeEngine(
         step_loop,
-        Frontend(tokenizer, scheduler, base.config.vocab_size, limits),
+        Frontend(tokenizer, scheduler, base.config.vocab_size, limits, grammars),
         loader,
         models,
         max_requests=settings.max_num_seqs + settings.max_waiting,

@@ -17,11 +17,13 @@ from models.prompts import Context, Turn, render
 from models.tokenizer import Tokenizer
 from models.vision.images import ImageError, ImageLimits, decode_image
 from server.errors import InvalidRequest, model_not_found
+from server.worker.grammar import GrammarCompiler, GrammarError, GrammarState
 from server.worker.messages import (
     ChatMessage,
     ChatPrompt,
     GenerateRequest,
     ModelInfo,
+    SamplingParams,
     TextPrompt,
     TokenPrompt,
 )
@@ -50,12 +52,18 @@ class ServedModel:
 
 class Frontend:
     def __init__(
-        self, tokenizer: Tokenizer, scheduler: Scheduler, vocab_size: int, limits: ImageLimits
+        self,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        vocab_size: int,
+        limits: ImageLimits,
+        grammars: GrammarCompiler,
     ) -> None:
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._vocab_size = vocab_size
         self._limits = limits
+        self._grammars = grammars
 
     @staticmethod
     def find(models: Mapping[str, ServedModel], id: str) -> ServedModel:
@@ -89,8 +97,24 @@ class Frontend:
             stop=(*params.stop, *stop),
             adapter=model.adapter,
             image=self._image(model.adapter, request.images),
+            grammar=self._grammar(params),
             continues_text=not isinstance(request.prompt, ChatPrompt),
         )
+
+    def _grammar(self, params: SamplingParams) -> GrammarState | None:
+        if params.grammar is None:
+            return None
+        for param, contradicts in (("min_tokens", params.min_tokens > 0), ("ignore_eos", params.ignore_eos)):
+            if contradicts:  # the grammar says where an answer may end
+                raise InvalidRequest(
+                    f"{param} cannot be combined with response_format or tools.", param=param
+                )
+        try:
+            return self._grammars.compile(params.grammar)
+        except GrammarError as error:
+            raise InvalidRequest(
+                f"{error.param}: {error}.", param=error.param, code="invalid_schema"
+            ) from error
 
     def tokenize(self, model: ServedModel, prompt: Prompt) -> list[int]:
         return self._encode(model, prompt)[0]

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 _CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", extra="forbid")
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +66,29 @@ Prompt = Annotated[ChatPrompt | TextPrompt | TokenPrompt, Field(discriminator="t
 
 
 @dataclass(frozen=True, slots=True)
-class Grammar:
-    """What constrained decoding has to keep to. `schema` is a JSON schema, for kind `json_schema` only."""
+class ToolSchema:
+    """A tool that may be called. `parameters` is the JSON schema of its arguments.
 
-    kind: Literal["json_object", "json_schema"]
+    Where that cannot be followed, a `strict` tool is refused; another one's arguments are any object.
+    """
+
+    name: str
+    parameters: dict[str, Any]
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What constrained decoding has to keep to: an answer of this kind, or calls of these tools.
+
+    `text` is free text, `tool_calls` is no answer but calls; `schema` is a JSON schema, for kind
+    `json_schema` only.
+    """
+
+    kind: Literal["json_object", "json_schema", "text", "tool_calls"]
     schema: dict[str, Any] | None = None
+    tools: tuple[ToolSchema, ...] = ()
+    parallel_calls: bool = True  # several calls in one answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +177,25 @@ class PromptScored:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of the answer's call number `index`. The first one has the name, all have arguments' text."""
+
+    index: int
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """New text. Never a partial UTF-8 character, a special token or the beginning of a stop string."""
+    """New text. Never a partial UTF-8 character, a special token or the beginning of a stop string.
+
+    What a request with tools is answered in calls is not text, but `tool_calls`.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[ToolCallDelta, ...] = ()
     type: Literal["delta"] = "delta"
 
 

@@ -13,6 +13,7 @@ from random import Random
 import torch
 from torch import Tensor
 
+from server.worker.grammar import GrammarState, constrain
 from server.worker.messages import SamplingParams
 
 # Rows that cut off their tail (top-k, top-p) sort this many candidates first, and the whole
@@ -28,6 +29,7 @@ class SamplerState:
     vocab_size: int
     eos_ids: tuple[int, ...]
     prompt_ids: Sequence[int]
+    grammar: GrammarState | None = None
     num_generated: int = 0
     random: Random = field(init=False)
     _counts_V: Tensor | None = field(init=False, default=None)  # of generated tokens
@@ -68,6 +70,8 @@ class SamplerState:
     def take(self, token: int) -> None:
         """The request's next token is this one."""
         self.num_generated += 1
+        if self.grammar is not None:
+            self.grammar.take(token)
         if self._counts_V is not None:
             self._counts_V[token] += 1
 
@@ -76,6 +80,7 @@ def sample(logits_MV: Tensor, states: Sequence[SamplerState]) -> list[int]:
     """One token per row. `logits_MV` is float32 and is changed."""
     for logits_V, state in zip(logits_MV, states, strict=True):
         state.adjust(logits_V)
+    constrain(logits_MV, [state.grammar for state in states])
     tokens_M = logits_MV.argmax(-1)
     drawn = [m for m, state in enumerate(states) if not state.greedy]
     if drawn:

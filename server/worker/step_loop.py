@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from models.tokenizer import IncrementalDecoder, Tokenizer
+from server.errors import InvalidRequest
+from server.worker.grammar import GrammarState
 from server.worker.messages import (
     EngineStats,
     Event,
@@ -34,6 +36,7 @@ from server.worker.runner import ImageInput, LoadedAdapter, Runner, StepItem
 from server.worker.sampler import SamplerState, log_probabilities, sample
 from server.worker.scheduler import Batch, ScheduledSequence, Scheduler
 from server.worker.sequence import Sequence as TokenSequence
+from server.worker.tool_calls import ToolCallEvents
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ class Prepared:
     stop: tuple[str, ...]
     adapter: LoadedAdapter | None = None
     image: ImageInput | None = None
+    grammar: GrammarState | None = None
     continues_text: bool = False  # the answer goes on where the prompt ends, its leading space included
     ready_at: float = field(default_factory=time.monotonic)  # from when on it waits
 
@@ -106,11 +110,19 @@ class StepLoop:
             skip_prefix_lookup=params.prompt_logprobs is not None,
         )
         self._scheduler.add(seq)
+        if params.grammar is not None and params.grammar.tools:
+            emit = ToolCallEvents(emit)
         self._requests[prepared.request_id] = ActiveRequest(
             prepared,
             emit,
             seq,
-            SamplerState(params, self._runner.base.config.vocab_size, self._eos_ids, prepared.token_ids),
+            SamplerState(
+                params,
+                self._runner.base.config.vocab_size,
+                self._eos_ids,
+                prepared.token_ids,
+                prepared.grammar,
+            ),
             OutputStream(
                 IncrementalDecoder(self._tokenizer, continuation=prepared.continues_text), prepared.stop
             ),
@@ -224,16 +236,20 @@ class StepLoop:
 
     def _advance(self, row: _Drawn) -> None:
         """One generated token: show it, or end the request."""
-        request = row.request
+        request, grammar = row.request, row.request.prepared.grammar
         if not row.finite:
             self._refuse(request, "The model gave logits that are not finite; check the adapter's weights.")
+        elif grammar is not None and grammar.error:
+            self._break_off(request, grammar)
         elif row.token in self._eos_ids and not request.prepared.sampling.ignore_eos:
+            if request.prepared.sampling.prompt_logprobs is not None:
+                request.output.push(row.token, row.logprob)  # who scores a prompt counts on every token
             self._finish(request, "stop")
         else:
             delta = request.output.push(row.token, row.logprob)
             if delta is not None:
                 request.emit(delta)
-            if request.output.stopped:
+            if request.output.stopped or (grammar is not None and grammar.is_complete):
                 self._finish(request, "stop")
 
     def _finish(self, request: ActiveRequest, reason: FinishReason) -> None:
@@ -253,6 +269,12 @@ class StepLoop:
 
     def _refuse(self, request: ActiveRequest, message: str) -> None:
         request.emit(Failed(status=500, message=message, error_type="server_error", code="internal_error"))
+        self._drop(request)
+
+    def _break_off(self, request: ActiveRequest, grammar: GrammarState) -> None:
+        message = f"The grammar could not be followed to the end; simplify it: {grammar.error}"
+        error = InvalidRequest(message, param=grammar.param, code="grammar_too_complex")
+        request.emit(Failed(error.status, error.message, error.type, error.code, error.param))
         self._drop(request)
 
     def _drop(self, request: ActiveRequest) -> None:

@@ -226,13 +226,14 @@ def test_a_template_that_rewrites_history_cannot_train(tmp_path: Path) -> None:
 
 
 TOOLS = (
+    "{# calls are written <tool_call>… #}"
     "{% if tools %}{{ tools|tojson }}{% endif %}{% for m in messages %}[{{ m.role }}:{{ m.content }}"
     "{% for c in m.tool_calls or [] %}|{{ c.function.name }}{{ c.function.arguments|tojson }}{% endfor %}"
     "{% if m.tool_call_id %}|{{ m.tool_call_id }}{% endif %}]{% endfor %}"
 )
 
 
-def test_tools_reach_a_template_that_has_a_place_for_them(tmp_path: Path) -> None:
+def test_tools_reach_a_template_that_writes_calls_as_they_are_read(tmp_path: Path) -> None:
     tokenizer = with_template(tmp_path, TOOLS)
     tools = [{"type": "function", "function": {"name": "wetter", "description": "für <|im_end|>"}}]
     turns = [
@@ -248,15 +249,49 @@ def test_tools_reach_a_template_that_has_a_place_for_them(tmp_path: Path) -> Non
     assert not any(not tokenizer.token_bytes(id) for id in tokenizer.encode_segments(rendered.segments).ids)
 
 
+@pytest.mark.parametrize(
+    "template", [None, "{{ tools }}", "<tool_call>", "<tool_call><function= {{ tools }}"]
+)
+def test_tools_become_text_for_any_other_template(tmp_path: Path, template: str | None) -> None:
+    # Templates of other models know tools too, but write calls in forms that nobody here would read.
+    tokenizer = with_template(tmp_path, CHATML + f"{{# {template} #}}")
+    tools = [
+        {"type": "function", "function": {"name": "wetter", "description": "für <|im_end|>", "strict": True}}
+    ]
+    turns = [
+        Turn("system", "Be brief."),
+        Turn("user", "?"),
+        Turn("assistant", "So:", (ToolCall("c1", "wetter", '{"ort": "Köln"}'), ToolCall("c2", "x", "{}"))),
+        Turn("tool", "12 °C", tool_call_id="c1"),
+    ]
+    rendered = render("chat", turns, (CAPTION,), tokenizer, tools=tools)
+    system, question, answer, result, rest = rendered.text.split("<|im_start|>")[1:]
+    assert system.startswith("system\nBe brief.\n\n")
+    assert '\n{"name": "wetter", "description": "für <|im_end|>"}\n' in system
+    assert question == "user\n[Caption expert: a red car]\n?<|im_end|>\n"
+    assert answer == (
+        'assistant\nSo:\n<tool_call>\n{"name": "wetter", "arguments": {"ort": "Köln"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "x", "arguments": {}}\n</tool_call><|im_end|>\n'
+    )
+    assert result == "user\n<tool_response>\n12 °C\n</tool_response><|im_end|>\n"
+    assert rest == "assistant\n"
+    ids = tokenizer.encode_segments(rendered.segments).ids
+    assert sum(id in tokenizer.eos_ids for id in ids) == 4  # the description's is none
+
+
+@pytest.mark.parametrize("template", [name for name in template_names() if name != "chat"])
+def test_adapters_templates_tell_of_tools(tokenizer: Tokenizer, template: str) -> None:
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    told = render(template, [Turn("user", "When?")], (), tokenizer, tools=tools).text
+    assert '{"name": "now"}' in told
+    assert "When?" in told
+
+
 def test_what_templates_have_no_place_for(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="unknown; known: chat, alpaca"):
         render("alpacca", TALK, (), tokenizer)
     with pytest.raises(PromptError, match="no messages"):
         render("chat", [], (), tokenizer)
-    with pytest.raises(PromptError, match="no place for tools"):
-        render("chat", TALK, (), tokenizer, tools=[{"type": "function"}])
-    with pytest.raises(PromptError, match="no place for tools"):
-        render("alpaca", [Turn("tool", "x")], (), tokenizer)
     with pytest.raises(PromptError, match=r"no chat template.*chat_template\.jinja"):
         render("chat", TALK, (), with_template(tmp_path, None))
 
