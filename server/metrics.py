@@ -5,10 +5,11 @@ One registry per app. Labels carry a model's id, never a request's.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -95,6 +96,19 @@ class GenerationObserver:
         self._metrics.generation_tokens.labels(self._model).inc(uncounted)
         self._metrics.successes.labels(self._model, finished.finish_reason).inc()
         self._metrics.whole_request.labels(self._model).observe(time.monotonic() - self._arrived)
+
+
+def watch_event_loop(registry: CollectorRegistry) -> None:
+    """A gauge of the tasks on the event loop that scrapes: one that grows while nothing runs is a leak."""
+    gauge = Gauge(PREFIX + "event_loop_tasks", "Tasks on this process's event loop", registry=registry)
+    gauge.set_function(_tasks)
+
+
+def _tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # asked from outside any loop
+        return 0
 
 
 def _kv_usage(stats: EngineStats) -> float:

@@ -8,7 +8,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.metrics import FIRST_TOKEN_BUCKETS, PREFIX, EngineCollector, GenerationObserver, RequestMetrics
+from server.metrics import (
+    FIRST_TOKEN_BUCKETS,
+    PREFIX,
+    EngineCollector,
+    GenerationObserver,
+    RequestMetrics,
+    watch_event_loop,
+)
 from server.worker.messages import EngineStats
 
 WorkerStats = tuple[str, str, EngineStats | None]  # the worker's URL, its base's id, None: not ready
@@ -25,6 +32,7 @@ class GatewayMetrics:
             )
         )
         self._requests = RequestMetrics(self._registry)
+        watch_event_loop(self._registry)
         self.http_requests = Counter(
             PREFIX + "http_requests", "Answers given", ("route", "status"), registry=self._registry
         )
