@@ -8,7 +8,15 @@ from contextlib import aclosing
 
 from experts.contract import ExpertError
 from server.errors import ApiError
-from server.worker.messages import ChatMessage, ChatPrompt, Delta, Event, GenerateRequest, SamplingParams
+from server.worker.messages import (
+    ChatMessage,
+    ChatPrompt,
+    Delta,
+    Event,
+    GenerateRequest,
+    ModelInfo,
+    SamplingParams,
+)
 
 CAPTION_ADAPTER = "caption"  # an adapter served under this id is offered as an expert
 
@@ -16,12 +24,15 @@ _MAX_TOKENS = 64
 
 
 def caption_generator(
+    model_of: Callable[[str], ModelInfo],
     events_of: Callable[[GenerateRequest], AsyncGenerator[Event, None]],
 ) -> Callable[[bytes, str], Awaitable[str]]:
     """`generate(image, prompt)`: the caption adapter's greedy answer. It raises `ExpertError`."""
 
     async def generate(image: bytes, prompt: str) -> str:
         try:
+            if not model_of(CAPTION_ADAPTER).reads_images:
+                raise ExpertError(f"the adapter {CAPTION_ADAPTER!r} reads no images; serve one that does")
             async with aclosing(events_of(_request(image, prompt))) as stream:
                 events = [event async for event in stream]
         except ApiError as error:

@@ -121,7 +121,7 @@ def _experts(settings: ServiceSettings, folder: Path, pool: WorkerPool) -> dict[
     experts: dict[str, Expert] = {name: HttpExpert(name, url, headers=outgoing_headers) for name in names}
     caption = next((a for a in settings.worker.adapters if a.startswith(f"{CAPTION_ADAPTER}=")), None)
     if caption is not None:
-        experts["caption"] = CaptionExpert(caption_generator(pool.generate), version=caption)
+        experts["caption"] = CaptionExpert(caption_generator(pool.model, pool.generate), version=caption)
     return experts
 
 
