@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from server.gateway.pipeline import Job
-from server.worker.messages import Delta, Event, Finished, PromptScored, TokenLogprob, Usage
+from server.worker.messages import Delta, Event, Finished, PromptScored, TokenLogprob, ToolCallDelta, Usage
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a tool, put together."""
+
+    id: str
+    name: str
+    arguments: list[str] = field(default_factory=list)
+
+    def body(self) -> dict[str, Any]:
+        return call_body(self.id, self.name, "".join(self.arguments))
 
 
 @dataclass(slots=True)
@@ -16,6 +29,7 @@ class Choice:
     """One choice's events, put together."""
 
     texts: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt: PromptScored | None = None
     finish_reason: str | None = None
@@ -24,6 +38,12 @@ class Choice:
     @property
     def text(self) -> str:
         return "".join(self.texts)
+
+    def take_calls(self, pieces: Sequence[ToolCallDelta]) -> None:
+        for piece in pieces:
+            if piece.name is not None:
+                self.calls.append(Call(new_call_id(), piece.name))
+            self.calls[piece.index].arguments.append(piece.arguments)
 
 
 async def collect(job: Job, events: AsyncGenerator[tuple[int, Event], None]) -> list[Choice]:
@@ -38,9 +58,18 @@ async def collect(job: Job, events: AsyncGenerator[tuple[int, Event], None]) -> 
                 case Delta():
                     choice.texts.append(event.text)
                     choice.logprobs += event.logprobs
+                    choice.take_calls(event.tool_calls)
                 case Finished():
                     choice.finish_reason, choice.usage = event.finish_reason, event.usage
     return choices
+
+
+def new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def call_body(id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:

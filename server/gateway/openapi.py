@@ -13,9 +13,9 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
+from server.gateway.body import Body
 from server.gateway.schemas import (
     AdapterBody,
-    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeBody,

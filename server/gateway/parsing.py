@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from server.errors import InvalidRequest, SlowBody, TooLarge, UnsupportedMedia
-from server.gateway.schemas import INCONSISTENT, Body
+from server.gateway.body import INCONSISTENT, Body
 from server.settings import GatewaySettings
 
 log = logging.getLogger(__name__)

@@ -95,7 +95,7 @@ class Pipeline:
         self._refuse_blindness(body, model, names, images)
         reports = await self._experts.read(model.id, names, images)
         messages = tuple(message.for_worker() for message in body.messages)
-        prompt = ChatPrompt(messages, context_items(reports))
+        prompt = ChatPrompt(messages, context_items(reports), body.tools_for_template)
         seen = tuple(image.data for image in images) if model.reads_images else ()
         concerned = bool(images) or bool(body.experts and body.experts != "auto")
         return self._job("chatcmpl", body, [prompt], arrived, seen, reports if concerned else None)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal, LiteralString, Self
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.gateway.body import Body, inconsistent
+from server.gateway.constraints import ResponseFormat, ToolChoice, Tools, check_choice, grammar
 from server.worker.messages import ChatMessage, SamplingParams, ToolCall
 
 MAX_TOP_LOGPROBS = 20
@@ -38,20 +41,6 @@ def _biases(entries: Any) -> Any:
 
 
 LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_biases)]
-
-INCONSISTENT = "inconsistent"
-
-
-def _inconsistent(field: str, message: LiteralString) -> PydanticCustomError:
-    """A check of several fields failed, and `field` is the one to mend."""
-    return PydanticCustomError(INCONSISTENT, message, {"field": field})
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-    # field → the values that ask for nothing; anything else is a 400
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
 
 class StreamOptions(Body):
@@ -87,7 +76,7 @@ class _Generation(Body):
     @model_validator(mode="after")
     def _tokens_fit(self) -> Self:
         if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _inconsistent("min_tokens", "must not be over max_tokens")
+            raise inconsistent("min_tokens", "must not be over max_tokens")
         return self
 
     @property
@@ -176,13 +165,13 @@ class Message(Body):
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise _inconsistent("content", "this field is required")
+            raise inconsistent("content", "this field is required")
         if self.tool_calls and self.role != "assistant":
-            raise _inconsistent("tool_calls", "only an assistant's message may have tool calls")
+            raise inconsistent("tool_calls", "only an assistant's message may have tool calls")
         if (self.role == "tool") != (self.tool_call_id is not None):
-            raise _inconsistent("tool_call_id", "belongs to messages of role tool, and is required there")
+            raise inconsistent("tool_call_id", "belongs to messages of role tool, and is required there")
         if self.role != "user" and any(isinstance(part, ImagePart) for part in self.parts):
-            raise _inconsistent("content", "only a user's message may have images")
+            raise inconsistent("content", "only a user's message may have images")
         return self
 
     @property
@@ -208,12 +197,9 @@ def _image_urls(messages: list[Message]) -> Iterator[tuple[str, str]]:
 
 
 class ChatRequest(_Generation):
-    UNSUPPORTED = {
-        "tools": (None, []),
-        "tool_choice": (None, "none", "auto"),
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
-        "response_format": (None, {"type": "text"}),
         "modalities": (None, ["text"]),
         "audio": (None,),
         "web_search_options": (None,),
@@ -225,12 +211,17 @@ class ChatRequest(_Generation):
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     experts: Literal["auto"] | Strings | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise _inconsistent("top_logprobs", "needs logprobs to be true")
+            raise inconsistent("top_logprobs", "needs logprobs to be true")
+        check_choice(self.tools or (), self.tool_choice)
         return self
 
     @property
@@ -238,13 +229,23 @@ class ChatRequest(_Generation):
         """Where each image stands in the body, and its URL; oldest first."""
         return list(_image_urls(self.messages))
 
+    @property
+    def tools_for_template(self) -> tuple[dict[str, Any], ...]:
+        """What the model is told of tools: nothing if it may not call any."""
+        tools = () if self.tool_choice == "none" else self.tools or ()
+        return tuple(tool.for_template() for tool in tools)
+
     def sampling(self) -> SamplingParams:
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return self._sampling(limit, (self.top_logprobs or 0) if self.logprobs else None, None)
+        sampling = self._sampling(limit, (self.top_logprobs or 0) if self.logprobs else None, None)
+        parallel = self.parallel_tool_calls is not False
+        return replace(
+            sampling, grammar=grammar(self.response_format, self.tools or (), self.tool_choice, parallel)
+        )
 
 
 class CompletionRequest(_Generation):
-    UNSUPPORTED = {
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "suffix": (None, ""),
         "best_of": (None, 1),
         "use_beam_search": (None, False),
@@ -278,9 +279,9 @@ class CompletionRequest(_Generation):
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:
         if not self.prompts or () in self.prompts:
-            raise _inconsistent("prompt", "must not be an empty list")
+            raise inconsistent("prompt", "must not be an empty list")
         if self.max_tokens == 0 and not self.echo:
-            raise _inconsistent("max_tokens", "may be 0 only with echo")
+            raise inconsistent("max_tokens", "may be 0 only with echo")
         return self
 
 
@@ -293,9 +294,9 @@ class TokenizeBody(Body):
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise _inconsistent("prompt", "give either prompt or messages")
+            raise inconsistent("prompt", "give either prompt or messages")
         if any(_image_urls(self.messages or [])):
-            raise _inconsistent(
+            raise inconsistent(
                 "messages", "cannot be counted with images, whose text experts are yet to read"
             )
         return self

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from starlette.responses import JSONResponse, Response
 
-from server.gateway.answers import Choice, chat_logprobs, collect, usage_body
+from server.gateway.answers import Choice, call_body, chat_logprobs, collect, new_call_id, usage_body
 from server.gateway.keys import Caller
 from server.gateway.openapi import ChatCompletion, documented
 from server.gateway.parsing import json_body
@@ -17,7 +17,7 @@ from server.gateway.pipeline import Job, Pipeline
 from server.gateway.schemas import ChatRequest
 from server.gateway.state import CallerDep, GatewayDep
 from server.gateway.streaming import DONE, EventStream, sse
-from server.worker.messages import Delta, Finished, Started
+from server.worker.messages import Delta, Finished, Started, ToolCallDelta
 
 router = APIRouter()
 
@@ -39,7 +39,7 @@ def _completion(job: Job, choices: list[Choice], with_logprobs: bool) -> dict[st
         "choices": [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": _message(choice),
                 "logprobs": chat_logprobs(choice.logprobs) if with_logprobs else None,
                 "finish_reason": choice.finish_reason,
             }
@@ -48,6 +48,12 @@ def _completion(job: Job, choices: list[Choice], with_logprobs: bool) -> dict[st
         "usage": usage_body(job.usage([choice.usage for choice in choices])),
         **_experts(job),
     }
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    calls = {"tool_calls": [call.body() for call in choice.calls]} if choice.calls else {}
+    content = choice.text or (None if choice.calls else "")
+    return {"role": "assistant", "content": content, "refusal": None, **calls}
 
 
 async def _stream(pipeline: Pipeline, body: ChatRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
@@ -63,11 +69,9 @@ async def _stream(pipeline: Pipeline, body: ChatRequest, caller: Caller) -> Asyn
                         {**head, "choices": [_delta(index, {"role": "assistant", "content": ""})], **first}
                     )
                     first = {}
-                case Delta() if event.text or event.logprobs:
-                    choice = _delta(index, {"content": event.text})
-                    if body.logprobs:
-                        choice["logprobs"] = chat_logprobs(event.logprobs)
-                    yield sse({**head, "choices": [choice]})
+                case Delta():
+                    for choice in _pieces(index, event, bool(body.logprobs)):
+                        yield sse({**head, "choices": [choice]})
                 case Finished():
                     usages[index] = event.usage
                     yield sse({**head, "choices": [_delta(index, {}, event.finish_reason)]})
@@ -75,6 +79,24 @@ async def _stream(pipeline: Pipeline, body: ChatRequest, caller: Caller) -> Asyn
         total = job.usage([usages[index] for index in sorted(usages)])
         yield sse({**head, "choices": [], "usage": usage_body(total)})
     yield DONE
+
+
+def _pieces(index: int, event: Delta, with_logprobs: bool) -> Iterator[dict[str, Any]]:
+    """One chunk's choice for the text and one for each piece of a call; log-probabilities on the first."""
+    deltas: list[dict[str, Any]] = [{"tool_calls": [_call_piece(piece)]} for piece in event.tool_calls]
+    if event.text or (event.logprobs and not deltas):
+        deltas.insert(0, {"content": event.text})
+    scored = with_logprobs
+    for delta in deltas:
+        yield _delta(index, delta) | ({"logprobs": chat_logprobs(event.logprobs)} if scored else {})
+        scored = False
+
+
+def _call_piece(piece: ToolCallDelta) -> dict[str, Any]:
+    """Id, type and name come once, with a call's first piece."""
+    if piece.name is None:
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
+    return {"index": piece.index, **call_body(new_call_id(), piece.name, piece.arguments)}
 
 
 def _head(job: Job, kind: str) -> dict[str, Any]:

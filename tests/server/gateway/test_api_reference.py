@@ -9,9 +9,16 @@ import pytest
 
 from server.errors import ApiError
 from server.gateway.app import create_app
+from server.gateway.body import Body
+from server.gateway.constraints import (
+    ChosenTool,
+    Function,
+    JsonSchema,
+    ResponseFormat,
+    Tool,
+)
 from server.gateway.schemas import (
     AdapterBody,
-    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeBody,
@@ -30,6 +37,11 @@ SCHEMAS = [
     Message,
     ImageUrl,
     StreamOptions,
+    ResponseFormat,
+    JsonSchema,
+    Tool,
+    Function,
+    ChosenTool,
     CompletionRequest,
     TokenizeBody,
     DetokenizeBody,
@@ -47,7 +59,8 @@ def test_every_route() -> None:
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_every_field(schema: type[Body]) -> None:
-    for name in [*schema.model_fields, *schema.UNSUPPORTED]:
+    fields = [field.alias or name for name, field in schema.model_fields.items()]
+    for name in [*fields, *schema.UNSUPPORTED]:
         assert re.search(rf"[`.\"]{name}[`.\"]", REFERENCE), name
     source = "".join(SOURCES.values())
     for name in set(schema.model_fields) - UNREAD:

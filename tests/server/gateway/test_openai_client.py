@@ -88,10 +88,9 @@ async def test_errors_become_the_clients_own(launch: Launch, worker: ScriptedWor
         with pytest.raises(openai.BadRequestError) as bad:
             await api.chat.completions.create(model="base", messages=HI, temperature=3)
         assert bad.value.param == "temperature"
-        tools = [{"type": "function", "function": {"name": "f"}}]
         with pytest.raises(openai.BadRequestError) as unsupported:
-            await api.chat.completions.create(model="base", messages=HI, tools=tools)
-        assert unsupported.value.param == "tools"
+            await api.chat.completions.create(model="base", messages=HI, functions=[{"name": "f"}])
+        assert unsupported.value.param == "functions"
 
 
 async def test_a_full_queue_is_retried_by_the_client(gateway: Stack, worker: ScriptedWorker) -> None:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
+from server.gateway.body import Body
 from server.gateway.parsing import IgnoredFields, parse
 from server.gateway.schemas import (
     AdapterBody,
-    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeBody,
@@ -35,6 +35,10 @@ def refused(schema: type[Body], body: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
         parse(schema, body if isinstance(body, bytes) else json.dumps(body).encode())
     return caught.value
+
+
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **fields}}
 
 
 def image(url: Any) -> dict[str, Any]:
@@ -86,10 +90,29 @@ def image(url: Any) -> dict[str, Any]:
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"experts": "all"}, "experts"),
         ({"experts": [1]}, "experts[0]"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [tool("f"), tool("f")]}, "tools"),
+        ({"tools": [tool("f")] * 200}, "tools"),
+        ({"tools": [tool("f", parameters={"type": "array"})]}, "tools[0].function.parameters"),
+        ({"tools": [tool("f")], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [tool("f")], "tool_choice": tool("g")}, "tool_choice"),
+        ({"tools": [tool("f")], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tool_choice": tool("f")}, "tool_choice"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "text", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}},
+            "response_format.json_schema.schema",
+        ),
         ({"modalities": ["audio"]}, "modalities"),
         ({"best_of": 4}, "best_of"),
     ],

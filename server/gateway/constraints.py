@@ -1,0 +1,110 @@
+"""What a chat request asks its answer to keep to: `response_format`, `tools`, `tool_choice`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from server.gateway.body import Body, inconsistent
+from server.worker.messages import Grammar, ToolSchema
+
+MAX_TOOLS = 128
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class JsonSchema(Body):
+    name: Name
+    description: str | None = None  # for a model that reads it; ours follow the schema
+    definition: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None  # true or not, the schema is followed
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise inconsistent("json_schema", "belongs to type json_schema, and is required there")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        if self.type == "text":
+            return None
+        schema = self.json_schema.definition if self.json_schema else None
+        return Grammar("json_object") if schema is None else Grammar("json_schema", schema)
+
+
+class Function(Body):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _takes_an_object(self) -> Self:
+        if self.parameters and self.parameters.get("type", "object") != "object":
+            raise inconsistent("parameters", "must be the schema of an object")
+        return self
+
+    def schema_for_worker(self) -> ToolSchema:
+        """Without `parameters` there are none."""
+        none = {"properties": {}, "additionalProperties": False}
+        given = none if self.parameters is None else self.parameters
+        return ToolSchema(self.name, {"type": "object"} | given, bool(self.strict))
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        fields = {"name", "description", "parameters"}
+        return {"type": "function", "function": self.function.model_dump(include=fields, exclude_none=True)}
+
+
+class ChosenFunction(Body):
+    name: str
+
+
+class ChosenTool(Body):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")] | Annotated[ChosenTool, Tag("<tool>")],
+    Discriminator(lambda choice: "<word>" if isinstance(choice, str) else "<tool>"),
+]
+
+
+def check_choice(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
+    """Raises `PydanticCustomError` for names that come twice, and for a choice among no such tools."""
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise inconsistent("tools", "two functions have the same name")
+    if choice == "required" and not tools:
+        raise inconsistent("tool_choice", "requires a call, but there are no tools")
+    if isinstance(choice, ChosenTool) and choice.function.name not in names:
+        raise inconsistent("tool_choice", "names a function that is not among the tools")
+
+
+def grammar(
+    format: ResponseFormat | None, tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool
+) -> Grammar | None:
+    """What the answer has to keep to; None for free text."""
+    answer = format.grammar() if format else None
+    if choice == "none" or not tools:
+        return answer
+    if isinstance(choice, ChosenTool):
+        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+        parallel = False
+    schemas = tuple(tool.function.schema_for_worker() for tool in tools)
+    if choice == "required" or isinstance(choice, ChosenTool):
+        return Grammar("tool_calls", None, schemas, parallel)
+    return Grammar(answer.kind if answer else "text", answer.schema if answer else None, schemas, parallel)
