@@ -112,9 +112,23 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
-    """x [..., in] → [..., out], the same numbers as with the plain weight."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    """x [..., in] → [..., out], the same numbers as with the plain weight.
+
+    oneDNN compiles a kernel for each number of rows, in milliseconds, and keeps its code. So rows are
+    padded to a few sizes.
+    """
+    x_Mi = x.flatten(0, -2)
+    M = x_Mi.shape[0]
+    x_Mi = F.pad(x_Mi, (0, 0, 0, _padded(M) - M))
+    y_Mo: Tensor = torch.ops.mkldnn._linear_pointwise(x_Mi, packed, None, "none", [], "")
+    y: Tensor = y_Mo[:M].unflatten(0, x.shape[:-1])
     return y
+
+
+def _padded(num_rows: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …: at most half as much again."""
+    power = 1 << max(num_rows - 1, 0).bit_length()
+    return power * 3 // 4 if num_rows <= power * 3 // 4 and power > 2 else power
 
 
 class Layer(nn.Module):

@@ -7,7 +7,7 @@ from support import canonical_weights, transformers_twin
 from models.attention import DenseAttend
 from models.config import ModelConfig
 from models.errors import CheckpointError
-from models.llama import Llama
+from models.llama import Llama, pack, packed_linear
 
 
 @torch.no_grad()
@@ -31,3 +31,15 @@ def test_load_names_what_does_not_fit(config: ModelConfig, base: Llama):
         Llama(config).load([*weights.items(), ("layers.9.wq.weight", torch.zeros(1))])
     with pytest.raises(CheckpointError, match=r"norm\.weight has shape \[3\]"):
         Llama(config).load((n, t[:3] if n == "norm.weight" else t) for n, t in weights.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_packed_products_are_the_plain_ones(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 48, generator=generator).to(dtype)
+    packed = pack(weight)
+    for shape in [*((M,) for M in range(1, 70)), (3, 5), (1, 1), (2, 0)]:
+        x = torch.randn(*shape, 48, generator=generator).to(dtype)
+        expected = torch.nn.functional.linear(x, weight)
+        torch.testing.assert_close(packed_linear(x, packed), expected, atol=1e-4, rtol=1.6e-2)
