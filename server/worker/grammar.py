@@ -129,7 +129,10 @@ class GrammarCompiler:
         too_much = excess(schema)
         if too_much:
             return too_much
-        grammar = LLMatcher.grammar_from_json_schema(_styled(schema))
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(_styled(schema)))
+        except ValueError as error:  # such as a number that it cannot read
+            return _one_line(str(error))
         message = LLMatcher.validate_grammar(grammar, self._vocabulary, limits=_LIMITS)
         return _one_line(message) if message else None
 

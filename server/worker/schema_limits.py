@@ -65,7 +65,9 @@ def _end_of_atom(pattern: str, start: int) -> int:
         return start + 2
     if pattern[start] != "[":
         return start + 1
-    position = start + 2  # a class's first character is itself, also ]
+    position = start + 1
+    for literal in "^]":  # what comes first in a class does not end it
+        position += pattern.startswith(literal, position)
     while position < len(pattern) and pattern[position] != "]":
         position += 2 if pattern[position] == "\\" else 1
     return position + 1

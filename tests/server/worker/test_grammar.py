@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,10 @@ def test_an_answer_by_schema_or_a_call(engine: NativeEngine):
     assert calls
 
 
+def nested(depth: int) -> dict[str, Any]:
+    return {"items": nested(depth - 1)} if depth else {}
+
+
 def compiler(tokenizer: Tokenizer, max_bytes: int = 65536, cache_entries: int = 4) -> GrammarCompiler:
     return GrammarCompiler(tokenizer, tokenizer.vocab_size, max_bytes=max_bytes, cache_entries=cache_entries)
 
@@ -337,6 +342,8 @@ def compiler(tokenizer: Tokenizer, max_bytes: int = 65536, cache_entries: int = 
         ({"type": "string", "pattern": "(a{1000}){1000}"}, "repetitions"),
         ({"type": "string", "pattern": "a" * 2000}, "2000 characters"),
         ({"type": "integer", "minimum": 2, "maximum": 1}, "minimum"),
+        ({"type": "integer", "minimum": 10**400}, "number out of range"),
+        (nested(150), "recursion"),
         ({"properties": {f"p{i}": {} for i in range(1500)}}, "1500 properties"),
         ({"patternProperties": {f"^{i}$": {} for i in range(50)}}, "50 patternProperties"),
         ({"enum": ["x" * 70000]}, "max_grammar_bytes"),
@@ -353,6 +360,38 @@ def test_what_cannot_be_followed_is_refused_by_name(
     with pytest.raises(GrammarError, match=word) as refused:
         compiler(tokenizer).compile(strict)
     assert refused.value.param == "tools"
+
+
+KEYWORDS = [
+    *("type", "properties", "required", "additionalProperties", "patternProperties", "items", "prefixItems"),
+    *("minItems", "maxItems", "enum", "const", "anyOf", "allOf", "oneOf", "$ref", "$defs", "$id", "$schema"),
+    *("$anchor", "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum"),
+    *("multipleOf", "minProperties", "not", "title", "x-guidance", "a"),
+]
+VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=3),
+        st.sampled_from(
+            ["object", "array", "string", "integer", "#", "#/$defs/a", "a{2,1}", "[a-", "date", "a"]
+        ),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(KEYWORDS), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(schema=st.dictionaries(st.sampled_from(KEYWORDS), VALUES, max_size=5))
+def test_whatever_is_sent_as_a_schema_is_compiled_or_refused(tokenizer: Tokenizer, schema: dict[str, Any]):
+    with suppress(GrammarError):
+        state = compiler(tokenizer).compile(json_schema(schema))
+        constrain(torch.zeros(1, tokenizer.vocab_size), [state])
 
 
 def test_a_tool_that_is_not_strict_falls_back_to_any_object(tokenizer: Tokenizer):
