@@ -77,6 +77,31 @@ def canonical_weights(model: Llama) -> dict[str, Tensor]:
     return {name: place.clone() for name, place in model._places()}
 
 
+_HUGGINGFACE = {
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+    "attention_norm": "input_layernorm",
+    "feed_forward_norm": "post_attention_layernorm",
+    "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj",
+    "wv": "self_attn.v_proj",
+    "wo": "self_attn.o_proj",
+    "w1": "mlp.gate_proj",
+    "w2": "mlp.down_proj",
+    "w3": "mlp.up_proj",
+}
+
+
+def huggingface_weights(model: Llama) -> dict[str, Tensor]:
+    """A copy of the base's tensors under Hugging Face's names."""
+    state = {}
+    for name, tensor in canonical_weights(model).items():
+        *prefix, last, _ = name.split(".")
+        state[".".join([*(["model", *prefix] if prefix else []), _HUGGINGFACE[last], "weight"])] = tensor
+    return state
+
+
 def transformers_twin(model: Llama) -> LlamaForCausalLM:
     """transformers' model with this model's weights, in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM  # slow to import; most tests do without
@@ -106,25 +131,7 @@ def transformers_twin(model: Llama) -> LlamaForCausalLM:
             max_position_embeddings=c.max_position_embeddings,
         )
     )
-    names = {
-        "embed": "model.embed_tokens",
-        "norm": "model.norm",
-        "lm_head": "lm_head",
-        "attention_norm": "input_layernorm",
-        "feed_forward_norm": "post_attention_layernorm",
-        "wq": "self_attn.q_proj",
-        "wk": "self_attn.k_proj",
-        "wv": "self_attn.v_proj",
-        "wo": "self_attn.o_proj",
-        "w1": "mlp.gate_proj",
-        "w2": "mlp.down_proj",
-        "w3": "mlp.up_proj",
-    }
-    state = {}
-    for name, tensor in canonical_weights(model).items():
-        *prefix, last, _ = name.split(".")
-        state[".".join([*(["model", *prefix] if prefix else []), names[last], "weight"])] = tensor
-    missing, unexpected = twin.load_state_dict(state, strict=False)
+    missing, unexpected = twin.load_state_dict(huggingface_weights(model), strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
     twin.tie_weights()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from support import GQA, canonical_weights, random_adapter, random_base
+from support import GQA, huggingface_weights, random_adapter, random_base
 from tokenizer_files import byte_level_backend, write_byte_level
 
 from models.adapter import base_spec
@@ -16,21 +16,6 @@ from models.adapter_config import AdapterConfig, GateConfig, PromptConfig, Scale
 from models.checkpoints.native import save_adapter
 from models.config import ModelConfig
 from models.llama import Llama
-
-_HF_NAMES = {
-    "embed": "model.embed_tokens",
-    "norm": "model.norm",
-    "lm_head": "lm_head",
-    "attention_norm": "input_layernorm",
-    "feed_forward_norm": "post_attention_layernorm",
-    "wq": "self_attn.q_proj",
-    "wk": "self_attn.k_proj",
-    "wv": "self_attn.v_proj",
-    "wo": "self_attn.o_proj",
-    "w1": "mlp.gate_proj",
-    "w2": "mlp.down_proj",
-    "w3": "mlp.up_proj",
-}
 
 
 def tiny_config() -> ModelConfig:
@@ -63,11 +48,7 @@ def write_tiny_base(folder: Path) -> Llama:
             }
         )
     )
-    state = {}
-    for name, tensor in canonical_weights(base).items():
-        *prefix, last, _ = name.split(".")
-        state[".".join([*(["model", *prefix] if prefix else []), _HF_NAMES[last], "weight"])] = tensor
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(huggingface_weights(base), folder / "model.safetensors", metadata={"format": "pt"})
     return base
 
 
