@@ -141,7 +141,8 @@ def documented(
         described["requestBody"] = {"required": True, "content": content}
     success: dict[str, Any] = {"model": answer}
     if more.pop("streams", False):
-        success["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        # Without a schema: OpenAPI 3.1 has no word for one event, and readers differ on what it would mean.
+        success["content"] = {"text/event-stream": {}}
     return {
         "summary": summary,
         "status_code": status,

@@ -40,6 +40,7 @@ def test_no_input_makes_a_server_error(tmp_path: Path) -> None:
         command = [
             schemathesis, "run", f"{service.url}/openapi.json", "--checks", CHECKS, "--phases",
             "coverage,fuzzing", "--max-time", str(SECONDS), "--no-shrink", "--generation-database", "none",
+            "--seed", os.environ.get("FUZZ_SEED", "1"),
             "--suppress-health-check", "all", "--no-color", "--warnings", "off", "--request-timeout", "30",
             "--continue-on-failure", "-H", f"Authorization: Bearer {KEY}-admin",
         ]  # fmt: skip

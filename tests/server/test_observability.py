@@ -201,7 +201,9 @@ def test_one_trace_crosses_every_process(answered: tuple[Service, Any], collecto
     ):  # fmt: skip
         assert child.parent_span_id == parent.span_id, child.name
         assert parent.start_time_unix_nano <= child.start_time_unix_nano <= child.end_time_unix_nano
-        assert child.end_time_unix_nano <= parent.end_time_unix_nano, child.name
+        # Whoever was asked closes its span after its answer is sent, which the asker may have read by then.
+        asked = child in (generate, reading)
+        assert asked or child.end_time_unix_nano <= parent.end_time_unix_nano, child.name
     assert queue.end_time_unix_nano == prefill.start_time_unix_nano
     assert prefill.end_time_unix_nano == decode.start_time_unix_nano
     assert attributes(request)["http.response.status_code"] == 200
