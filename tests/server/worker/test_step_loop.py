@@ -125,9 +125,8 @@ class Deployment:
         return StepLoop(runner, scheduler, Bytes())  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def alone(self, prepared: Prepared) -> list[int]:
-        """Greedy tokens by the training-time forward pass, without any cache."""
-        tokens = list(prepared.token_ids)
+    def logits(self, prepared: Prepared, tokens: list[int]) -> torch.Tensor:
+        """[N, V] in float32 by the training-time forward pass, without any cache."""
         adapter: Adapter | None = prepared.adapter.adapter if prepared.adapter else None
         prompts = adaptation = None
         if adapter is not None:
@@ -136,10 +135,15 @@ class Deployment:
                 visual = adapter.see(self.encoder.global_features(prepared.image.pixels[None]))
             prompts = adapter.prompts(self.base, visual)
             adaptation = OneAdapter(adapter, self.base.dtype)
+        positions = torch.arange(len(tokens))
+        hidden = self.base(torch.tensor(tokens), positions, DenseAttend(1, prompts), adaptation)
+        return self.base.logits(hidden, adaptation).float()
+
+    def alone(self, prepared: Prepared) -> list[int]:
+        """Greedy tokens: the whole sequence again for each."""
+        tokens = list(prepared.token_ids)
         while len(tokens) - len(prepared.token_ids) < prepared.max_tokens:
-            N = len(tokens)
-            hidden = self.base(torch.tensor(tokens), torch.arange(N), DenseAttend(1, prompts), adaptation)
-            tokens.append(int(self.base.logits(hidden[-1:], adaptation).argmax()))
+            tokens.append(int(self.logits(prepared, tokens)[-1].argmax()))
             if tokens[-1] == 1:
                 break
         return tokens[len(prepared.token_ids) :]
@@ -281,16 +285,7 @@ def test_prompt_logprobs_are_those_of_the_plain_pass(budget: int):
     requests.append(replace(requests[0], request_id="scored only", max_tokens=0))
     events = run(loop, requests)
     for request in requests:
-        adapter = request.adapter.adapter if request.adapter else None
-        visual = None
-        if adapter is not None and request.image is not None:
-            visual = adapter.see(deployment.encoder.global_features(request.image.pixels[None]))
-        prompts = adapter.prompts(deployment.base, visual) if adapter else None
-        adaptation = OneAdapter(adapter, torch.float32) if adapter else None
-        with torch.no_grad():
-            ids = torch.tensor(request.token_ids)
-            hidden = deployment.base(ids, torch.arange(len(ids)), DenseAttend(1, prompts), adaptation)
-            logprobs = deployment.base.logits(hidden, adaptation).log_softmax(-1)
+        logprobs = deployment.logits(request, request.token_ids).log_softmax(-1)
         (scored,) = [e for e in events[request.request_id] if isinstance(e, PromptScored)]
         assert [item.token_id for item in scored.logprobs] == request.token_ids
         assert scored.logprobs[0].logprob is None
@@ -314,16 +309,7 @@ def test_bfloat16_batches_stay_near_the_plain_pass():
     requests = [deployment.request(i, rng, sampling=params, max_tokens=0) for i in range(12)]
     events = run(loop, requests)
     for request in requests:
-        adapter = request.adapter.adapter if request.adapter else None
-        visual = None
-        if adapter is not None and request.image is not None:
-            visual = adapter.see(deployment.encoder.global_features(request.image.pixels[None]))
-        prompts = adapter.prompts(deployment.base, visual) if adapter else None
-        adaptation = OneAdapter(adapter, torch.bfloat16) if adapter else None
-        with torch.no_grad():
-            ids = torch.tensor(request.token_ids)
-            hidden = deployment.base(ids, torch.arange(len(ids)), DenseAttend(1, prompts), adaptation)
-            logits = deployment.base.logits(hidden, adaptation).float()
+        logits = deployment.logits(request, request.token_ids)
         (scored,) = [e for e in events[request.request_id] if isinstance(e, PromptScored)]
         for position, item in enumerate(scored.logprobs[1:]):
             expected = logits[position].log_softmax(-1)[item.token_id].item()
