@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.adaptation import OneAdapter
@@ -25,6 +25,7 @@ from train.attention import PackedAttend
 from train.data.batches import Pass
 
 _LOGITS = 1 << 24  # logits held at once
+_SOFTMAX_ROWS = 16
 
 
 class Forward:
@@ -117,8 +118,35 @@ class Forward:
         return features
 
 
+class _SummedLoss(torch.autograd.Function):
+    """Σ −log softmax(logits)[target]; its gradient, softmax − one-hot, is made at once, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+        gradient_MV = torch.empty_like(logits_MV)
+        wide = torch.promote_types(logits_MV.dtype, torch.float32)
+        losses = []
+        # Few rows at a time: their float32 probabilities never leave the processor's cache.
+        for start in range(0, len(targets_M), _SOFTMAX_ROWS):
+            part = slice(start, start + _SOFTMAX_ROWS)
+            x_mV, target_m1 = logits_MV[part], targets_M[part, None]
+            p_mV = x_mV.softmax(-1, dtype=wide)
+            # log Σ exp by the largest one: that of the target may be too small a number to be.
+            total_m = x_mV.amax(-1).to(wide) - p_mV.amax(-1).log()
+            losses.append(total_m - x_mV.gather(1, target_m1)[:, 0])
+            gradient_MV[part] = p_mV.scatter_add_(1, target_m1, p_mV.new_full(target_m1.shape, -1))
+        ctx.save_for_backward(gradient_MV)
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        [gradient_MV] = ctx.saved_tensors
+        return gradient_MV * grad, None
+
+
 def _loss(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    return F.cross_entropy(logits_MV.float(), targets_M, reduction="sum")
+    loss: Tensor = _SummedLoss.apply(logits_MV, targets_M)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def _recomputed(layer: Layer) -> Callable[..., Tensor]:

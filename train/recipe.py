@@ -166,13 +166,15 @@ class OptimizerRecipe(_Strict):
 
 
 class ComputeRecipe(_Strict):
-    """Where and how; none of it decides what is learnt, but for rounding.
+    """Where and how; only `augment` and `feature_noise` decide what is learnt, beyond rounding.
 
     dtype          of the frozen base and the activations; adapters and sums are float32
     pass_tokens    tokens that one forward pass may hold; a step's rows are split to fit
     checkpointing  recompute activations instead of keeping them
     features       `cached`: each image is encoded once, on disk; `live`: in each step
     augment        RandomResizedCrop as the released 7B pre-training has it; needs `live`
+    feature_noise  Gaussian dropout on the features, so that few images are not learnt by heart; needs
+                   `cached`
     workers        processes that read rows and decode images; 0 reads in the training process
     """
 
@@ -183,6 +185,7 @@ class ComputeRecipe(_Strict):
     checkpointing: bool = False
     features: Literal["cached", "live"] = "cached"
     augment: bool = False
+    feature_noise: float = Field(default=0.0, ge=0, le=10)
     workers: int = Field(default=2, ge=0, le=256)
     threads: int | None = Field(default=None, gt=0)
 
@@ -190,6 +193,8 @@ class ComputeRecipe(_Strict):
     def _consistent(self) -> Self:
         if self.augment and self.features == "cached":
             raise ValueError("`augment` gives each step other pixels; set `features: live`")
+        if self.feature_noise and self.features == "live":
+            raise ValueError("`feature_noise` is for cached features; with `live` ones use `augment`")
         return self
 
 

@@ -62,8 +62,8 @@ class Step:
 class ImageReader(Protocol):
     """What an image is to the trainer: cached features, or pixels."""
 
-    def __call__(self, store: Store, image: int, seed: int) -> Tensor:
-        """Image number `image` of a store; `seed` is for augmentation."""
+    def __call__(self, store: Store, image: int, seed: int | None) -> Tensor:
+        """Image number `image` of a store; with a seed, varied as the recipe says."""
 
 
 class Steps(Dataset[Step]):
@@ -122,9 +122,12 @@ def share(rows: Iterable[int], store: Store, rank: int, world: int) -> list[int]
 
 
 def make_passes(
-    store: Store, rows: Sequence[int], read_image: ImageReader, pass_tokens: int, seed: int = 0
+    store: Store, rows: Sequence[int], read_image: ImageReader, pass_tokens: int, seed: int | None = None
 ) -> Iterator[Pass]:
-    """Rows of similar length together, up to `pass_tokens` at once; one row at least."""
+    """Rows of similar length together, up to `pass_tokens` at once; one row at least.
+
+    `seed` is that of the step in training; without one images are read as they are.
+    """
     group: list[int] = []
     size = 0
     for row in sorted(rows, key=lambda row: (store.length(row), row)):
@@ -137,7 +140,7 @@ def make_passes(
         yield _make_pass(store, group, read_image, seed)
 
 
-def _make_pass(store: Store, rows: Sequence[int], read_image: ImageReader, seed: int) -> Pass:
+def _make_pass(store: Store, rows: Sequence[int], read_image: ImageReader, seed: int | None) -> Pass:
     ids, generated = zip(*(store.tokens(row) for row in rows), strict=True)
     lens = tuple(len(row) for row in ids)
     starts = np.concatenate([[0], np.cumsum(lens)])[:-1]
@@ -147,12 +150,13 @@ def _make_pass(store: Store, rows: Sequence[int], read_image: ImageReader, seed:
     tokens = torch.from_numpy(np.concatenate(ids).astype(np.int64))
     chosen = [int(store.image_R[row]) for row in rows]
     images = sorted({image for image in chosen if image != NO_IMAGE})
+    read = [read_image(store, image, None if seed is None else seed + image) for image in images]
     return Pass(
         tokens_N=tokens,
         positions_N=torch.cat([torch.arange(length) for length in lens]),
         lens_B=lens,
         predicting_M=torch.from_numpy(targets - 1),
         targets_M=tokens[torch.from_numpy(targets)],
-        images=torch.stack([read_image(store, image, seed + image) for image in images]) if images else None,
+        images=torch.stack(read) if read else None,
         image_B=tuple(images.index(image) if image != NO_IMAGE else -1 for image in chosen),
     )

@@ -59,17 +59,28 @@ class Images:
         if self._folder is None:
             augment = self._recipe.compute.augment
 
-            def read_live(store: Store, image: int, seed: int) -> Tensor:
+            def read_live(store: Store, image: int, seed: int | None) -> Tensor:
                 return live_pixels(store.image_paths[image], encoder, vision, seed if augment else None)
 
             return read_live
         features = FeatureCache(self._folder, feature_shape(encoder, vision)).open()
 
-        def read_cached(store: Store, image: int, seed: int) -> Tensor:
-            return torch.from_numpy(features[store.feature_J[image]].copy())
+        noise = self._recipe.compute.feature_noise
+
+        def read_cached(store: Store, image: int, seed: int | None) -> Tensor:
+            feature = torch.from_numpy(features[store.feature_J[image]].copy())
+            return feature if seed is None else noisy(feature, noise, seed)
 
         return read_cached
 
 
-def _no_image(store: Store, image: int, seed: int) -> Tensor:
+def noisy(features: Tensor, std: float, seed: int) -> Tensor:
+    """Each feature times 1 + std · n, n standard normal: Gaussian dropout (Srivastava 2014, section 10)."""
+    if std == 0:
+        return features
+    generator = torch.Generator().manual_seed(seed)
+    return features * (1 + std * torch.randn(features.shape, generator=generator))
+
+
+def _no_image(store: Store, image: int, seed: int | None) -> Tensor:
     raise AssertionError("an adapter without vision was given an image")
