@@ -9,6 +9,7 @@ import typer
 
 from models.errors import ModelError
 from server.commands.adapters import app as adapter_commands
+from server.commands.data import app as data_command
 from server.commands.top import app as top_command
 from server.commands.train import app as train_command
 from server.options import load, settings_options
@@ -27,6 +28,7 @@ app = typer.Typer(
     "Every option can come from the environment instead: --kv-cache-mib is LLAMA_ADAPTER_KV_CACHE_MIB.",
 )
 app.add_typer(adapter_commands)
+app.add_typer(data_command)
 app.add_typer(train_command)
 app.add_typer(top_command)
 

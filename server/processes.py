@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from server.serving import Drain, StartupError, bind, drain_on_signals, serve_app
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
-from server.shipped import with_adapter_dir
+from server.shipped import with_folders
 from server.supervisor import ServiceSettings, serve
 from server.telemetry import RequestScope, configure_logging, outgoing_headers
 from server.tracing import TELEMETRY, configure_tracing
@@ -40,7 +40,7 @@ def run_service(settings: ServiceSettings) -> None:
     """Gateway, worker and experts on this machine; see `server.supervisor`. Raises `StartupError`."""
     configure_logging(settings.gateway.log_level)
     configure_tracing("llama-adapter-gateway")
-    settings = dataclasses.replace(settings, worker=with_adapter_dir(settings.worker))
+    settings = dataclasses.replace(settings, worker=with_folders(settings.worker))
     _fetch_base(settings.worker)
 
     def announce(url: str, model: str) -> None:
@@ -72,7 +72,7 @@ def run_worker(settings: WorkerSettings) -> None:
     from server.worker.app import create_app
     from server.worker.build import build_engine
 
-    engine = build_engine(with_adapter_dir(settings))
+    engine = build_engine(with_folders(settings))
     drain = Drain()
     app = RequestScope(create_app(engine, settings, drain))
     _run(_serve(app, settings.host, settings.port, settings.uds, drain, settings.drain_seconds))

@@ -105,9 +105,10 @@ class WorkerSettings(_Settings):
     base_id: str | None = Field(None, description="the base's model id; default: the name of `base`")
     adapters: tuple[str, ...] = Field((), description="id=path[,option=value …] of each adapter")
     adapter_dir: Path | None = Field(
-        None,
-        description="folder whose subfolders are adapters, each served under its name; "
-        "default: the ones shipped with this project, with the default base",
+        None, description="folder whose subfolders are adapters, each served under its name"
+    )
+    shipped_adapters: bool = Field(
+        True, description="with the default base also serve the adapters that come with this project"
     )
     adapter_root: Path | None = Field(None, description="folder that run-time loading may read from")
     cache_dir: Path = Field(default_factory=default_cache_dir, description="where converted bases live")

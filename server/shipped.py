@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import models
 from server.serving import StartupError
 from server.settings import WorkerSettings
 
-SHIPPED_DIR = Path(__file__).resolve().parent.parent / "adapters"
+SHIPPED_DIR = Path(models.__file__).parent / "shipped"
 
 
-def with_adapter_dir(settings: WorkerSettings) -> WorkerSettings:
-    """`settings` whose `adapters` name also what `adapter_dir` holds.
+def with_folders(settings: WorkerSettings) -> WorkerSettings:
+    """`settings` whose `adapters` name those of `adapter_dir` and of the project too, and which add no more.
 
-    A subfolder with an `adapter.json` is an adapter, under its own name. An adapter given by itself
-    comes before one of the same name in the folder. Raises `StartupError` for a missing folder.
+    A subfolder with an `adapter.json` is an adapter, under its own name. Of several of one name the one
+    given by itself is served, then the folder's. Raises `StartupError` for a missing folder.
     """
-    folder = settings.adapter_dir or _shipped_for(settings)
-    if folder is None:
-        return settings
-    if not folder.is_dir():
+    folder = settings.adapter_dir
+    if folder is not None and not folder.is_dir():
         raise StartupError(f"--adapter-dir {folder} is no folder; give one that holds adapters.")
-    found = sorted(path.parent for path in folder.glob("*/adapter.json"))
-    given = set(adapter_ids(settings))
-    extra = tuple(f"{path.name}={path}" for path in found if path.name not in given)
-    return settings.model_copy(update={"adapters": settings.adapters + extra})
-
-
-def adapter_ids(settings: WorkerSettings) -> list[str]:
-    """The ids in `adapters`, which are `id=path[,option=value …]` each."""
-    return [adapter.partition("=")[0] for adapter in settings.adapters]
-
-
-def _shipped_for(settings: WorkerSettings) -> Path | None:
-    """Shipped adapters were made for the default base and fit no other."""
     default = WorkerSettings.model_fields["base"].default
-    return SHIPPED_DIR if settings.base == default and SHIPPED_DIR.is_dir() else None
+    shipped = SHIPPED_DIR if settings.shipped_adapters and settings.base == default else None
+    adapters = list(settings.adapters)
+    for place in filter(None, (folder, shipped)):
+        given = set(adapter_ids(adapters))
+        found = sorted(path.parent for path in place.glob("*/adapter.json"))
+        adapters += [f"{path.name}={path}" for path in found if path.name not in given]
+    resolved = {"adapters": tuple(adapters), "adapter_dir": None, "shipped_adapters": False}
+    return settings.model_copy(update=resolved)
+
+
+def adapter_ids(adapters: Iterable[str]) -> list[str]:
+    """The ids of `id=path[,option=value …]` each."""
+    return [adapter.partition("=")[0] for adapter in adapters]

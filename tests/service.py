@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,10 +41,10 @@ class Service:
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[Service]:
+def serving(*arguments: str, command: Sequence[str] = COMMAND) -> Iterator[Service]:
     """A service that has said that it is ready; killed afterwards if it still runs."""
     with subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         service = Service(process)
         reader = threading.Thread(target=service.read)

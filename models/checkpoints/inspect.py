@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from models.adapter import Adapter
 from models.adapter_config import AdapterConfig, BaseSpec
 from models.checkpoints.adapter_table import AdapterFormat, AdapterOptions, NameTable
@@ -97,14 +99,19 @@ def convert(
     name: str = NATIVE,
     base: Base | None = None,
     options: AdapterOptions | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the adapter of `source` to `target` in the format called `name`.
+    """Write the adapter of `source` to `target` in the format called `name`, its values as `dtype`.
 
     `reference` is whichever format of the reference code's files has a place for such an adapter.
-    A native target remembers the base's fingerprint where the base is given. Raises CheckpointError or
-    AdapterMismatch.
+    A native target remembers the base's fingerprint where the base is given. Raises CheckpointError, also
+    for values beyond `dtype`, or AdapterMismatch.
     """
-    adapter = _open(source, base, options or AdapterOptions())
+    adapter = _open(source, base, options or AdapterOptions()).to(dtype)
+    for key, tensor in adapter.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            short = str(dtype).removeprefix("torch.")
+            raise CheckpointError(f"{source}: {key} has values that {short} cannot hold; use bfloat16")
     if base is not None:
         spec = adapter.config.base.model_copy(update={"fingerprint": base.fingerprint})
         adapter.config = adapter.config.model_copy(update={"base": spec})

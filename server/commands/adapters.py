@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -74,11 +74,18 @@ def convert(
     ] = "native",
     base: BasePath = None,
     option: Given = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"],
+        typer.Option(help="how values are stored; 16 bits halve the file and round"),
+    ] = "float32",
 ) -> None:
     """Write an adapter in another format. Only native folders tell all of their base themselves."""
+    import torch
+
     from models.checkpoints.inspect import convert as write
 
-    write(source.expanduser(), target.expanduser(), to, _base(base), _options(option))
+    stored = getattr(torch, dtype)
+    write(source.expanduser(), target.expanduser(), to, _base(base), _options(option), stored)
     print(target)
 
 

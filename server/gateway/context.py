@@ -69,10 +69,13 @@ class ExpertPanel:
     async def close(self) -> None:
         await asyncio.gather(*(expert.close() for expert in self._experts.values()), return_exceptions=True)
 
-    def choose(self, asked: str | list[str] | None) -> tuple[str, ...]:
-        """The names meant by the request's `experts`: absent and "auto" mean all, [] none."""
+    def choose(self, asked: str | list[str] | None, model: str) -> tuple[str, ...]:
+        """The names meant by the `experts` of a request to `model`: absent and "auto" mean all, [] none.
+
+        A model does not hear itself: the expert `caption` is the adapter `caption`.
+        """
         if asked is None or isinstance(asked, str):
-            return tuple(self._experts)
+            return tuple(name for name in self._experts if name != model)
         for i, name in enumerate(asked):
             if name not in self._experts:
                 known = ", ".join(self._experts) or "none"

@@ -90,7 +90,7 @@ class Pipeline:
         arrived = time.monotonic()
         model = self._pool.model(body.model)
         self._check_n(body.n)
-        names = self._experts.choose(body.experts)
+        names = self._experts.choose(body.experts, model.id)
         images = await self._images.load(body.image_urls)
         self._refuse_blindness(body, model, names, images)
         reports = await self._experts.read(model.id, names, images)

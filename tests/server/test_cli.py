@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic_settings import BaseSettings
@@ -15,7 +16,7 @@ from server import cli, processes
 from server.options import flag, load
 from server.serving import StartupError
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
-from server.shipped import adapter_ids, with_adapter_dir
+from server.shipped import adapter_ids, with_folders
 from server.supervisor import ServiceSettings
 
 
@@ -90,28 +91,42 @@ def test_bad_values_name_option_and_variable(monkeypatch: pytest.MonkeyPatch) ->
         load(WorkerSettings, {})
 
 
+def write_manifests(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "adapter.json").write_text("{}")
+
+
 def test_adapter_dir_adds_what_it_holds(tmp_path: Path) -> None:
-    for name in ("poet", "caption"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter.json").write_text("{}")
+    write_manifests(tmp_path, "poet", "caption")
     (tmp_path / "notes").mkdir()
-    settings = WorkerSettings(adapters=("poet=mine",), adapter_dir=tmp_path)
-    found = with_adapter_dir(settings)
+    settings = WorkerSettings(adapters=("poet=mine",), adapter_dir=tmp_path, shipped_adapters=False)
+    found = with_folders(settings)
     assert found.adapters == ("poet=mine", f"caption={tmp_path / 'caption'}")
-    assert with_adapter_dir(found) == found
-    assert adapter_ids(found) == ["poet", "caption"]
+    assert with_folders(found) == found
     with pytest.raises(StartupError, match="--adapter-dir"):
-        with_adapter_dir(WorkerSettings(adapter_dir=tmp_path / "none"))
+        with_folders(WorkerSettings(adapter_dir=tmp_path / "none"))
 
 
 def test_shipped_adapters_come_with_the_default_base_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "poet").mkdir()
-    (tmp_path / "poet" / "adapter.json").write_text("{}")
-    monkeypatch.setattr("server.shipped.SHIPPED_DIR", tmp_path)
-    assert adapter_ids(with_adapter_dir(WorkerSettings())) == ["poet"]
-    assert adapter_ids(with_adapter_dir(WorkerSettings(base="./other"))) == []
+    write_manifests(tmp_path / "shipped", "caption", "poet")
+    write_manifests(tmp_path / "own", "poet")
+    (tmp_path / "shipped" / "planned").mkdir()  # a card without its adapter
+    monkeypatch.setattr("server.shipped.SHIPPED_DIR", tmp_path / "shipped")
+
+    def served(**changes: Any) -> list[str]:
+        return adapter_ids(with_folders(WorkerSettings(**changes)).adapters)
+
+    assert served() == ["caption", "poet"]
+    assert served(base="./other") == []
+    assert served(shipped_adapters=False) == []
+    assert served(adapters=("caption=mine",)) == ["caption", "poet"]
+    found = with_folders(WorkerSettings(adapters=("caption=mine",), adapter_dir=tmp_path / "own"))
+    assert found.adapters == ("caption=mine", f"poet={tmp_path / 'own' / 'poet'}")
+    monkeypatch.setattr("server.shipped.SHIPPED_DIR", tmp_path / "own")
+    assert with_folders(found) == found, "a child must not add to what it is given"
 
 
 def llama_adapter(*arguments: str) -> subprocess.CompletedProcess[str]:

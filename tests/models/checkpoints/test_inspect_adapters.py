@@ -106,6 +106,29 @@ def test_a_converted_adapter_knows_its_base(tmp_path: Path):
         verify(tmp_path / "native", Base(replace(MHA, num_layers=6), BASE.fingerprint))
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+def test_sixteen_bits_halve_a_file_and_round(tmp_path: Path, dtype: torch.dtype, error: float):
+    convert(v1(tmp_path), tmp_path / "full", base=BASE, options=LENGTH)
+    convert(tmp_path / "full", tmp_path / "half", dtype=dtype)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half" / "adapter.safetensors").values()} == {
+        dtype
+    }
+    full, half = (open_adapter(tmp_path / name, MHA).state_dict() for name in ("full", "half"))
+    for key, tensor in full.items():
+        assert half[key].dtype == torch.float32
+        torch.testing.assert_close(half[key], tensor, rtol=error, atol=2**-25)
+        assert torch.equal(half[key], tensor.to(dtype).float())
+
+
+def test_values_beyond_sixteen_bits_are_refused(tmp_path: Path):
+    convert(v1(tmp_path), tmp_path / "native", base=BASE, options=LENGTH)
+    file = tmp_path / "native" / "adapter.safetensors"
+    save_file({key: tensor * 1e6 for key, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match="float16 cannot hold; use bfloat16"):
+        convert(tmp_path / "native", tmp_path / "half", dtype=torch.float16)
+    convert(tmp_path / "native", tmp_path / "half", dtype=torch.bfloat16)
+
+
 def test_other_formats_need_their_base(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"v1\.pth: only a native adapter folder tells its base"):
         verify(v1(tmp_path), options=LENGTH)
@@ -205,5 +228,8 @@ def test_the_command_line(tmp_path: Path):
     assert checked["answer"]  # random weights say something, too
     assert "answer" in run.invoke(app, ["verify", str(file), str(base_folder), *options]).output
     open_adapter(target, tiny_config(), fingerprint=read_base(base_folder).fingerprint)
+    half = tmp_path / "half"
+    assert run.invoke(app, ["convert", str(target), str(half), "--dtype", "float16"]).exit_code == 0
+    assert load_file(half / "adapter.safetensors")["prompt"].dtype == torch.float16
     refused = run.invoke(app, ["inspect", str(tmp_path / "nowhere")])
     assert isinstance(refused.exception, CheckpointError)  # which `llama-adapter` tells in one sentence
