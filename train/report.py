@@ -83,7 +83,10 @@ def _losses(held_out: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
         return f"The last step's loss is {steps[-1]['loss']:.4f}; no rows were held out." if steps else ""
     names = list(held_out[0]["held_out"])
     rows = [(f"{line['step']:,}", *(f"{line['held_out'][name]:.4f}" for name in names)) for line in held_out]
-    note = "Held-out loss (mean −log p of a token). At step 0 nothing is learnt: with gates at zero it is the base's own."
+    note = (
+        "Held-out loss (mean −log p of a token). At step 0 nothing is learnt: with gates at zero it is the "
+        "base's own."
+    )
     return note + "\n\n" + table(("step", *names), rows)
 
 

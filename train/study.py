@@ -1,7 +1,4 @@
-"""A study: one recipe in several variants, trained one after another and compared.
-
-llama-adapter study NAME [key=value …]
-"""
+"""A study: one recipe in several variants, which are trained alike and compared."""
 
 from __future__ import annotations
 
@@ -11,14 +8,10 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
-from rich.console import Console
 
-from train.build import RECIPE, WHERE, check_same
 from train.checkpoints import Checkpoints
-from train.errors import RecipeError, TrainError
+from train.errors import RecipeError
 from train.fields import Strict, find_file, read_fields, sentences
-from train.main import DEFAULT_CACHE, train_one
-from train.processes import join, stop_signal
 from train.recipe import Recipe, load_recipe
 
 SHIPPED = Path(__file__).parent / "studies"
@@ -103,44 +96,6 @@ class StudyRun:
         return self.finished or checkpoints.last() is not None
 
 
-def run_study(
-    name: str, overrides: Sequence[str] = (), output: Path | None = None, cache_dir: Path = DEFAULT_CACHE
-) -> None:
-    """Train what is not trained yet, then report. A signal saves and returns; a repeated call goes on.
-
-    Raises ModelError, which says what to do.
-    """
-    from train.study_report import read_result, write_study_report
-
-    file, study = load_study(name)
-    output = output or Path("runs") / "studies" / file.stem
-    runs = plan_runs(file, study, overrides, output)
-    for run in runs:
-        if run.begun:
-            check_same(run.recipe.output / RECIPE, run.recipe, WHERE)
-    console = Console(stderr=True)
-    results = []
-    with stop_signal() as stop, join(runs[0].recipe.compute.device) as processes:
-        for number, run in enumerate(runs, 1):
-            done = run.finished
-            if processes.first:
-                text = ", trained already" if done else ""
-                console.print(f"{number} of {len(runs)}: {run.variant}, seed {run.seed}{text}")
-            if not done and not train_one(run.recipe, cache_dir, processes, stop, console):
-                console.print("The same command goes on with the study.")
-                return
-            if processes.first:
-                results.append(read_result(run, study.measure))
-        if processes.first:
-            try:
-                report = write_study_report(output, file.stem, study, overrides, results)
-            except OSError as error:
-                raise TrainError(
-                    f"{output}: the report cannot be written ({error.strerror}); mend it and repeat the command"
-                ) from error
-            console.print(f"{report}")
-
-
 def load_study(name: str) -> tuple[Path, Study]:
     """A study file, or a shipped one by its name. Raises RecipeError naming file and key."""
     file = find_file(name, SHIPPED)
@@ -167,13 +122,13 @@ def plan_runs(file: Path, study: Study, given: Sequence[str], output: Path) -> l
 
 
 def _check_given(file: Path, study: Study, given: Sequence[str]) -> None:
-    """What a variant sets itself would win over the command line, and what the study sets has its options."""
+    """Refuse what would not be heeded: what the study or a variant sets itself."""
     for override in given:
         key = _key(override)
         if key in _OWN:
             raise RecipeError(
-                f"{override!r}: a study gives each run its own {key}; use --output for the folder, `seeds` in a "
-                f"copy of {file} for seeds; what was begun is always gone on with"
+                f"{override!r}: a study gives each run its own {key}; --output sets the folder, `seeds` in a "
+                f"copy of {file} the seeds, and what was begun always goes on"
             )
         for name, variant in study.variants.items():
             for own in map(_key, variant.overrides):

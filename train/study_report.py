@@ -1,4 +1,4 @@
-"""The report of a study: its numbers and curves beside the claim. What follows from them is for the reader."""
+"""The report of a study: numbers and curves beside the claim. What follows from them the reader decides."""
 
 from __future__ import annotations
 
@@ -135,8 +135,10 @@ def _numbers(study: Study, results: Sequence[Result]) -> str:
         of_variant = _of(results, name)
         cells = [name, f"{of_variant[0].trained:,}", f"{fmean(r.minutes for r in of_variant):.1f}"]
         for source in study.measure:
-            for figure in (Result.end_of_training, Result.first, Result.best, Result.last):
-                cells.append(_spread([figure(result, source) for result in of_variant]))
+            cells += [
+                _spread([loss(result, source) for result in of_variant])
+                for loss in (Result.end_of_training, Result.first, Result.best, Result.last)
+            ]
         rows.append(cells)
     return table(tuple(header), rows)
 
