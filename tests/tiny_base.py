@@ -22,9 +22,11 @@ def tiny_config() -> ModelConfig:
     return replace(GQA, vocab_size=byte_level_backend().get_vocab_size(), max_position_embeddings=512)
 
 
-def write_tiny_base(folder: Path) -> Llama:
+def write_tiny_base(folder: Path, num_layers: int | None = None) -> Llama:
     """A Hugging Face folder; returns the model that is in it."""
     config = tiny_config()
+    if num_layers is not None:
+        config = replace(config, num_layers=num_layers)
     base = random_base(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_byte_level(folder)

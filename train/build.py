@@ -32,18 +32,22 @@ from train.processes import Processes, StopSignal
 from train.recipe import Recipe, recipe_text
 from train.trainer import HeldOut, Trainer
 
-_RECIPE = "recipe.yaml"
-# What may differ when a run goes on: where it computes, what it keeps, and what mends a bad learning rate.
-# The steps and their rows must stay the same.
-_MAY_CHANGE = (
+RECIPE = "recipe.yaml"
+# Where a run computes decides nothing but rounding.
+WHERE = (
     "resume",
     "output",
-    "keep",
     "compute.device",
     "compute.pass_tokens",
     "compute.checkpointing",
     "compute.workers",
     "compute.threads",
+)
+# What may differ when a run goes on: where it computes, what it keeps, and what mends a bad learning rate.
+# The steps and their rows must stay the same.
+_MAY_CHANGE = (
+    *WHERE,
+    "keep",
     "optimizer.lr",
     "optimizer.base_lr",
     "optimizer.min_lr",
@@ -117,7 +121,7 @@ def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSigna
 def _plan(recipe: Recipe, stores: Mapping[str, Store]) -> Plan:
     optimizer = recipe.optimizer
     sources = [
-        SourcePlan(name, stores[name].train, source.epochs or optimizer.epochs)
+        SourcePlan(name, stores[name].train, optimizer.epochs if source.epochs is None else source.epochs)
         for name, source in recipe.data.items()
     ]
     return Plan(sources, optimizer.batch_size, recipe.seed, optimizer.max_steps)
@@ -126,7 +130,7 @@ def _plan(recipe: Recipe, stores: Mapping[str, Store]) -> Plan:
 def _check_output(recipe: Recipe, checkpoints: Checkpoints, processes: Processes) -> Path | None:
     """The checkpoint to go on from. No run is overwritten, or gone on with by another recipe."""
     last = checkpoints.last()
-    file = recipe.output / _RECIPE
+    file = recipe.output / RECIPE
     processes.any(False)  # nobody writes before all have looked
     if last is not None and not recipe.resume:
         raise TrainError(
@@ -134,7 +138,7 @@ def _check_output(recipe: Recipe, checkpoints: Checkpoints, processes: Processes
             "or choose another output"
         )
     if last is not None:
-        _check_same(file, recipe)
+        check_same(file, recipe)
     if processes.first:
         recipe.output.mkdir(parents=True, exist_ok=True)
         if last is None:
@@ -143,7 +147,8 @@ def _check_output(recipe: Recipe, checkpoints: Checkpoints, processes: Processes
     return last
 
 
-def _check_same(file: Path, recipe: Recipe) -> None:
+def check_same(file: Path, recipe: Recipe, free: tuple[str, ...] = _MAY_CHANGE) -> None:
+    """Raises TrainError where the recipe of a begun run, `file`, differs in more than the `free` keys."""
     try:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -154,7 +159,7 @@ def _check_same(file: Path, recipe: Recipe) -> None:
     changed = [
         key
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in _MAY_CHANGE)
+        if then.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{prefix}.") for prefix in free)
     ]
     if changed:
         raise TrainError(
@@ -188,6 +193,8 @@ def _adapter(recipe: Recipe, base: Llama, fingerprint: str, last: Path | None) -
                 adapter.prompt.mul_(recipe.init.prompt_std)
             if config.gated_layers and recipe.init.gate == "normal":
                 adapter.gate.normal_()
+            elif config.gated_layers and recipe.init.gate == "ones":
+                adapter.gate.fill_(1)
     return adapter
 
 

@@ -29,33 +29,41 @@ def train(recipe_name: str, overrides: Sequence[str] = (), cache_dir: Path = DEF
     recipe = load_recipe(recipe_name, overrides)
     console = Console(stderr=True)
     with stop_signal() as stop, join(recipe.compute.device) as processes:
-        try:
-            _run(recipe, cache_dir, processes, stop, console)
-        except Interrupted:
-            console.print("Stopped before the first step; nothing is lost.")
-        except OSError as error:
-            raise TrainError(
-                f"{error.filename or recipe.output}: {error.strerror or error}; what was saved before is "
-                "kept: mend it and go on with resume=true"
-            ) from error
+        train_one(recipe, cache_dir, processes, stop, console)
 
 
-def _run(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSignal, console: Console) -> None:
+def train_one(
+    recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSignal, console: Console
+) -> bool:
+    """One training among these processes. False where a signal ended it; then all is saved."""
+    try:
+        return _run(recipe, cache_dir, processes, stop, console)
+    except Interrupted:
+        console.print("Stopped before the first step; nothing is lost.")
+        return False
+    except OSError as error:
+        raise TrainError(
+            f"{error.filename or recipe.output}: {error.strerror or error}; what was saved before is "
+            "kept: mend it and go on with resume=true"
+        ) from error
+
+
+def _run(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSignal, console: Console) -> bool:
     run = build(recipe, cache_dir, processes, stop, console)
     start, total = run.trainer.finished_steps, len(run.plan)
     if not processes.first:
-        run.train(stop, None)
-        return
+        return run.train(stop, None)
     console.print(f"{run.groups.num_trained:,} trained parameters, {total:,} steps, {recipe.output}")
     with open_log(recipe.output, start, total, console) as log:
         finished = run.train(stop, log)
     if not finished:
         console.print(f"Stopped and saved at step {run.trainer.finished_steps}; go on with resume=true.")
-        return
+        return False
     save_adapter(run.adapter, recipe.output / "adapter")
     summaries = {name: store.summary for name, store in run.stores.items()}
     report = write_report(recipe.output, recipe, run.adapter, run.groups.num_trained, summaries)
     console.print(f"{recipe.output / 'adapter'} and {report}")
+    return True
 
 
 if __name__ == "__main__":

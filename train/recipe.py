@@ -5,12 +5,12 @@ A recipe says layers relative to its base (`last 30`), since one recipe serves b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from models.adapter_config import (
     AdapterConfig,
@@ -23,8 +23,8 @@ from models.adapter_config import (
     VisionConfig,
 )
 from train.errors import RecipeError
+from train.fields import Strict, find_file, read_fields, sentences, set_field
 
-_MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent / "recipes"
 
 LayerChoice = Annotated[str, Field(pattern=r"^((first|last) [1-9][0-9]{0,3}|all)$")] | Layers
@@ -41,10 +41,6 @@ def _expanded(value: object) -> object:
 UserPath = Annotated[Path, BeforeValidator(_expanded)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
 class PromptRecipe(PromptConfig):
     """`PromptConfig` with layers relative to the base."""
 
@@ -57,7 +53,7 @@ class VisionRecipe(VisionConfig):
     layers: LayerChoice  # type: ignore[assignment]
 
 
-class AdapterRecipe(_Strict):
+class AdapterRecipe(Strict):
     """`AdapterConfig` before it knows its base."""
 
     prompt: PromptRecipe | None = None
@@ -81,7 +77,7 @@ class AdapterRecipe(_Strict):
         try:
             return AdapterConfig.model_validate(fields)
         except ValidationError as error:
-            raise RecipeError(f"recipe: adapter: {_sentences(error)}") from error
+            raise RecipeError(f"recipe: adapter: {sentences(error)}") from error
 
 
 def _layers(name: str, choice: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
@@ -94,14 +90,18 @@ def _layers(name: str, choice: str | tuple[int, ...], num_layers: int) -> tuple[
     return tuple(range(num_layers - count, num_layers) if side == "last" else range(count))
 
 
-class InitRecipe(_Strict):
-    """Where parameters start that are not copied from the base. V1 starts gates at zero (section 3.2)."""
+class InitRecipe(Strict):
+    """Where parameters start that are not copied from the base.
 
-    gate: Literal["zeros", "normal"] = "zeros"
+    gate  V1 starts them at `zeros` (section 3.2); at `ones`, raw and not trained, prompts are inserted at
+          full strength; `normal` draws them from N(0, 1)
+    """
+
+    gate: Literal["zeros", "ones", "normal"] = "zeros"
     prompt_std: float = Field(default=1.0, gt=0, le=10)
 
 
-class SourceRecipe(_Strict):
+class SourceRecipe(Strict):
     """One data source.
 
     path       files, plain or compressed (.gz .bz2 .xz .zst)
@@ -111,7 +111,7 @@ class SourceRecipe(_Strict):
     split      ScienceQA rows of this split only
     trains     which parameters its steps may change: all; `visual`, those of V2's early fusion; `text`,
                the others; or patterns over tensor names, such as `bias.*` or `gate.static`
-    epochs     passes over it, if not the optimizer's
+    epochs     passes over it, if not the optimizer's; 0 trains nothing on it and measures its held-out loss
     holdout    share of rows kept for the held-out loss, chosen by a hash of caption or question, so
                that the same text never lies on both sides
     limit      use its first rows only
@@ -125,13 +125,13 @@ class SourceRecipe(_Strict):
     columns: tuple[str, ...] | None = None
     split: str | None = None
     trains: Literal["all", "visual", "text"] | tuple[str, ...] = "all"
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, ge=0)
     holdout: float = Field(default=0.0, ge=0, le=0.5)
     limit: int | None = Field(default=None, gt=0)
     bad_rows: Literal["stop", "skip"] = "stop"
 
 
-class OptimizerRecipe(_Strict):
+class OptimizerRecipe(Strict):
     """AdamW with linear warm-up and half a cosine, step by step.
 
     batch_size  rows per step, over all processes: it decides the result, how many processes and passes
@@ -165,7 +165,7 @@ class OptimizerRecipe(_Strict):
         return self
 
 
-class ComputeRecipe(_Strict):
+class ComputeRecipe(Strict):
     """Where and how; only `augment` and `feature_noise` decide what is learnt, beyond rounding.
 
     dtype          of the frozen base and the activations; adapters and sums are float32
@@ -198,7 +198,7 @@ class ComputeRecipe(_Strict):
         return self
 
 
-class KeepRecipe(_Strict):
+class KeepRecipe(Strict):
     """Checkpoints and held-out losses every so many steps."""
 
     checkpoint_every: int = Field(default=500, gt=0)
@@ -207,7 +207,7 @@ class KeepRecipe(_Strict):
     evaluate_rows: int = Field(default=512, gt=0)
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """base: a path or an id that can be pulled; start_from: an adapter to go on from."""
 
     base: str
@@ -224,6 +224,8 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if all(source.epochs == 0 for source in self.data.values()):
+            raise ValueError("data: every source has `epochs: 0`; train on one of them at least")
         early = self.adapter.vision is not None and self.adapter.vision.fusion == "early"
         for name, source in self.data.items():
             if source.trains in ("visual", "text") and not early:
@@ -245,69 +247,17 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError naming file, key and what is wrong with it.
     """
-    file = Path(name).expanduser()
-    if not file.is_file() and (SHIPPED / f"{name}.yaml").is_file():
-        file = SHIPPED / f"{name}.yaml"
-    fields = _read(file)
+    file = find_file(name, SHIPPED)
+    fields = read_fields(file, "recipe", SHIPPED)
     for override in overrides:
-        _set(fields, override)
+        set_field(fields, override)
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        raise RecipeError(f"{file}: {_sentences(error)}") from error
+        raise RecipeError(f"{file}: {sentences(error)}") from error
 
 
 def recipe_text(recipe: Recipe, *, brief: bool = False) -> str:
     """YAML of a recipe, as `load_recipe` reads it, with every value or without the defaults."""
     fields = recipe.model_dump(mode="json", exclude_defaults=brief)
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
-    try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise RecipeError(f"{file}: larger than {_MAX_BYTES} bytes, which no recipe is")
-        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(
-            f"{file}: cannot be read ({error.strerror}); give a file or one of: {shipped}"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise RecipeError(f"{file}: is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(fields, dict):
-        raise RecipeError(f"{file}: holds a {type(fields).__name__}; a recipe is a mapping")
-    return fields
-
-
-def _set(fields: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *parents, last = key.split(".")
-    if not equals or not all([*parents, last]):
-        raise RecipeError(f"{override!r}: overrides read key=value, such as optimizer.lr=0.001")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{override!r}: the value is not YAML; quote it") from error
-    for parent in parents:
-        inner = fields.get(parent)
-        if inner is None:
-            fields[parent] = inner = {}
-        if not isinstance(inner, dict):
-            raise RecipeError(f"{override!r}: {parent} is no section of the recipe")
-        fields = inner
-    fields[last] = value
-
-
-def _sentences(error: ValidationError) -> str:
-    return "; ".join(_sentence(dict(fault)) for fault in error.errors())
-
-
-def _sentence(fault: Mapping[str, Any]) -> str:
-    where = ".".join(
-        str(part) for part in fault["loc"] if not str(part).startswith(("str", "tuple[", "literal["))
-    )
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        message = "there is no such key; correct or remove it"
-    return f"{where}: {message}" if where else message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +13,8 @@ from train.data.store import Summary
 from train.errors import TrainError
 from train.log import read_log
 from train.recipe import Recipe, recipe_text
+
+X = TypeVar("X", int, float)
 
 
 def write_report(
@@ -46,7 +48,7 @@ def write_report(
 
 def _facts(recipe: Recipe, adapter: Adapter, trained: int, steps: list[dict[str, Any]]) -> str:
     tokens = sum(line["tokens"] for line in steps)
-    seconds = sum(line["tokens"] / line["tokens_per_second"] for line in steps)
+    seconds = seconds_in(steps)
     rows = [
         ("base", recipe.base),
         ("variant", adapter.config.variant),
@@ -57,16 +59,21 @@ def _facts(recipe: Recipe, adapter: Adapter, trained: int, steps: list[dict[str,
         ("speed", f"{tokens / seconds:,.0f} tokens/s" if seconds else "–"),
         ("computed", f"{recipe.compute.dtype}, torch {torch.__version__}"),
     ]
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
+
+
+def seconds_in(steps: list[dict[str, Any]]) -> float:
+    """Time that a log's steps took; evaluations and checkpoints do not count."""
+    return float(sum(line["tokens"] / line["tokens_per_second"] for line in steps))
 
 
 def _data(sources: Mapping[str, Summary]) -> str:
-    columns = ("source", "rows read", "trained on", "held out", "truncated", "bad", "tokens", "targets")
+    header = ("source", "rows read", "trained on", "held out", "truncated", "bad", "tokens", "targets")
     rows = [
         (name, s.read, s.used, s.held_out, s.truncated, s.bad, s.tokens, s.targets)
         for name, s in sources.items()
     ]
-    text = _table(columns, [(name, *(f"{number:,}" for number in numbers)) for name, *numbers in rows])
+    text = table(header, [(name, *(f"{number:,}" for number in numbers)) for name, *numbers in rows])
     faults = [f"- `{fault}`" for s in sources.values() for fault in s.faults or ()]
     return "\n\n".join([text, *(["Bad rows, the first of them:\n\n" + "\n".join(faults)] if faults else [])])
 
@@ -76,16 +83,21 @@ def _losses(held_out: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
         return f"The last step's loss is {steps[-1]['loss']:.4f}; no rows were held out." if steps else ""
     names = list(held_out[0]["held_out"])
     rows = [(f"{line['step']:,}", *(f"{line['held_out'][name]:.4f}" for name in names)) for line in held_out]
-    note = "Held-out loss (mean −log p of a token). At step 0 nothing is learnt: it is the base's own."
-    return note + "\n\n" + _table(("step", *names), rows)
+    note = (
+        "Held-out loss (mean −log p of a token). At step 0 nothing is learnt: with gates at zero it is the "
+        "base's own."
+    )
+    return note + "\n\n" + table(("step", *names), rows)
 
 
-def _table(columns: tuple[str, ...], rows: list[Any]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
+def table(header: tuple[str, ...], rows: list[Any]) -> str:
+    """Markdown."""
+    lines = [header, ("---",) * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty one of matplotlib's, in inches, that needs no screen."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -99,28 +111,29 @@ def _figure(width: float, height: float) -> Any:
 def _plot_loss(
     file: Path, steps: list[dict[str, Any]], held_out: list[dict[str, Any]], names: list[str]
 ) -> None:
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     for index, name in enumerate(names):
         points = [(line["step"], line["loss"]) for line in steps if line["source"] == name]
         color = f"C{index}"
-        axes.plot(*_columns(points), color=color, alpha=0.3, linewidth=0.8)
-        axes.plot(*_columns(_smoothed(points)), color=color, label=f"{name}, training")
+        axes.plot(*columns(points), color=color, alpha=0.3, linewidth=0.8)
+        axes.plot(*columns(smoothed(points)), color=color, label=f"{name}, training")
         kept = [(line["step"], line["held_out"][name]) for line in held_out if name in line["held_out"]]
         if kept:
-            axes.plot(*_columns(kept), "o--", color=color, label=f"{name}, held out")
+            axes.plot(*columns(kept), "o--", color=color, label=f"{name}, held out")
     axes.set(xlabel="step", ylabel="loss (−log p per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=110)
 
 
-def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+def columns(points: list[tuple[X, float]]) -> tuple[list[X], list[float]]:
+    """What matplotlib plots."""
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _smoothed(points: list[tuple[int, float]], half_life: float = 0.02) -> list[tuple[int, float]]:
-    """An exponential mean that forgets half within 2 % of the points."""
+def smoothed(points: list[tuple[int, float]], half_life: float = 0.02) -> list[tuple[int, float]]:
+    """An exponential mean that forgets half within 2 % of the points, or `half_life` of them."""
     keep = 0.5 ** (1 / max(1.0, half_life * len(points)))
     smooth, mean = [], None
     for step, loss in points:
@@ -133,7 +146,7 @@ def _smoothed(points: list[tuple[int, float]], half_life: float = 0.02) -> list[
 def _plot_gates(file: Path, adapter: Adapter) -> None:
     """|effective gate|: layers upwards, heads to the right."""
     gates_LH = adapter.gates().abs().float().cpu().numpy()
-    figure = _figure(2 + 0.22 * gates_LH.shape[1], 2 + 0.18 * gates_LH.shape[0])
+    figure = new_figure(2 + 0.22 * gates_LH.shape[1], 2 + 0.18 * gates_LH.shape[0])
     axes = figure.add_subplot()
     image = axes.imshow(gates_LH, aspect="auto", origin="lower", cmap="viridis", vmin=0)
     axes.set(xlabel="head", ylabel="layer", title="gate magnitude")

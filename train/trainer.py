@@ -94,12 +94,12 @@ class Trainer:
             self.finished_steps += 1
             if log is not None:
                 log.step(self.finished_steps, values | {"tokens_per_second": step.tokens / (now - began)})
-            last = stopping or self.finished_steps == self._total_steps
-            if last or self.finished_steps % keep.checkpoint_every == 0:
+            last = self.finished_steps == self._total_steps
+            if last or stopping or self.finished_steps % keep.checkpoint_every == 0:
                 self._save(checkpoints)
                 saved = self.finished_steps
-            if stopping:
-                return self.finished_steps == self._total_steps
+            if stopping and not last:
+                return False
             if last or self.finished_steps % keep.evaluate_every == 0:
                 self._evaluate(held_out, read_image, log)
             began = time.perf_counter()

@@ -16,7 +16,7 @@ from train.errors import TrainError
 
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
-    """`rows`: the numbers of the rows to train on; `epochs`: passes over them."""
+    """`rows`: the numbers of the rows to train on; `epochs`: passes over them, 0 for none."""
 
     name: str
     rows: NDArray[np.int64]
@@ -61,6 +61,8 @@ class Plan:
         return rows
 
     def _steps(self, source: SourcePlan) -> int:
+        if source.epochs == 0:
+            return 0
         per_epoch = len(source.rows) // self._batch_size
         if per_epoch == 0:
             raise TrainError(
