@@ -1,0 +1,167 @@
+"""`llama-adapter eval` against real services: what a folder is found to be, its endpoint is found to be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from service import Service, serving
+from tiny_base import write_adapter, write_tiny_base
+from train_files import write_captions, write_instructions, write_lines
+from typer.testing import CliRunner
+
+from models.errors import ModelError
+from server.cli import app
+from server.serving import StartupError
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base, adapters for it, and data."""
+    folder = tmp_path_factory.mktemp("eval")
+    write_tiny_base(folder / "tiny")
+    for kind in ("v1", "sight"):
+        write_adapter(folder / kind, kind)
+    write_captions(folder / "pictures")
+    write_instructions(folder / "instructions.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path) -> Iterator[Service]:
+    adapters = [f"--adapter={kind}={folder / kind}" for kind in ("v1", "sight")]
+    base = ("--base", str(folder / "tiny"), "--dtype", "float32")
+    with serving(*base, *adapters, "--experts", "classifier") as service:
+        yield service
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the local service takes from our environment. Keys are not among it."""
+    monkeypatch.setenv("LLAMA_ADAPTER_KV_CACHE_MIB", "8")
+    monkeypatch.setenv("LLAMA_ADAPTER_DTYPE", "float32")
+    monkeypatch.setenv("LLAMA_ADAPTER_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLAMA_ADAPTER_API_KEYS", '["secret"]')
+
+
+class Evaluation:
+    """One run of the command, and what it left."""
+
+    def __init__(self, tmp_path: Path, *arguments: object, predictions: bool = True) -> None:
+        output, lines = tmp_path / "scores.json", tmp_path / "predictions.jsonl"
+        command = ["eval", *map(str, arguments), "--output", str(output)]
+        command += ["--predictions", str(lines)] if predictions else []
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+        self.table: list[str] = result.stdout.splitlines()
+        self.told: dict[str, Any] = json.loads(output.read_text())
+        self.scores: Any = self.told["scores"]
+        self.predictions = (
+            [json.loads(line) for line in lines.read_text().splitlines()] if predictions else []
+        )
+
+
+def local(folder: Path, adapter: str | None = None) -> list[object]:
+    base = ["--base", folder / "tiny"]
+    return base if adapter is None else [*base, "--adapter", folder / adapter]
+
+
+def remote(service: Service, model: str) -> list[object]:
+    return ["--url", f"{service.url}/v1", "--model", model]
+
+
+def test_captions_of_a_folder_are_those_of_its_endpoint(
+    folder: Path, service: Service, tmp_path: Path
+) -> None:
+    pictures = folder / "pictures"
+    common = ["captions", pictures / "captions.jsonl", "--images", pictures, "--max-tokens", 12]
+    here = Evaluation(tmp_path, *common, *local(folder, "sight"))
+    there = Evaluation(tmp_path, *common, *remote(service, "sight"), "--no-experts")
+    said = [line["caption"] for line in here.predictions]
+    assert [line["caption"] for line in there.predictions] == said
+    assert len(set(said)) > 2  # it looks
+    assert here.scores == there.scores
+    assert here.told["pictures"] == 16
+    shuffled = Evaluation(
+        tmp_path, *common, *remote(service, "sight"), "--no-experts", "--shuffle-images", 3, "--limit", 4
+    )
+    assert sorted(line["caption"] for line in shuffled.predictions) == sorted(said[:4])
+    assert [line["caption"] for line in shuffled.predictions] != said[:4]
+
+
+def test_the_base_alone_is_blind(folder: Path, tmp_path: Path) -> None:
+    pictures = folder / "pictures"
+    common = ["captions", pictures / "captions.jsonl", "--images", pictures, "--max-tokens", 12]
+    base = Evaluation(tmp_path, *common, *local(folder), "--limit", 6)
+    assert len({line["caption"] for line in base.predictions}) == 1
+
+
+def test_baselines_need_no_model(folder: Path, tmp_path: Path) -> None:
+    rows = folder / "pictures" / "captions.jsonl"
+    common = ["captions", rows, "--images", rows.parent, "--split", "held-out", "--holdout", 0.3]
+    nearest = Evaluation(tmp_path, *common, "--nearest", rows)
+    names = Evaluation(tmp_path, *common, "--classifier")
+    assert nearest.scores["CIDEr"] > names.scores["CIDEr"]
+    assert nearest.told["references"] == names.told["references"] == len(names.predictions)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat", "vicuna_v1"])
+def test_the_loss_of_a_folder_is_that_of_its_endpoint(
+    template: str, folder: Path, service: Service, tmp_path: Path
+) -> None:
+    rows = folder / "instructions.jsonl"
+    common = ["loss", rows, "--template", template, "--split", "held-out", "--holdout", 0.4]
+    losses = []
+    for adapter in ("v1", None):
+        here = Evaluation(tmp_path, *common, *local(folder, adapter), predictions=False)
+        model = remote(service, adapter or "tiny")
+        there = Evaluation(tmp_path, *common, *local(folder), *model, predictions=False)
+        assert here.scores["loss"] == pytest.approx(there.scores["loss"], abs=1e-4)
+        assert here.scores["answer tokens"] == there.scores["answer tokens"]
+        assert 0 < here.scores["rows"] < 24
+        losses.append(here.scores["loss"])
+    assert abs(losses[0] - losses[1]) > 1e-3  # the adapter counts
+
+
+def test_an_endpoint_is_given_no_pictures_to_score(folder: Path, service: Service) -> None:
+    rows = folder / "pictures" / "captions.jsonl"
+    command = ["eval", "loss", rows, "--format", "captions", "--template", "caption", "--images", rows.parent]
+    result = CliRunner().invoke(app, [*map(str, [*command, *local(folder), *remote(service, "sight")])])
+    assert isinstance(result.exception, ModelError)
+    assert "captions.jsonl:1: has an image, which an endpoint" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "nothing to evaluate is named"),
+        (["--url", "http://127.0.0.1:9/v1"], "--url needs --model"),
+        (["--url", "http://127.0.0.1:9/v1", "--model", "m", "--adapter", "a"], "two things to evaluate"),
+        (["--base", "./no-such-base"], "no-such-base"),
+        (["--base", "BASE", "--adapter", "./no-such-adapter"], "no-such-adapter"),
+        (["--base", "BASE", "--output", "no/such/folder.json"], "make its folder"),
+        (["--classifier", "--nearest", "x.jsonl"], "two captioners"),
+        (["--classifier", "--split", "held-out"], "needs --holdout"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told(arguments: list[str], sentence: str, folder: Path) -> None:
+    rows = folder / "pictures" / "captions.jsonl"
+    given = [str(folder / "tiny") if argument == "BASE" else argument for argument in arguments]
+    command = ["eval", "captions", str(rows), "--images", str(rows.parent), *given]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, ModelError | StartupError), result.exception
+    assert sentence in str(result.exception)
+
+
+def test_an_unknown_model_is_told(folder: Path, service: Service) -> None:
+    rows = write_lines(folder / "one.jsonl", [{"file": "img/0.png", "caption": "a sheet"}])
+    command = ["eval", "captions", rows, "--images", folder / "pictures", *remote(service, "nobody")]
+    result = CliRunner().invoke(app, [*map(str, command)])
+    assert isinstance(result.exception, ModelError)
+    assert "nobody" in str(result.exception)
+    assert "correct --model" in str(result.exception)

@@ -1,0 +1,182 @@
+"""An endpoint that is wrong is told in one sentence; a busy one is asked again."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from train.errors import EvaluationError
+from train.evaluation.endpoint import Endpoint, Target
+
+Reply = tuple[int, Any]
+
+
+@contextmanager
+def answering(reply: Callable[[dict[str, Any]], Reply], concurrency: int = 8) -> Iterator[Endpoint]:
+    """An endpoint that is a script: a request's body → status and body."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            status, answer = reply(body | {"path": self.path, "key": self.headers["authorization"]})
+            data = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("content-type", "text/html" if isinstance(answer, str) else "application/json")
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            target = Target(f"http://127.0.0.1:{server.server_port}/v1", "m", "k", {"experts": []}, True)
+            with Endpoint(target, concurrency) as endpoint:
+                yield endpoint
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def said(text: str | None) -> Reply:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return 200, {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+
+
+def scored(logprobs: list[float | None] | None) -> Reply:
+    choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": {"token_logprobs": logprobs}}
+    return 200, {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]}
+
+
+def test_a_question_with_a_picture_is_asked_greedily(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.webp")
+    seen: list[dict[str, Any]] = []
+
+    def reply(body: dict[str, Any]) -> Reply:
+        seen.append(body)
+        return said("a cat")
+
+    with answering(reply) as endpoint:
+        assert endpoint.ask("what?", tmp_path / "a.webp", 7) == "a cat"
+        assert endpoint.ask("and now?", None, 7) == "a cat"
+    first, second = seen
+    assert (first["path"], first["key"]) == ("/v1/chat/completions", "Bearer k")
+    assert (first["model"], first["temperature"], first["max_tokens"]) == ("m", 0, 7)
+    assert first["experts"] == []
+    text, picture = first["messages"][0]["content"]
+    assert text == {"type": "text", "text": "what?"}
+    head, _, data = picture["image_url"]["url"].partition(",")
+    assert head == "data:image/webp;base64"
+    assert base64.b64decode(data) == (tmp_path / "a.webp").read_bytes()
+    assert second["messages"] == [{"role": "user", "content": "and now?"}]
+
+
+def test_nothing_said_is_an_empty_answer() -> None:
+    with answering(lambda body: said(None)) as endpoint:
+        assert endpoint.ask("what?", None, 7) == ""
+
+
+def test_tokens_are_scored_without_writing_any() -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        assert (body["path"], body["echo"], body["max_tokens"]) == ("/v1/completions", True, 0)
+        return scored([None, *(-float(id) for id in body["prompt"][1:])])
+
+    with answering(reply) as endpoint:
+        assert endpoint.score([5, 6, 7]) == [None, -6, -7]
+
+
+@pytest.mark.parametrize("logprobs", [None, [], [None, -1.0]])
+def test_an_endpoint_that_scores_otherwise_is_refused(logprobs: list[float | None] | None) -> None:
+    with (
+        answering(lambda body: scored(logprobs)) as endpoint,
+        pytest.raises(EvaluationError, match="of 3 tokens with `echo`"),
+    ):
+        endpoint.score([1, 2, 3])
+
+
+def failure(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "t", "param": None, "code": None}}
+
+
+@pytest.mark.parametrize(
+    ("reply", "sentence"),
+    [
+        ((401, failure("bad key")), r"refuses the key \(bad key\); set OPENAI_API_KEY"),
+        ((404, failure("no such model")), r"no model 'm' or no such API \(no such model\); correct --model"),
+        ((404, "<html>" + "x" * 5000), "correct --model or --url"),
+        ((400, failure("too long")), r"'what\?': http.* answers 400: too long"),
+        ((200, "<html>hello"), "not as OpenAI's API does"),
+        ((200, {"choices": []}), "not as OpenAI's API does"),
+        ((200, []), "not as OpenAI's API does"),
+        ((200, {"hello": 1}), "not as OpenAI's API does"),
+    ],
+)
+def test_a_wrong_endpoint_is_told_in_one_sentence(reply: Reply, sentence: str) -> None:
+    with (
+        answering(lambda body: reply) as endpoint,
+        pytest.raises(EvaluationError, match=sentence) as caught,
+    ):
+        endpoint.ask("what?", None, 7)
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+
+
+def test_nobody_at_home() -> None:
+    with (
+        Endpoint(Target("http://127.0.0.1:9/v1", "m", local=True)) as endpoint,
+        pytest.raises(EvaluationError, match=r"127\.0\.0\.1:9/v1: cannot be reached .* --url"),
+    ):
+        endpoint.ask("what?", None, 7)
+
+
+def test_a_busy_endpoint_is_asked_again() -> None:
+    replies = [(503, failure("busy")), (429, failure("slowly")), said("now")]
+    with answering(lambda body: replies.pop(0)) as endpoint:
+        assert endpoint.ask("what?", None, 7) == "now"
+
+
+def test_answers_come_in_order_and_no_more_are_asked_at_once_than_allowed() -> None:
+    lock = threading.Lock()
+    running, most = 0, 0
+
+    def reply(body: dict[str, Any]) -> Reply:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        return said(body["messages"][0]["content"])
+
+    questions = [str(i) for i in range(20)]
+    with answering(reply, concurrency=3) as endpoint:
+        answers = endpoint.each(lambda question: endpoint.ask(question, None, 1), questions, "questions")
+    assert answers == questions
+    assert most == 3
+
+
+def test_the_first_failure_ends_the_asking() -> None:
+    asked: list[str] = []
+
+    def reply(body: dict[str, Any]) -> Reply:
+        asked.append(body["messages"][0]["content"])
+        return (400, failure("no")) if len(asked) == 3 else said("yes")
+
+    with answering(reply, concurrency=1) as endpoint, pytest.raises(EvaluationError, match="answers 400"):
+        endpoint.each(
+            lambda question: endpoint.ask(question, None, 1), list(map(str, range(50))), "questions"
+        )
+    assert len(asked) < 50
