@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from models.prompts import CAPTION_PROMPT
-from server.options import load, settings_options
+from server.commands.eval_common import (
+    FIRST,
+    BadRows,
+    Columns,
+    Data,
+    Holdout,
+    Images,
+    MaxTokens,
+    NoExperts,
+    Split,
+    cache_dir,
+    installed,
+    report,
+    settings_of,
+    source_of,
+    tell,
+    wanted_rows,
+)
+from server.options import settings_options
 from server.serving import StartupError
-from server.settings import EvaluationSettings, WorkerSettings
+from server.settings import EvaluationSettings
 
 if TYPE_CHECKING:
-    from train.evaluation.captions import Captioner, Picture
+    from train.evaluation.endpoint import Endpoint
     from train.evaluation.results import Result
-    from train.evaluation.samples import Wanted
-    from train.recipe import SourceRecipe
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Evaluate an adapter, a base or any OpenAI-compatible API. Answers are greedy.\n\n"
-    "Scores go to the terminal as a table, to --output as JSON, every answer to --predictions.",
+    "Scores go to the terminal as a table and to --output as JSON, every answer to --predictions.",
 )
-
-Data = Annotated[list[Path], typer.Argument(help="Data files, as a recipe's `path`.", metavar="DATA...")]
-Images = Annotated[Path | None, typer.Option(help="folder that the data's image paths are relative to")]
-Columns = Annotated[
-    str | None, typer.Option(help="names of the columns of a TSV file without a header, by commas")
-]
-Split = Annotated[
-    Literal["all", "held-out"], typer.Option(help="held-out: the rows that a training keeps apart")
-]
-Holdout = Annotated[float, typer.Option(min=0, max=0.5, help="the recipe's `holdout`, for --split held-out")]
-BadRows = Annotated[Literal["stop", "skip"], typer.Option(help="at a row that cannot be used")]
-NoExperts = Annotated[
-    bool, typer.Option("--no-experts", help="tell a llama-adapter --url to leave its experts out")
-]
-MaxTokens = Annotated[int, typer.Option(min=1, help="greatest length of an answer")]
 
 
 @app.command(
@@ -51,7 +51,7 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="greatest length of an answe
     "    --url http://127.0.0.1:8000/v1 --model caption\n"
     "  llama-adapter eval captions val.jsonl --images . --nearest train.jsonl"
 )
-@settings_options(EvaluationSettings, first=("adapter", "base", "url", "model"))
+@settings_options(EvaluationSettings, first=FIRST)
 def captions(
     data: Data,
     *,
@@ -88,77 +88,50 @@ def captions(
 
     A picture's captions in the chosen rows are its references.
     """
-    settings = _settings(given)
+    settings = settings_of(given)
     if classifier and nearest:
         raise StartupError("--classifier and --nearest are two captioners; give one of them.")
-    with _installed():
-        from train.evaluation import captions as measure
+    with installed(), ExitStack() as stack:
+        from train.evaluation.captions import asked, evaluate_captions, read_pictures, shuffled
+        from train.evaluation.samples import all_rows, trained_rows
 
-        source = _source(
-            data, format=format, images=images, columns=_names(columns), holdout=holdout, bad_rows=bad_rows
-        )
+        source = source_of(data, columns, format=format, images=images, bad_rows=bad_rows)
         faults: list[str] = []
-        pictures = measure.read_pictures(source, _wanted(split, holdout), faults, settings.limit)
-        _tell(faults)
-        about = {"data": [str(file) for file in data], "split": split, "holdout": holdout}
-        with _captioner(
-            settings, source, classifier, nearest, encoder, question, max_tokens, split, no_experts
-        ) as (captioner, name):
-            if shuffle_images is not None:
-                captioner, name = measure.shuffled(captioner, shuffle_images), f"{name}, images shuffled"
-            result = measure.evaluate_captions(pictures, captioner, {"model": name, **about})
-    _report(result, settings)
+        pictures = read_pictures(source, wanted_rows(split, holdout), faults, settings.limit)
+        if classifier:
+            from train.evaluation.baselines import imagenet_captioner
 
+            captioner, name = imagenet_captioner(), "ImageNet name"
+        elif nearest:
+            from train.evaluation.baselines import nearest_captioner
 
-@contextmanager
-def _captioner(
-    settings: EvaluationSettings,
-    source: SourceRecipe,
-    classifier: bool,
-    nearest: list[Path] | None,
-    encoder: str,
-    question: str,
-    max_tokens: int,
-    split: str,
-    no_experts: bool,
-) -> Iterator[tuple[Captioner, str]]:
-    """Who describes the pictures, and a name for them."""
-    if classifier:
-        from train.evaluation.baselines import imagenet_captioner
+            known = read_pictures(
+                source.model_copy(update={"path": tuple(nearest)}),
+                trained_rows(holdout) if split == "held-out" else all_rows,
+                faults,
+            )
+            captioner, name = nearest_captioner(known, encoder, cache_dir()), "nearest picture"
+        else:
+            from server.commands.evaluated import evaluated
 
-        yield imagenet_captioner(), "ImageNet name"
-    elif nearest:
-        from train.evaluation.baselines import nearest_captioner
-
-        known = _trained_pictures(source.model_copy(update={"path": tuple(nearest)}), split)
-        yield nearest_captioner(known, encoder, _cache_dir()), f"nearest of {len(known)} pictures"
-    else:
-        from server.commands.evaluated import evaluated
-        from train.evaluation.captions import asked
-
-        with evaluated(settings, no_experts) as (endpoint, name):
-            yield asked(endpoint, question, max_tokens), name
-
-
-def _trained_pictures(source: SourceRecipe, split: str) -> list[Picture]:
-    from train.evaluation.captions import read_pictures
-    from train.evaluation.samples import all_rows, trained_rows
-
-    faults: list[str] = []
-    wanted = trained_rows(source.holdout) if split == "held-out" else all_rows
-    known = read_pictures(source, wanted, faults)
-    _tell(faults)
-    return known
+            endpoint, name = stack.enter_context(evaluated(settings, no_experts))
+            captioner = asked(endpoint, question, max_tokens)
+        tell(faults)
+        if shuffle_images is not None:
+            captioner = shuffled(captioner, shuffle_images)
+        result = evaluate_captions(pictures, captioner)
+    about = {"model": name, "data": _paths(data), "split": split, "holdout": holdout}
+    report(result.told(**about, bad_rows=len(faults), shuffle_images=shuffle_images), settings)
 
 
 @app.command(
     epilog="Examples:\n\n\b\n"
     "  llama-adapter eval loss alpaca.json --split held-out --holdout 0.01 --adapter ./mine\n"
-    "  llama-adapter eval loss captions.jsonl --format captions --images . --adapter ./captioner\n"
+    "  llama-adapter eval loss rows.jsonl --format captions --images . --adapter ./captioner\n"
     "  llama-adapter eval loss alpaca.json --template alpaca --base ~/models/7B \\\n"
     "    --url http://127.0.0.1:8000/v1 --model alpaca"
 )
-@settings_options(EvaluationSettings, first=("adapter", "base", "url", "model"), without=("predictions",))
+@settings_options(EvaluationSettings, first=FIRST, without=("predictions",))
 def loss(
     data: Data,
     *,
@@ -184,86 +157,123 @@ def loss(
     Of --adapter or --base it is computed here, as a training computes its own. An API has to score
     prompts (/v1/completions with echo and logprobs) and to serve a base with --base's tokenizer.
     """
-    settings = _settings(given)
-    with _installed():
+    settings = settings_of(given)
+    with installed():
         from server.commands.evaluated import DEFAULT_BASE, check_choice, evaluated
-        from train.evaluation import loss as measure
+        from train.evaluation.loss import LossData, endpoint_loss, folder_loss
 
         check_choice(settings)
         base = settings.base or DEFAULT_BASE
-        source = _source(
-            data,
-            format=format,
-            images=images,
-            columns=_names(columns),
-            question=question,
-            holdout=0.0,
-            bad_rows=bad_rows,
-        )
-        rows = measure.LossData(source, _wanted(split, holdout), max_tokens, settings.limit)
+        source = source_of(data, columns, format=format, images=images, question=question, bad_rows=bad_rows)
+        rows = LossData(source, wanted_rows(split, holdout), max_tokens, settings.limit)
         if settings.url is None:
             name = settings.adapter or base
-            result = measure.folder_loss(rows, base, settings.adapter, template, device, _cache_dir())
+            result = folder_loss(rows, base, settings.adapter, template, device, cache_dir())
         else:
             with evaluated(settings) as (endpoint, name):
-                result = measure.endpoint_loss(rows, endpoint, base, template or "chat", _cache_dir())
-    about = {"data": [str(file) for file in data], "split": split, "holdout": holdout}
-    _report(result.told(model=name, **about), settings)
+                result = endpoint_loss(rows, endpoint, base, template or "chat", cache_dir())
+    report(result.told(model=name, data=_paths(data), split=split, holdout=holdout), settings)
 
 
-def _settings(given: dict[str, Any]) -> EvaluationSettings:
-    with _installed():
-        from train.evaluation.results import check_place
+@app.command(
+    epilog="Examples:\n\n\b\n"
+    "  llama-adapter eval scienceqa data/scienceqa/problems.json --images data/scienceqa/images \\\n"
+    "    --adapter ./scienceqa --base ~/models/llama-7b\n"
+    "  llama-adapter eval scienceqa problems.json --text-only --url http://127.0.0.1:8000/v1 --model qa"
+)
+@settings_options(EvaluationSettings, first=FIRST)
+def scienceqa(
+    data: Data,
+    *,
+    images: Annotated[Path | None, typer.Option(help="folder of SPLIT/ID/image.png")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test; '' for every problem")] = "test",
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="show no images, as to V1's text-only model")
+    ] = False,
+    max_tokens: MaxTokens = 32,
+    no_experts: NoExperts = False,
+    **given: Any,
+) -> None:
+    """Accuracy on ScienceQA: all, by subject, context and grade, in per cent.
 
-        settings = load(EvaluationSettings, given)
-        check_place(settings.output)
-        check_place(settings.predictions)
-    return settings
+    Problems are asked in the words that a training on `format: scienceqa` uses. An answer that names
+    no choice is wrong; `unread` counts those.
+    """
+    settings = settings_of(given)
+    with installed():
+        from train.evaluation.scienceqa import evaluate_scienceqa, read_problems
 
-
-@contextmanager
-def _installed() -> Iterator[None]:
-    """Say what to install where a package is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("train", "models", "server"):
-            raise
-        raise StartupError(
-            f"{error.name} is not installed; install llama-adapter-server[worker,eval]."
-        ) from error
-
-
-def _source(data: list[Path], **fields: Any) -> SourceRecipe:
-    from train.recipe import SourceRecipe
-
-    return SourceRecipe(path=tuple(data), **fields)
-
-
-def _names(columns: str | None) -> tuple[str, ...] | None:
-    return tuple(columns.split(",")) if columns else None
-
-
-def _wanted(split: str, holdout: float) -> Wanted:
-    from train.evaluation.samples import all_rows, held_out_rows
-
-    return held_out_rows(holdout) if split == "held-out" else all_rows
+        source = source_of(data, format="scienceqa", images=images, split=split or None)
+        problems = read_problems(source, settings.limit, images=not text_only)
+        _ask(settings, no_experts, data, lambda it: evaluate_scienceqa(problems, it, max_tokens))
 
 
-def _cache_dir() -> Path:
-    return load(WorkerSettings, {}).cache_dir
+@app.command(
+    epilog="Example:\n\n\b\n"
+    "  llama-adapter eval pope coco_pope_random.jsonl coco_pope_adversarial.jsonl --images val2014 \\\n"
+    "    --adapter ./mine"
+)
+@settings_options(EvaluationSettings, first=FIRST)
+def pope(
+    data: Data,
+    *,
+    images: Annotated[Path, typer.Option(help="folder of the images")],
+    max_tokens: MaxTokens = 32,
+    no_experts: NoExperts = False,
+    **given: Any,
+) -> None:
+    """POPE: accuracy, precision, recall, F1 and share of yes, in per cent, of each file and on average.
+
+    Files are JSON lines of question_id, image, text, label; the published ones are so too, whatever
+    their names end with: name them .jsonl. An answer that says neither yes nor no counts as yes, as in
+    POPE's own evaluation; `unread` counts those.
+    """
+    settings = settings_of(given)
+    with installed():
+        from train.evaluation.pope import evaluate_pope, read_questions
+
+        questions = read_questions(data, images, settings.limit)
+        _ask(settings, no_experts, data, lambda it: evaluate_pope(questions, it, max_tokens))
 
 
-def _tell(faults: list[str]) -> None:
-    for fault in faults[:3]:
-        typer.echo(fault, err=True)
-    if faults:
-        typer.echo(f"{len(faults)} rows cannot be used and are left out.", err=True)
+@app.command(
+    epilog="Example:\n\n\b\n"
+    "  llama-adapter eval mme MME/eval_tool/Your_Results --images MME/MME_Benchmark --adapter ./mine"
+)
+@settings_options(EvaluationSettings, first=FIRST)
+def mme(
+    folder: Annotated[Path, typer.Argument(help="Folder of SUBTASK.txt files.", metavar="FOLDER")],
+    *,
+    images: Annotated[Path, typer.Option(help="folder of SUBTASK/ or SUBTASK/images/ with the images")],
+    max_tokens: MaxTokens = 32,
+    no_experts: NoExperts = False,
+    **given: Any,
+) -> None:
+    """MME: each subtask's acc, acc+ and score, and the sums for perception and cognition.
+
+    A file's lines are `image TAB question TAB answer`, two for each image. --limit counts the images
+    of each subtask. An answer that says neither yes nor no is wrong; `unread` counts those.
+    """
+    settings = settings_of(given)
+    with installed():
+        from train.evaluation.mme import evaluate_mme, read_subtasks
+
+        questions = read_subtasks(folder, images, settings.limit)
+        _ask(settings, no_experts, [folder], lambda it: evaluate_mme(questions, it, max_tokens))
 
 
-def _report(result: Result, settings: EvaluationSettings) -> None:
-    from train.evaluation.results import save
+def _ask(
+    settings: EvaluationSettings,
+    no_experts: bool,
+    data: Sequence[Path],
+    evaluate: Callable[[Endpoint], Result],
+) -> None:
+    from server.commands.evaluated import evaluated
 
-    print(result.table())
-    save(settings.output, result.as_json())
-    save(settings.predictions, "\n".join(json.dumps(row, ensure_ascii=False) for row in result.predictions))
+    with evaluated(settings, no_experts) as (endpoint, name):
+        result = evaluate(endpoint)
+    report(result.told(model=name, data=_paths(data)), settings)
+
+
+def _paths(data: Sequence[Path]) -> list[str]:
+    return [str(file) for file in data]

@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from train.data.rows import Row
 from train.errors import EvaluationError
@@ -85,7 +84,7 @@ def shuffled(captioner: Captioner, seed: int) -> Captioner:
     return caption
 
 
-def evaluate_captions(pictures: Sequence[Picture], captioner: Captioner, about: dict[str, Any]) -> Result:
+def evaluate_captions(pictures: Sequence[Picture], captioner: Captioner) -> Result:
     """Describe and score. Scores are times 100."""
     captions = captioner([picture.path for picture in pictures])
     scores = score_captions([picture.references for picture in pictures], captions)
@@ -103,4 +102,4 @@ def evaluate_captions(pictures: Sequence[Picture], captioner: Captioner, about: 
         "pictures": len(pictures),
         "references": sum(len(picture.references) for picture in pictures),
     }
-    return Result("captions", scores.total, about | counts, predictions)
+    return Result("captions", scores.total, counts, predictions)

@@ -1,14 +1,11 @@
-"""What an evaluation found: a table for people, JSON for programs, each answer as a line of JSON."""
+"""What an evaluation found: a table for people, JSON for programs, and every answer."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
-
-from train.errors import EvaluationError
 
 Scores = Mapping[str, Any]
 
@@ -46,20 +43,3 @@ class Result:
         return json.dumps(
             {"measure": self.measure, **self.about, "scores": self.scores}, indent=2, ensure_ascii=False
         )
-
-
-def check_place(file: Path | None) -> None:
-    """Before hours of asking: whether a file can be written there. Raises EvaluationError."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise EvaluationError(f"{file}: no file can be written there; make its folder, or name another")
-
-
-def save(file: Path | None, text: str) -> None:
-    """Write a file, where one is wanted. Raises EvaluationError."""
-    if file is None:
-        return
-    try:
-        # A lone surrogate of an answer is written as the escape that JSON has for it.
-        file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise EvaluationError(f"{file}: cannot be written ({error.strerror}); name another file") from error

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from models.vision.images import ImageError, decode_image
 from train.data.formats import Sample, read_samples
@@ -12,6 +15,7 @@ from train.data.store import image_path, is_held_out
 from train.errors import DataError, EvaluationError, RowError
 from train.recipe import SourceRecipe
 
+Fields = TypeVar("Fields", bound=BaseModel)
 # Whether a sample takes part.
 Wanted = Callable[[Sample], bool]
 
@@ -67,3 +71,40 @@ def fault(source: SourceRecipe, row: Row, reason: str, faults: list[str]) -> Non
     if source.bad_rows == "stop":
         raise DataError(row.file, row.line, f"{reason} (to go on without such rows: --bad-rows skip)")
     faults.append(f"{row.file}:{row.line}: {reason}")
+
+
+def checked(kind: type[Fields], row: Row) -> Fields:
+    """A row's fields as a pydantic model. Raises DataError, naming file, line and field."""
+    if row.fault:
+        raise DataError(row.file, row.line, row.fault)
+    try:
+        return kind.model_validate(row.value)
+    except ValidationError as error:
+        found = error.errors()[0]
+        field = ".".join(str(part) for part in found["loc"])
+        shown = f", not {str(found['input'])[:60]!r}"
+        raise DataError(row.file, row.line, f"{field or 'the row'}: {found['msg']}{shown}") from error
+
+
+class ImageFolder:
+    """Image files of a folder, each checked once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+        self._good: set[Path] = set()
+
+    def path(self, row: Row, *names: str) -> Path:
+        """The first of `names` that is there. Raises DataError where none is, or where it is no image."""
+        missing = ""
+        for name in names:
+            try:
+                path = image_path(self._root, name)
+            except RowError as error:
+                missing = missing or str(error)
+                continue
+            reason = None if path in self._good else check_image(path)
+            if reason is not None:
+                raise DataError(row.file, row.line, reason)
+            self._good.add(path)
+            return path
+        raise DataError(row.file, row.line, missing)

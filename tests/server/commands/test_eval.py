@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import pytest
@@ -134,6 +135,62 @@ def test_an_endpoint_is_given_no_pictures_to_score(folder: Path, service: Servic
     result = CliRunner().invoke(app, [*map(str, [*command, *local(folder), *remote(service, "sight")])])
     assert isinstance(result.exception, ModelError)
     assert "captions.jsonl:1: has an image, which an endpoint" in str(result.exception)
+
+
+def science(folder: Path) -> list[object]:
+    """Six problems, every other one with an image."""
+    rows = {
+        str(i): {
+            "question": f"Which is number {i}?",
+            "choices": ["one", "two"],
+            "answer": i % 2,
+            "hint": "",
+            "image": "image.png" if i % 2 else None,
+            "subject": "natural science",
+            "grade": f"grade{2 * i + 1}",
+            "split": "test",
+        }
+        for i in range(6)
+    }
+    for id in rows:
+        (folder / "science" / "test" / id).mkdir(parents=True, exist_ok=True)
+        copyfile(folder / f"pictures/img/{id}.png", folder / "science" / "test" / id / "image.png")
+    (folder / "science" / "problems.json").write_text(json.dumps(rows))
+    return ["scienceqa", folder / "science" / "problems.json", "--images", folder / "science"]
+
+
+def objects(folder: Path) -> list[object]:
+    rows = [
+        {"question_id": i, "image": f"{i}.png", "text": f"Is number {i} red?", "label": ("yes", "no")[i % 2]}
+        for i in range(6)
+    ]
+    file = write_lines(folder / "coco_pope_random.jsonl", rows)
+    return ["pope", file, "--images", folder / "pictures" / "img"]
+
+
+def subtasks(folder: Path) -> list[object]:
+    (folder / "mme" / "count").mkdir(parents=True, exist_ok=True)
+    lines = ""
+    for i in range(3):
+        copyfile(folder / f"pictures/img/{i}.png", folder / f"mme/count/{i}.png")
+        lines += f"{i}.png\tOne sheet?\tYes\n{i}.png\tTwo sheets?\tNo\n"
+    (folder / "mme" / "count.txt").write_text(lines)
+    return ["mme", folder / "mme", "--images", folder / "mme"]
+
+
+@pytest.mark.parametrize("questions", [science, objects, subtasks], ids=["scienceqa", "pope", "mme"])
+def test_answers_of_a_folder_are_those_of_its_endpoint(
+    questions: Callable[[Path], list[object]], folder: Path, service: Service, tmp_path: Path
+) -> None:
+    common = [*questions(folder), "--max-tokens", 8]
+    here = Evaluation(tmp_path, *common, *local(folder, "sight"))
+    there = Evaluation(tmp_path, *common, *remote(service, "sight"), "--no-experts")
+    assert len(here.predictions) == 6
+    assert len({line["answer"] for line in here.predictions}) > 1
+    assert here.predictions == there.predictions
+    assert here.scores == there.scores
+    assert here.told["measure"] == common[0]
+    assert len(here.table) >= 3
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_the_classifier_names_what_is_there() -> None:
 
 def test_scores_stand_beside_what_was_said() -> None:
     pictures = [Picture(Path("a.png"), ("a", "the letter a")), Picture(Path("b.png"), ("b",))]
-    result = evaluate_captions(pictures, names, {"model": "names"})
+    result = evaluate_captions(pictures, names)
     assert result.scores["F1"] == pytest.approx(100)
     assert result.predictions[0] == {
         "image": "a.png",
