@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
+import psutil
 import pytest
-from service import Service, serving
+from service import Service, serving, until
 from tiny_base import write_adapter, write_tiny_base
 from train_files import write_captions, write_instructions, write_lines
 from typer.testing import CliRunner
@@ -17,6 +23,9 @@ from typer.testing import CliRunner
 from models.errors import ModelError
 from server.cli import app
 from server.serving import StartupError
+
+GUIDE = (Path(__file__).parents[3] / "docs" / "evaluate.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", GUIDE, re.S) for line in block.splitlines()]
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
@@ -215,6 +224,21 @@ def test_what_cannot_be_evaluated_is_told(arguments: list[str], sentence: str, f
     assert sentence in str(result.exception)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_service_outlives_its_evaluation(number: signal.Signals, folder: Path) -> None:
+    rows = folder / "pictures" / "captions.jsonl"
+    command = [sys.executable, "-m", "server.cli", "eval", "captions", rows, "--images", rows.parent]
+    with subprocess.Popen([*map(str, [*command, *local(folder)])], stderr=subprocess.DEVNULL) as process:
+        try:
+            evaluation = psutil.Process(process.pid)
+            until(lambda: len(evaluation.children(recursive=True)) >= 2, 60)  # the service and its worker
+            started = evaluation.children(recursive=True)
+        finally:
+            process.send_signal(number)
+        assert process.wait(60) == (130 if number == signal.SIGINT else -number)
+    until(lambda: not any(child.is_running() for child in started), 60)
+
+
 def test_an_unknown_model_is_told(folder: Path, service: Service) -> None:
     rows = write_lines(folder / "one.jsonl", [{"file": "img/0.png", "caption": "a sheet"}])
     command = ["eval", "captions", rows, "--images", folder / "pictures", *remote(service, "nobody")]
@@ -222,3 +246,15 @@ def test_an_unknown_model_is_told(folder: Path, service: Service) -> None:
     assert isinstance(result.exception, ModelError)
     assert "nobody" in str(result.exception)
     assert "correct --model" in str(result.exception)
+
+
+def test_the_guide_s_commands_and_options_exist() -> None:
+    told = {shlex.split(command)[2] for command in COMMANDS}
+    assert told == {"captions", "loss", "scienceqa", "pope", "mme"}
+    helps = {name: CliRunner().invoke(app, ["eval", name, "--help"]).output for name in told}
+    for command in COMMANDS:
+        _, _, name, *arguments = shlex.split(command)
+        for option in (argument for argument in arguments if argument.startswith("--")):
+            assert re.search(rf"^ +{option} ", helps[name], re.M), command
+    for option in re.findall(r"`(--[a-z-]+)", GUIDE):
+        assert any(re.search(rf"^ +{option}\b", text, re.M) for text in helps.values()) or option == "--help"
