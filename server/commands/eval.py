@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from models.prompts import CAPTION_PROMPT
+from experts.caption import PROMPT
 from server.commands.eval_common import (
     FIRST,
     BadRows,
@@ -63,7 +63,7 @@ def captions(
     split: Split = "all",
     holdout: Holdout = 0.0,
     bad_rows: BadRows = "stop",
-    question: Annotated[str, typer.Option(help="what is asked of each picture")] = CAPTION_PROMPT,
+    question: Annotated[str, typer.Option(help="what is asked of each picture")] = PROMPT,
     max_tokens: MaxTokens = 64,
     shuffle_images: Annotated[
         int | None,

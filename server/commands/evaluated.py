@@ -45,11 +45,12 @@ def evaluated(settings: EvaluationSettings, no_experts: bool = False) -> Iterato
         with Endpoint(target, settings.concurrency) as endpoint:
             yield endpoint, settings.model
         return
+    base = settings.base or DEFAULT_BASE
     with (
-        _service(settings.base or DEFAULT_BASE, settings.adapter) as (url, model),
+        _service(base, settings.adapter) as (url, model),
         Endpoint(Target(url, model, body=_NO_EXPERTS, local=True), settings.concurrency) as endpoint,
     ):
-        yield endpoint, settings.adapter or model
+        yield endpoint, settings.adapter or base
 
 
 def check_choice(settings: EvaluationSettings) -> None:
@@ -75,9 +76,8 @@ def _service(base: str, adapter: str | None) -> Iterator[tuple[str, str]]:
     with tempfile.TemporaryDirectory(prefix="llama-adapter-") as name:
         output, no_adapters = Path(name) / "output", Path(name) / "adapters"
         no_adapters.mkdir()
-        given: dict[str, object] = {"base": base, "base_id": _BASE_ID, "adapter_dir": no_adapters}
-        if adapter is not None:
-            given["adapters"] = (f"{_ADAPTER_ID}={adapter}",)
+        adapters = () if adapter is None else (f"{_ADAPTER_ID}={adapter}",)
+        given = {"base": base, "base_id": _BASE_ID, "adapters": adapters, "adapter_dir": no_adapters}
         with (
             output.open("w") as file,
             subprocess.Popen(  # noqa: S603

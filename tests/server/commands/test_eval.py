@@ -109,6 +109,7 @@ def test_the_base_alone_is_blind(folder: Path, tmp_path: Path) -> None:
     common = ["captions", pictures / "captions.jsonl", "--images", pictures, "--max-tokens", 12]
     base = Evaluation(tmp_path, *common, *local(folder), "--limit", 6)
     assert len({line["caption"] for line in base.predictions}) == 1
+    assert base.told["model"] == str(folder / "tiny")
 
 
 def test_baselines_need_no_model(folder: Path, tmp_path: Path) -> None:
