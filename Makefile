@@ -63,7 +63,7 @@ image:
 	touch $@
 
 .venv/.dev: .venv/.serve
-	$(BIN)/pip install --constraint constraints.txt --editable '.[worker,experts,clip,train,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[worker,experts,clip,train,eval,dev]'
 	touch $@
 
 .venv-paddle/.ready: constraints-paddle.txt

@@ -28,8 +28,10 @@ _EXPERT_DRAIN_SECONDS = 5.0
 # 20 000 it was as fast as the default on an idle machine and as the latter on a busy one.
 _WORKER_SPINS = 20_000
 
+ANNOUNCED = "llama-adapter serves "  # and the address: what the service prints when it is ready
+
 _READY = """
-llama-adapter serves {url}
+{announced}{url}
 
   curl {url}/v1/chat/completions -H 'content-type: application/json' {key}\\
     -d '{{"model": "{model}", "max_tokens": 32, "messages": [{{"role": "user", "content": "Say hello."}}]}}'
@@ -45,7 +47,7 @@ def run_service(settings: ServiceSettings) -> None:
 
     def announce(url: str, model: str) -> None:
         key = "-H 'authorization: Bearer YOUR_KEY' " if settings.gateway.api_keys else ""
-        print(_READY.format(url=url, model=model, key=key), flush=True)
+        print(_READY.format(announced=ANNOUNCED, url=url, model=model, key=key), flush=True)
 
     _run(serve(settings, announce))
 

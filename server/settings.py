@@ -163,3 +163,23 @@ class ExpertSettings(_Settings):
     blip_model: Path | None = Field(None, description="folder of a BLIP model, for the caption expert")
     num_threads: int = Field(0, ge=0, description="of each expert; 0: one per core")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
+
+
+class EvaluationSettings(_Settings):
+    """What `llama-adapter eval` evaluates, and where the findings go."""
+
+    url: str | None = Field(
+        None, description="an OpenAI-compatible API instead, such as http://127.0.0.1:8000/v1"
+    )
+    model: str | None = Field(None, description="what --url calls the model to evaluate")
+    api_key: SecretStr | None = Field(None, description="of --url; or OPENAI_API_KEY in the environment")
+    adapter: str | None = Field(
+        None, description="what to evaluate, PATH[,option=value …]; it is served for as long as it takes"
+    )
+    base: str | None = Field(
+        None, description="of --adapter, or to evaluate by itself: an id that `pull` knows, or a path"
+    )
+    concurrency: int = Field(8, gt=0, le=1024, description="requests at once")
+    limit: int | None = Field(None, gt=0, description="the first so many only")
+    output: Path | None = Field(None, description="file for the scores, as JSON")
+    predictions: Path | None = Field(None, description="file for every answer, as JSON lines")

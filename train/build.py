@@ -105,7 +105,7 @@ def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSigna
         sees=vision is not None,
     )
     encoder = _encoder(vision, processes.device) if vision else None
-    images = Images(recipe, vision, encoder, cache_dir, stop)
+    images = Images(compute, vision, encoder, cache_dir, stop)
     stores = _stores(recipe, tokens, images.read_all, processes, stop, console)
     plan = _plan(recipe, stores)
     forward = Forward(base, adapter, encoder, compute.features == "live", compute.checkpointing)
