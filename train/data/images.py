@@ -64,8 +64,7 @@ class Images:
 
             return read_live
         features = FeatureCache(self._folder, feature_shape(encoder, vision)).open()
-
-        noise = self._recipe.compute.feature_noise
+        noise = self._compute.feature_noise
 
         def read_cached(store: Store, image: int, seed: int | None) -> Tensor:
             feature = torch.from_numpy(features[store.feature_J[image]].copy())
