@@ -18,13 +18,14 @@ from models.config import ModelConfig
 from models.llama import Llama
 
 
-def tiny_config() -> ModelConfig:
-    return replace(GQA, vocab_size=byte_level_backend().get_vocab_size(), max_position_embeddings=512)
+def tiny_config(positions: int = 512) -> ModelConfig:
+    vocab_size = byte_level_backend().get_vocab_size()
+    return replace(GQA, vocab_size=vocab_size, max_position_embeddings=positions)
 
 
-def write_tiny_base(folder: Path) -> Llama:
+def write_tiny_base(folder: Path, positions: int = 512) -> Llama:
     """A Hugging Face folder; returns the model that is in it."""
-    config = tiny_config()
+    config = tiny_config(positions)
     base = random_base(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_byte_level(folder)
