@@ -110,6 +110,11 @@ class WorkerSettings(_Settings):
         "default: the ones shipped with this project, with the default base",
     )
     adapter_root: Path | None = Field(None, description="folder that run-time loading may read from")
+    adapter_state: Path | None = Field(
+        None,
+        description="file that remembers what was loaded and unloaded at run time; workers may share it; "
+        "default: none, and with `serve` one that lasts as long as the service",
+    )
     cache_dir: Path = Field(default_factory=default_cache_dir, description="where converted bases live")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"

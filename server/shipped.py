@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 
 from server.serving import StartupError
@@ -25,6 +26,12 @@ def with_adapter_dir(settings: WorkerSettings) -> WorkerSettings:
     given = set(adapter_ids(settings))
     extra = tuple(f"{path.name}={path}" for path in found if path.name not in given)
     return settings.model_copy(update={"adapters": settings.adapters + extra})
+
+
+def without_adapters(settings: WorkerSettings, ids: Container[str]) -> WorkerSettings:
+    """`settings` without the adapters of these ids."""
+    kept = tuple(adapter for adapter in settings.adapters if adapter.partition("=")[0] not in ids)
+    return settings.model_copy(update={"adapters": kept})
 
 
 def adapter_ids(settings: WorkerSettings) -> list[str]:

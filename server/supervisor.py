@@ -1,6 +1,7 @@
 """`llama-adapter serve`: the gateway in this process, each worker and the experts in a child of its own.
 
-The children listen on Unix sockets in a folder that only this user can enter.
+The children listen on Unix sockets in a folder that only this user can enter. The workers' list of
+what was loaded at run time is there too, for those that are started again.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def _worker_spec(settings: ServiceSettings, folder: Path, index: int) -> ChildSp
     threads = settings.worker.num_threads
     if settings.workers > 1 and not threads:
         threads = max(1, (os.cpu_count() or 1) // settings.workers)
-    worker = settings.worker.model_copy(update={"uds": folder / f"{name}.sock", "num_threads": threads})
+    state = settings.worker.adapter_state or folder / "adapters.json"
+    own = {"uds": folder / f"{name}.sock", "num_threads": threads, "adapter_state": state}
+    worker = settings.worker.model_copy(update=own)
     return ChildSpec(
         name=name,
         command=(*_COMMAND, "worker", "--supervised"),
