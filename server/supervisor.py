@@ -20,12 +20,13 @@ from pydantic_settings import BaseSettings
 from experts.caption import CaptionExpert
 from experts.contract import Expert
 from experts.http import HttpExpert
-from server.captioning import CAPTION_ADAPTER, caption_generator
+from server.captioning import CAPTION_ADAPTER, caption_generator, caption_version
 from server.child import Child, ChildSpec
 from server.gateway.app import create_app
 from server.gateway.clients.pool import WorkerPool
 from server.serving import Drain, bind, drain_on_signals, serve_app
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
+from server.shipped import adapter_ids
 from server.telemetry import outgoing_headers
 
 _COMMAND = (sys.executable, "-m", "server.cli")
@@ -122,9 +123,9 @@ def _experts(settings: ServiceSettings, folder: Path, pool: WorkerPool) -> dict[
     url = f"unix:{folder / 'experts.sock'}"
     names = settings.experts
     experts: dict[str, Expert] = {name: HttpExpert(name, url, headers=outgoing_headers) for name in names}
-    caption = next((a for a in settings.worker.adapters if a.startswith(f"{CAPTION_ADAPTER}=")), None)
-    if caption is not None:
-        experts["caption"] = CaptionExpert(caption_generator(pool.model, pool.generate), version=caption)
+    if CAPTION_ADAPTER in adapter_ids(settings.worker):
+        generate = caption_generator(pool.model, pool.generate)
+        experts["caption"] = CaptionExpert(generate, caption_version(pool.holdings))
     return experts
 
 

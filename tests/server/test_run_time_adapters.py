@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import shutil
+from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+from PIL import Image
 from service import Service, serving, until
 from tiny_base import write_adapter, write_tiny_base
 
@@ -40,21 +44,24 @@ def workers(service: Service) -> dict[str, psutil.Process]:
     return {c.environ()["LLAMA_ADAPTER_UDS"]: c for c in children if "worker" in c.cmdline()}
 
 
-def held(socket: str) -> dict[str, int] | None:
-    """Id → version of the adapters of one worker, asked directly; None while it is not ready."""
+def ask_worker(socket: str, path: str) -> httpx.Response | None:
+    """Without the gateway between; None where it cannot be reached."""
 
-    async def ask() -> dict[str, int] | None:
+    async def ask() -> httpx.Response | None:
         transport = httpx.AsyncHTTPTransport(uds=socket)
         async with httpx.AsyncClient(transport=transport, base_url="http://worker") as worker:
-            try:
-                if (await worker.get("/health/ready")).status_code != 200:
-                    return None
-                models = (await worker.get("/models")).json()
-            except httpx.TransportError:
-                return None
-        return {model["id"]: model["version"] for model in models[1:]}
+            with suppress(httpx.TransportError):
+                return await worker.get(path)
+        return None
 
     return asyncio.run(ask())
+
+
+def held(socket: str) -> dict[str, int] | None:
+    """Id → version of one worker's adapters; None while it is not ready."""
+    ready = ask_worker(socket, "/health/ready")
+    models = ask_worker(socket, "/models") if ready and ready.status_code == 200 else None
+    return {model["id"]: model["version"] for model in models.json()[1:]} if models else None
 
 
 def test_a_killed_worker_comes_back_with_what_holds_now(tmp_path: Path) -> None:
@@ -91,3 +98,39 @@ def test_a_killed_worker_comes_back_with_what_holds_now(tmp_path: Path) -> None:
         assert {id: answer(service, id) for id in said} == said
         models = httpx.get(f"{service.url}/v1/models").json()["data"]
         assert {model["id"] for model in models} == {"tiny", "first", "late"}
+
+
+def test_captions_by_an_adapter_that_was_replaced_are_not_remembered(tmp_path: Path) -> None:
+    write_tiny_base(tmp_path / "tiny")
+    caption = tmp_path / "caption"
+    write_adapter(caption, "sight")
+    data = BytesIO()
+    Image.new("RGB", (40, 30), "red").save(data, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 1}
+    arguments = ("--base", str(tmp_path / "tiny"), "--dtype", "float32", "--experts", "")
+    given = ("--adapter", f"caption={caption}", "--adapter-root", str(tmp_path), "--admin-key", "root")
+    with serving(*arguments, *given) as service:
+        [socket] = workers(service)
+
+        def captions() -> float:
+            """How many were generated."""
+            lines = ask_worker(socket, "/metrics").text.splitlines()
+            name = "llama_adapter:request_success_total{"
+            return sum(
+                float(line.split()[-1]) for line in lines if line.startswith(name) and '"caption"' in line
+            )
+
+        def read() -> str:
+            [report] = service.ask(body).json()["experts"]
+            assert report["outcome"] in ("ok", "empty")  # what a random adapter says is anything
+            return report["text"]
+
+        before = {read() for _ in range(2)}
+        assert (len(before), captions()) == (1, 1)
+        write_adapter(caption, "sight", seed=1)
+        load(service, "caption")
+        after = {read() for _ in range(2)}
+        assert (len(after), captions()) == (1, 2)
+        assert before != after
