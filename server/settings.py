@@ -145,6 +145,9 @@ class WorkerSettings(_Settings):
     max_image_bytes: int = Field(20 * MIB, gt=0, description="bytes of one encoded image")
     max_image_pixels: int = Field(40_000_000, gt=0, description="pixels, checked before decoding")
     drain_seconds: float = Field(30.0, ge=0, description="what runs may take this long after SIGTERM")
+    liveness_seconds: float = Field(
+        60.0, gt=0, description="`serve` starts the process again if it answers nothing for so long"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
 
 
@@ -166,4 +169,7 @@ class ExpertSettings(_Settings):
     )
     blip_model: Path | None = Field(None, description="folder of a BLIP model, for the caption expert")
     num_threads: int = Field(0, ge=0, description="of each expert; 0: one per core")
+    liveness_seconds: float = Field(
+        60.0, gt=0, description="`serve` starts the process again if it answers nothing for so long"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")

@@ -68,6 +68,7 @@ def child_specs(settings: ServiceSettings, folder: Path) -> list[ChildSpec]:
                 uds=folder / "experts.sock",
                 env=settings_environment(expert),
                 stop_seconds=5.0,
+                silent_seconds=expert.liveness_seconds,
             )
         )
     return specs
@@ -88,6 +89,7 @@ def _worker_spec(settings: ServiceSettings, folder: Path, index: int) -> ChildSp
         uds=folder / f"{name}.sock",
         env=settings_environment(worker),
         stop_seconds=worker.drain_seconds,
+        silent_seconds=worker.liveness_seconds,
     )
 
 
