@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from server.serving import Drain, StartupError, bind, drain_on_signals, serve_app
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
-from server.shipped import with_folders
+from server.shipped import with_folders, without_adapters
 from server.supervisor import ServiceSettings, serve
 from server.telemetry import RequestScope, configure_logging, outgoing_headers
 from server.tracing import TELEMETRY, configure_tracing
@@ -71,10 +71,12 @@ def run_worker(settings: WorkerSettings) -> None:
     configure_logging(settings.log_level)
     configure_tracing("llama-adapter-worker")
     _set_threads(settings.num_threads, spins=_WORKER_SPINS)
+    from server.worker.adapter_state import AdapterState
     from server.worker.app import create_app
     from server.worker.build import build_engine
 
-    engine = build_engine(with_folders(settings))
+    changed = AdapterState(settings.adapter_state).read()  # the last word on these, not the settings'
+    engine = build_engine(without_adapters(with_folders(settings), changed))
     drain = Drain()
     app = RequestScope(create_app(engine, settings, drain))
     _run(_serve(app, settings.host, settings.port, settings.uds, drain, settings.drain_seconds))
