@@ -9,7 +9,8 @@ from experts.contract import ExpertError, Reading
 
 PROMPT = "Generate caption of this image :"  # as the V1 caption adapter was asked
 
-Generate = Callable[[bytes, str], Awaitable[str]]
+# What the adapter answers to (image, prompt): its text, and how sure it was of a token on average.
+Generate = Callable[[bytes, str], Awaitable[Reading]]
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 _LEAD = re.compile(r"^(?:the )?(?:image )?caption(?: of (?:this|the) image)?\s*:\s*", re.IGNORECASE)
@@ -19,14 +20,22 @@ _QUOTES = "\"'“”‘’` "
 class CaptionExpert:
     """An `Expert` that asks `generate(image, prompt)` and keeps the first sentence of its answer.
 
-    `version()` has to change with the adapter behind `generate`.
+    Of an image unlike those it was trained on an adapter says something all the same, but is not sure of
+    it: below `min_confidence` nothing is said. `version()` has to change with the adapter behind `generate`.
     """
 
     name = "caption"
 
-    def __init__(self, generate: Generate, version: Callable[[], str], prompt: str = PROMPT) -> None:
+    def __init__(
+        self,
+        generate: Generate,
+        version: Callable[[], str],
+        min_confidence: float = 0.0,
+        prompt: str = PROMPT,
+    ) -> None:
         self._generate = generate
         self._version = version
+        self._min_confidence = min_confidence
         self._prompt = prompt
 
     @property
@@ -43,7 +52,8 @@ class CaptionExpert:
             raise
         except Exception as error:  # whatever the engine's client raises
             raise ExpertError(f"the caption adapter gave no answer: {error}") from error
-        return Reading(one_sentence(answer))
+        sure = answer.confidence is None or answer.confidence >= self._min_confidence
+        return Reading(one_sentence(answer.text) if sure else "", answer.confidence)
 
     async def close(self) -> None:
         """Nothing to close."""

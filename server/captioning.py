@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
-from experts.contract import ExpertError
+from experts.contract import ExpertError, Reading
 from server.errors import ApiError
 from server.worker.messages import (
     ChatMessage,
@@ -26,10 +27,13 @@ _MAX_TOKENS = 64
 def caption_generator(
     model_of: Callable[[str], ModelInfo],
     events_of: Callable[[GenerateRequest], AsyncGenerator[Event, None]],
-) -> Callable[[bytes, str], Awaitable[str]]:
-    """`generate(image, prompt)`: the caption adapter's greedy answer. It raises `ExpertError`."""
+) -> Callable[[bytes, str], Awaitable[Reading]]:
+    """`generate(image, prompt)`: the caption adapter's greedy answer, whole. It raises `ExpertError`.
 
-    async def generate(image: bytes, prompt: str) -> str:
+    Its confidence is the geometric mean of its tokens' probabilities.
+    """
+
+    async def generate(image: bytes, prompt: str) -> Reading:
         try:
             if not model_of(CAPTION_ADAPTER).reads_images:
                 raise ExpertError(f"the adapter {CAPTION_ADAPTER!r} reads no images; serve one that does")
@@ -37,7 +41,10 @@ def caption_generator(
                 events = [event async for event in stream]
         except ApiError as error:
             raise ExpertError(f"the worker gave no caption: {error.message}") from error
-        return "".join(event.text for event in events if isinstance(event, Delta))
+        deltas = [event for event in events if isinstance(event, Delta)]
+        logprobs = [token.logprob or 0.0 for delta in deltas for token in delta.logprobs]
+        confidence = math.exp(sum(logprobs) / len(logprobs)) if logprobs else None
+        return Reading("".join(delta.text for delta in deltas), confidence)
 
     return generate
 
@@ -56,6 +63,6 @@ def _request(image: bytes, prompt: str) -> GenerateRequest:
         request_id=f"caption-{uuid.uuid4().hex}",
         model=CAPTION_ADAPTER,
         prompt=ChatPrompt((ChatMessage("user", prompt),)),
-        sampling=SamplingParams(max_tokens=_MAX_TOKENS, temperature=0.0),
+        sampling=SamplingParams(max_tokens=_MAX_TOKENS, temperature=0.0, logprobs=0),
         images=(image,),
     )

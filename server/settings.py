@@ -158,6 +158,9 @@ class ExpertSettings(_Settings):
     uds: Path | None = Field(None, description="a Unix socket instead of host and port")
     max_image_bytes: int = Field(20 * MIB, gt=0, description="bytes of one encoded image")
     max_image_pixels: int = Field(40_000_000, gt=0, description="pixels, checked before decoding")
+    caption_min_confidence: float = Field(
+        0.4, ge=0, le=1, description="below it, as the mean of a token, `serve` drops the adapter's caption"
+    )
     classifier_min_confidence: float = Field(
         0.3, ge=0, le=1, description="below it the classifier says nothing"
     )

@@ -127,7 +127,8 @@ def _experts(settings: ServiceSettings, folder: Path, pool: WorkerPool) -> dict[
     experts: dict[str, Expert] = {name: HttpExpert(name, url, headers=outgoing_headers) for name in names}
     if CAPTION_ADAPTER in adapter_ids(settings.worker.adapters):
         generate = caption_generator(pool.model, pool.generate)
-        experts["caption"] = CaptionExpert(generate, caption_version(pool.holdings))
+        least = settings.expert.caption_min_confidence
+        experts["caption"] = CaptionExpert(generate, caption_version(pool.holdings), least)
     return experts
 
 

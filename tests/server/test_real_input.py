@@ -22,7 +22,8 @@ MODEL = "smollm2-135m"
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    with serving("--kv-cache-mib", "256") as service:
+    # In bfloat16 the first words of an answer depend on the processor's order of summing.
+    with serving("--kv-cache-mib", "256", "--dtype", "float32") as service:
         yield service
 
 

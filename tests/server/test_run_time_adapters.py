@@ -111,7 +111,7 @@ def test_captions_by_an_adapter_that_was_replaced_are_not_remembered(tmp_path: P
     body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 1}
     arguments = ("--base", str(tmp_path / "tiny"), "--dtype", "float32", "--experts", "")
     given = ("--adapter", f"caption={caption}", "--adapter-root", str(tmp_path), "--admin-key", "root")
-    with serving(*arguments, *given) as service:
+    with serving(*arguments, *given, "--caption-min-confidence", "0") as service:
         [socket] = workers(service)
 
         def captions() -> float:

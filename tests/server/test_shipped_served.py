@@ -32,7 +32,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     write_adapter(folder / "adapters" / "math", "v2")
     code = MAIN.format(str(folder / "adapters")) + "from server.cli import main; main()"
     command = (sys.executable, "-c", code, *COMMAND[3:])
-    with serving("--cache-dir", str(folder / "cache"), "--experts", "", command=command) as service:
+    given = ("--cache-dir", str(folder / "cache"), "--experts", "", "--caption-min-confidence", "0")
+    with serving(*given, command=command) as service:
         yield service
 
 
