@@ -29,7 +29,7 @@ _EXPERT_DRAIN_SECONDS = 5.0
 _WORKER_SPINS = 20_000
 
 _READY = """
-llama-adapter serves {url}
+llama-adapter serves {url}{page}
 
   curl {url}/v1/chat/completions -H 'content-type: application/json' {key}\\
     -d '{{"model": "{model}", "max_tokens": 32, "messages": [{{"role": "user", "content": "Say hello."}}]}}'
@@ -45,7 +45,8 @@ def run_service(settings: ServiceSettings) -> None:
 
     def announce(url: str, model: str) -> None:
         key = "-H 'authorization: Bearer YOUR_KEY' " if settings.gateway.api_keys else ""
-        print(_READY.format(url=url, model=model, key=key), flush=True)
+        page = " (a browser shows a page to try it on)" if settings.gateway.page else ""
+        print(_READY.format(url=url, page=page, model=model, key=key), flush=True)
 
     _run(serve(settings, announce))
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
 
 from server.worker.messages import (
+    AdapterGates,
     Detokenized,
     DetokenizeRequest,
     EngineStats,
@@ -43,6 +44,9 @@ class Engine(Protocol):
 
     def models(self) -> list[ModelInfo]:
         """The base first, then its adapters."""
+
+    async def gates(self, id: str) -> AdapterGates:
+        """Raises `NotFound` for the base, which has none, and for an unknown id."""
 
     async def load_adapter(self, id: str, path: str, options: Mapping[str, str] | None = None) -> ModelInfo:
         """Load, or load again under the same id as a new version; running requests keep theirs."""
