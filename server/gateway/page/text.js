@@ -1,4 +1,4 @@
-// A model's text for reading: fenced code blocks and `code`, everything else as it stands.
+// A model's text for reading: paragraphs, fenced code blocks, `code` and **bold**, the rest as it stands.
 
 import { copyButton, element } from "./dom.js";
 
@@ -7,8 +7,8 @@ export function readable(text) {
   let plain = [];
   let code = null;
   const endPlain = () => {
-    const joined = plain.join("\n");
-    if (joined.trim()) fragment.append(paragraph(joined));
+    const paragraphs = plain.join("\n").split(/\n[ \t]*\n/).map((text) => text.replace(/^\n+|\s+$/g, ""));
+    fragment.append(...paragraphs.filter((text) => text !== "").map(paragraph));
     plain = [];
   };
   for (const line of text.split("\n")) {
@@ -29,8 +29,11 @@ export function readable(text) {
 }
 
 function paragraph(text) {
-  const pieces = text.replace(/^\n+|\n+$/g, "").split(/`([^`\n]+)`/);
-  const nodes = pieces.map((piece, i) => (i % 2 ? element("code", { textContent: piece }) : piece));
+  const nodes = text.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/).map((piece, i) => {
+    if (i % 2 === 0) return piece;
+    if (piece.startsWith("`")) return element("code", { textContent: piece.slice(1, -1) });
+    return element("strong", { textContent: piece.slice(2, -2) });
+  });
   return element("p", {}, ...nodes);
 }
 
