@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from browser_tab import Tab
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+SECONDS = 60  # a busy machine is no failure
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 
 
@@ -23,6 +24,7 @@ def browser() -> Iterator[Browser]:
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("no Chromium is installed; `make chromium` does so where it may")
+    expect.set_options(timeout=SECONDS * 1000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
@@ -36,7 +38,7 @@ def open_tab(browser: Browser) -> Iterator[Callable[..., Tab]]:
 
     def open_one(**options: Any) -> Tab:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(SECONDS * 1000)
         tab = Tab(context.new_page(), context)
         tab.watch()
         tabs.append(tab)

@@ -97,7 +97,8 @@ def answers(url: str) -> bool:
 @contextmanager
 def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     command = (sys.executable, "-m", "server.cli", *arguments)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True) as started:
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet, text=True) as started:
         try:
             yield started
         finally:

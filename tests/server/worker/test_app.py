@@ -40,7 +40,6 @@ from server.worker.messages import (
     Usage,
 )
 
-
 GATES = AdapterGates(2, 3, ((0, 0, 0), (0.5, 0.25, 0)), (1,), "V1 text", 10, 1234, "a poet")
 
 
