@@ -8,11 +8,11 @@ IMAGE ?= llama-adapter
 
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
-FAST := not weights and not server and not clip and not gpu and not paddle and not clients and not node
+FAST := not weights and not server and not clip and not gpu and not paddle and not clients and not node and not browser
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
-.PHONY: help serve test test-paddle lint bench image clients constraints clean
+.PHONY: help serve test test-paddle lint bench image clients chromium screenshots constraints clean
 
 help:
 	@echo 'make serve   start the service at http://$(HOST):$(PORT)   [HOST= PORT= ARGS="--adapter poet=./poet"]'
@@ -26,10 +26,10 @@ serve: .venv/.serve
 
 # The fast ones first: what they find needs no waiting for the rest.
 TESTS ?= tests
-test: .venv/.dev clients
+test: .venv/.dev clients chromium
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/pytest $(TESTS) -m "$(FAST)" --numprocesses auto $(UNLESS_NONE)
 	$(BIN)/llama-adapter pull smollm2-135m
-	$(BIN)/pytest $(TESTS) -m "not ($(FAST))" $(UNLESS_NONE)
+	PAGE_SCREENSHOTS=build/screenshots $(BIN)/pytest $(TESTS) -m "not ($(FAST))" $(UNLESS_NONE)
 	$(if $(filter tests,$(TESTS)),@$(MAKE) --no-print-directory test-paddle)
 
 # PaddleOCR's OpenCV excludes RapidOCR's, so its tests run in a place of their own.
@@ -86,6 +86,19 @@ $(CLIENTS)/.python: tests/clients/python/requirements.txt
 $(NODE_CLIENTS)/node_modules/.package-lock.json: $(NODE_CLIENTS)/package-lock.json $(CLIENTS)/.python
 	PATH="$(CURDIR)/$(CLIENTS)/bin:$$PATH" npm ci --prefix $(NODE_CLIENTS) --ignore-scripts --no-audit --no-fund
 	touch $@
+
+# A browser for the page's tests: Debian's, where we may install it. Without one they are skipped.
+CHROMIUM := chromium fonts-liberation
+chromium:
+	@if command -v chromium >/dev/null || command -v google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends $(CHROMIUM); \
+	else echo 'No Chromium here and no right to install it: the browser tests will be skipped.'; fi
+
+# The page's pictures in docs/screenshots, which tests leave alone.
+screenshots: .venv/.dev chromium
+	$(BIN)/llama-adapter pull smollm2-135m
+	PAGE_SCREENSHOTS=docs/screenshots $(BIN)/pytest tests/page -m browser
 
 # After a change of versions in .venv: pin them for everybody.
 constraints: .venv/.dev

@@ -33,7 +33,7 @@ ANNOUNCED = "llama-adapter serves "  # and the address: what the service prints 
 _READY = """
 {announced}{url}
 
-  curl {url}/v1/chat/completions -H 'content-type: application/json' {key}\\
+{page}  curl {url}/v1/chat/completions -H 'content-type: application/json' {key}\\
     -d '{{"model": "{model}", "max_tokens": 32, "messages": [{{"role": "user", "content": "Say hello."}}]}}'
 """
 
@@ -47,7 +47,8 @@ def run_service(settings: ServiceSettings) -> None:
 
     def announce(url: str, model: str) -> None:
         key = "-H 'authorization: Bearer YOUR_KEY' " if settings.gateway.api_keys else ""
-        print(_READY.format(announced=ANNOUNCED, url=url, model=model, key=key), flush=True)
+        page = "  (open it in a browser to try it)\n\n" if settings.gateway.page else ""
+        print(_READY.format(announced=ANNOUNCED, url=url, page=page, model=model, key=key), flush=True)
 
     _run(serve(settings, announce))
 

@@ -89,6 +89,7 @@ class GatewaySettings(ImageLimits):
     request_seconds: float = Field(600.0, gt=0, description="deadline of one request")
     max_n: int = Field(8, ge=1, description="choices in one request")
     max_prompts: int = Field(128, ge=1, description="prompts in one plain completion")
+    page: bool = Field(True, description="serve a page at / to try the service on")
     cors_origins: tuple[str, ...] = Field((), description="origins whose pages may call; empty: none")
     drain_seconds: float = Field(30.0, ge=0, description="what runs may take this long after SIGTERM")
     worker_poll_seconds: float = Field(1.0, gt=0, description="between two looks at a worker's readiness")

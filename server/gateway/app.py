@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Set
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 
 from experts.contract import Expert
 from server.gateway import middleware
-from server.gateway.auth import Authentication
+from server.gateway.auth import OPEN_PATHS, Authentication
 from server.gateway.clients.pool import WorkerPool
 from server.gateway.context import ExpertPanel
 from server.gateway.fetching import ImageFetcher
@@ -22,6 +22,7 @@ from server.gateway.metrics import GatewayMetrics
 from server.gateway.openapi import describe
 from server.gateway.pipeline import Pipeline
 from server.gateway.routes import adapters, chat, completions, health, models, tokens
+from server.gateway.routes.page import page_router, read_page
 from server.gateway.state import Gateway
 from server.serving import Drain
 from server.settings import GatewaySettings
@@ -44,6 +45,7 @@ def create_app(
     """
     pool = pool or WorkerPool.of(settings)
     gateway = _assemble(settings, experts, drain or Drain(), fetcher or ImageFetcher(settings), pool)
+    page = read_page() if settings.page else {}
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -56,7 +58,7 @@ def create_app(
     app = FastAPI(
         title="LLaMA-Adapter server",
         lifespan=lifespan,
-        middleware=_middleware(gateway),
+        middleware=_middleware(gateway, OPEN_PATHS | page.keys()),
         exception_handlers={HTTPException: middleware.refuse_route},
         openapi_url=None,  # /openapi.json is a route of ours
         docs_url=None,
@@ -67,6 +69,7 @@ def create_app(
     app.state.gateway = gateway
     for route in (chat, completions, models, adapters, tokens, health):
         app.include_router(route.router)
+    app.include_router(page_router(page))
     app.state.openapi = describe(app, gateway.keys.required)
     return app
 
@@ -85,7 +88,7 @@ def _assemble(
     return Gateway(settings, pool, panel, fetcher, pipeline, metrics, KeyRing(settings), limiter, drain)
 
 
-def _middleware(gateway: Gateway) -> list[Middleware]:
+def _middleware(gateway: Gateway, open_paths: Set[str]) -> list[Middleware]:
     settings = gateway.settings
     cors = Middleware(
         middleware.Cors,
@@ -99,7 +102,7 @@ def _middleware(gateway: Gateway) -> list[Middleware]:
         Middleware(middleware.AnswerHeaders),
         *([cors] if settings.cors_origins else []),
         Middleware(middleware.Errors),
-        Middleware(Authentication, keys=gateway.keys),
+        Middleware(Authentication, keys=gateway.keys, open_paths=open_paths),
         Middleware(middleware.Admission, limit=settings.max_concurrent_requests, drain=gateway.drain),
         Middleware(middleware.Limits, limiter=gateway.limiter),
         Middleware(middleware.Lifetime, seconds=settings.request_seconds, drain=gateway.drain),

@@ -1,6 +1,8 @@
-"""Who is asking: every route but health wants a known key, where the server has keys."""
+"""Who is asking: every route but health and the page wants a known key, where the server has keys."""
 
 from __future__ import annotations
+
+from collections.abc import Set
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -14,9 +16,10 @@ OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 class Authentication:
     """Puts the `Caller` into the scope as `caller`. Asks also on routes that do not exist."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: Set[str]) -> None:
         self._app = app
         self._keys = keys
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -25,7 +28,7 @@ class Authentication:
 
     def _caller(self, scope: Scope) -> Caller:
         known = self._keys.find(_token(Headers(scope=scope)))
-        if known is None and self._keys.required and scope["path"] not in OPEN_PATHS:
+        if known is None and self._keys.required and scope["path"] not in self._open_paths:
             raise Unauthenticated("Give a valid API key: `Authorization: Bearer KEY`.")
         return known or self._keys.anyone
 

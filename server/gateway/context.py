@@ -69,6 +69,10 @@ class ExpertPanel:
     async def close(self) -> None:
         await asyncio.gather(*(expert.close() for expert in self._experts.values()), return_exceptions=True)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._experts)
+
     def choose(self, asked: str | list[str] | None, model: str) -> tuple[str, ...]:
         """The names meant by the `experts` of a request to `model`: absent and "auto" mean all, [] none.
 

@@ -64,6 +64,27 @@ class ModelList(_Answer):
     data: list[Model]
 
 
+class Gates(_Answer):
+    layers: int
+    heads: int
+    gates: list[list[float]]
+    gated_layers: list[int]
+    variant: str
+    prompt_len: int
+    num_parameters: int
+    description: str
+
+
+class ExpertModel(_Answer):
+    id: str
+    object: Literal["expert"]
+
+
+class ExpertList(_Answer):
+    object: Literal["list"]
+    data: list[ExpertModel]
+
+
 class Deleted(_Answer):
     id: str
     object: Literal["model"]

@@ -22,6 +22,7 @@ from server.worker.engine_api import Engine
 from server.worker.messages import (
     GENERATE_REQUEST,
     MODELS,
+    AdapterGates,
     Detokenized,
     DetokenizeRequest,
     EngineStats,
@@ -94,6 +95,10 @@ def _add_adapter_routes(app: FastAPI, engine: Engine, adapters: RunTimeAdapters,
     @app.get("/models")
     async def models() -> Response:
         return Response(MODELS.dump_json(engine.models()), media_type="application/json")
+
+    @app.get("/models/{id}/gates")
+    async def gates(id: str) -> AdapterGates:
+        return await engine.gates(id)
 
     @app.post("/adapters")
     async def load_adapter(request: Request) -> ModelInfo:

@@ -21,7 +21,9 @@ from typing import TypeVar
 from server.errors import InvalidRequest, NotFound, RateLimited, Timeout, Unavailable
 from server.worker.adapter_loading import AdapterLoader
 from server.worker.frontend import Frontend, ServedModel
+from server.worker.gates import gates_of
 from server.worker.messages import (
+    AdapterGates,
     Detokenized,
     DetokenizeRequest,
     EngineStats,
@@ -102,6 +104,12 @@ class NativeEngine:
     async def detokenize(self, request: DetokenizeRequest) -> Detokenized:
         self._frontend.find(self._models, request.model)
         return Detokenized(await self._prepare(lambda: self._frontend.detokenize(request.token_ids)))
+
+    async def gates(self, id: str) -> AdapterGates:
+        loaded = self._frontend.find(self._models, id).adapter
+        if loaded is None:
+            raise NotFound(f"{id!r} is the base model, which has no gates.", param="id")
+        return await self._prepare(lambda: gates_of(loaded.adapter))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         if not self._healthy:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
 
 from server.worker.messages import (
+    AdapterGates,
     Detokenized,
     DetokenizeRequest,
     EngineStats,
@@ -44,6 +45,9 @@ class Engine(Protocol):
 
     def models(self) -> list[ModelInfo]:
         """The base first, then its adapters."""
+
+    async def gates(self, id: str) -> AdapterGates:
+        """Raises `NotFound` for the base, which has none, and for an unknown id."""
 
     async def load_adapter(
         self, id: str, path: str, options: Mapping[str, str] | None = None, version: int = 1

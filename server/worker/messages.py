@@ -237,6 +237,23 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterGates:
+    """How strongly each layer and head hears an adapter's prompts, and what the adapter is.
+
+    `gates` are the magnitudes of the effective gates [layers][heads], zero in layers without prompts.
+    """
+
+    layers: int
+    heads: int
+    gates: tuple[tuple[float, ...], ...]
+    gated_layers: tuple[int, ...]  # those that hold prompts, ascending
+    variant: str
+    prompt_len: int  # rows of the longest prompt
+    num_parameters: int
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
 class LoadAdapterRequest:
     """`options` are those of the command line's `id=path,option=value`, as texts."""
 

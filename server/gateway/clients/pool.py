@@ -15,6 +15,7 @@ from server.gateway.clients.workers import Unreachable, WorkerClient
 from server.gateway.tasks import cancelled
 from server.settings import GatewaySettings
 from server.worker.messages import (
+    AdapterGates,
     Detokenized,
     DetokenizeRequest,
     EngineStats,
@@ -185,6 +186,10 @@ class WorkerPool:
             "a worker failed on a request", extra={"worker": worker.client.url, "cause": error.message}
         )
         return any(w.ready and model in w.models and w is not worker and w not in tried for w in self.workers)
+
+    async def gates(self, id: str) -> AdapterGates:
+        """Raises `NotFound` for the base and for an unknown id."""
+        return await self._ask(id, lambda client: client.gates(id))
 
     async def tokenize(self, request: TokenizeRequest) -> Tokenized:
         return await self._ask(request.model, lambda client: client.tokenize(request))

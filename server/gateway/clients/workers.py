@@ -19,6 +19,7 @@ from server.worker.messages import (
     EVENT,
     GENERATE_REQUEST,
     MODELS,
+    AdapterGates,
     Detokenized,
     DetokenizeRequest,
     EngineStats,
@@ -39,6 +40,7 @@ _ADMIN_SECONDS = 120.0  # an adapter is read from a disk, and may be large
 
 _STATS: TypeAdapter[EngineStats] = TypeAdapter(EngineStats)
 _MODEL: TypeAdapter[ModelInfo] = TypeAdapter(ModelInfo)
+_GATES: TypeAdapter[AdapterGates] = TypeAdapter(AdapterGates)
 _TOKENIZE: TypeAdapter[TokenizeRequest] = TypeAdapter(TokenizeRequest)
 _TOKENIZED: TypeAdapter[Tokenized] = TypeAdapter(Tokenized)
 _DETOKENIZE: TypeAdapter[DetokenizeRequest] = TypeAdapter(DetokenizeRequest)
@@ -111,6 +113,9 @@ class WorkerClient:
 
     async def stats(self, seconds: float) -> EngineStats:
         return await self._ask("GET", "/stats", _STATS, seconds=seconds)
+
+    async def gates(self, id: str) -> AdapterGates:
+        return await self._ask("GET", f"/models/{quote(id, safe='')}/gates", _GATES)
 
     async def tokenize(self, request: TokenizeRequest) -> Tokenized:
         return await self._ask("POST", "/tokenize", _TOKENIZED, _TOKENIZE.dump_json(request))

@@ -36,7 +36,7 @@ async def load_adapter(
     return JSONResponse(model_body(info), status_code=201)
 
 
-@router.delete("/v1/adapters/{id:path}", **documented("Unload an adapter", Deleted, openapi_extra=_ADMIN))
+@router.delete("/v1/adapters/{id}", **documented("Unload an adapter", Deleted, openapi_extra=_ADMIN))
 async def unload_adapter(id: str, gateway: GatewayDep) -> Response:
     await gateway.pool.unload_adapter(id)
     return JSONResponse({"id": id, "object": "model", "deleted": True})

@@ -1,13 +1,14 @@
-"""GET /v1/models and /v1/models/{id}"""
+"""What is served: GET /v1/models, /v1/models/{id}, /v1/adapters/{id}/gates and /v1/experts"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from server.gateway.openapi import Model, ModelList, documented
+from server.gateway.openapi import ExpertList, Gates, Model, ModelList, documented
 from server.gateway.state import GatewayDep
 from server.worker.messages import ModelInfo
 
@@ -38,3 +39,14 @@ async def list_models(gateway: GatewayDep) -> Response:
 @router.get("/v1/models/{id:path}", **documented("One model", Model))
 async def retrieve_model(id: str, gateway: GatewayDep) -> Response:
     return JSONResponse(model_body(gateway.pool.model(id)))
+
+
+@router.get("/v1/adapters/{id}/gates", **documented("How strongly an adapter's prompts are heard", Gates))
+async def adapter_gates(id: str, gateway: GatewayDep) -> Response:
+    return JSONResponse(asdict(await gateway.pool.gates(id)))
+
+
+@router.get("/v1/experts", **documented("What reads images before a model answers", ExpertList))
+async def list_experts(gateway: GatewayDep) -> Response:
+    experts = [{"id": name, "object": "expert"} for name in gateway.experts.names]
+    return JSONResponse({"object": "list", "data": experts})

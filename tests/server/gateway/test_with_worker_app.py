@@ -10,6 +10,7 @@ from server.errors import InvalidRequest, NotFound
 from server.settings import WorkerSettings
 from server.worker.app import create_app
 from server.worker.messages import (
+    AdapterGates,
     Delta,
     Detokenized,
     DetokenizeRequest,
@@ -70,6 +71,11 @@ class ScriptedEngine:
 
     def models(self) -> list[ModelInfo]:
         return self.held
+
+    async def gates(self, id: str) -> AdapterGates:
+        if id == "base":
+            raise NotFound("The base has no gates.", param="id")
+        return AdapterGates(1, 2, ((0.5, 0.0),), (0,), "V1 text", 10, 1234, f"what {id} is")
 
     async def load_adapter(
         self, id: str, path: str, options: Mapping[str, str] | None = None, version: int = 1
@@ -135,3 +141,23 @@ async def test_a_closed_stream_reaches_the_engine(launch: Launch) -> None:
             async for _ in response.aiter_bytes():
                 break
         await asyncio.wait_for(engine.aborted.wait(), 2)
+
+
+async def test_gates_are_passed_on(launch: Launch) -> None:
+    async with serving(create_app(ScriptedEngine(), WorkerSettings())) as url:
+        gateway = await launch(worker_urls=(url,), api_keys=("one",))
+        assert (await gateway.http.get("/v1/adapters/alpaca/gates")).status_code == 401
+        gateway.http.headers["authorization"] = "Bearer one"  # no admin's
+        assert (await gateway.http.get("/v1/adapters/alpaca/gates")).json() == {
+            "layers": 1,
+            "heads": 2,
+            "gates": [[0.5, 0.0]],
+            "gated_layers": [0],
+            "variant": "V1 text",
+            "prompt_len": 10,
+            "num_parameters": 1234,
+            "description": "what alpaca is",
+        }
+        for id, code in (("base", "not_found"), ("nobody", "model_not_found")):
+            refused = await gateway.http.get(f"/v1/adapters/{id}/gates")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (404, code)

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import TypeAdapter
 
 from server.errors import ApiError, InvalidRequest, RateLimited, Unavailable, model_not_found
 from server.serving import Drain, StartupError, bind, serve_app
@@ -21,6 +22,7 @@ from server.worker.messages import (
     EVENT,
     GENERATE_REQUEST,
     MODELS,
+    AdapterGates,
     Delta,
     Detokenized,
     DetokenizeRequest,
@@ -37,6 +39,8 @@ from server.worker.messages import (
     TokenizeRequest,
     Usage,
 )
+
+GATES = AdapterGates(2, 3, ((0, 0, 0), (0.5, 0.25, 0)), (1,), "V1 text", 10, 1234, "a poet")
 
 
 @dataclass
@@ -82,6 +86,11 @@ class ScriptedEngine:
 
     def models(self) -> list[ModelInfo]:
         return [ModelInfo("base", "base", "base", None, created=1, max_model_len=64)]
+
+    async def gates(self, id: str) -> AdapterGates:
+        if id != "poet":
+            raise model_not_found(id)
+        return GATES
 
     async def load_adapter(
         self, id: str, path: str, options: Mapping[str, str] | None = None, version: int = 1
@@ -269,6 +278,9 @@ async def test_tokenize_adapters_and_models(tmp_path: Path) -> None:
         detokenized = await post("/detokenize", json={"model": "base", "token_ids": [104, 105]})
         assert detokenized.json() == {"text": "hi"}
         assert MODELS.validate_json((await worker.client.get("/models")).content) == ScriptedEngine().models()
+        gates = await worker.client.get("/models/poet/gates")
+        assert TypeAdapter(AdapterGates).validate_json(gates.content) == GATES
+        assert (await worker.client.get("/models/base/gates")).json() == model_not_found("base").body()
         assert (await post("/adapters", json={"id": "a", "path": "p"})).json()["parent"] == "base"
         assert (await worker.client.delete("/adapters/a")).json() == model_not_found("a").body()
 

@@ -1,0 +1,125 @@
+// One answer as it comes: what the experts read, the text, and how fast it was.
+
+import { element } from "./dom.js";
+import { readable } from "./text.js";
+
+const OUTCOMES = {
+  empty: "found nothing",
+  failed: "failed",
+  timeout: "took too long",
+  skipped: "is left alone for a while after failures",
+};
+const NEAR_THE_END = 80; // pixels within which the view follows the text
+
+export class Answer {
+  failed = false;
+  #text = "";
+  #drawing = 0;
+  #begun = 0;
+  #first = 0;
+  #last = 0;
+  #pieces = 0;
+  #usage = null;
+  #finish = null;
+
+  constructor(body, showRequest) {
+    this.experts = element("div");
+    this.text = element("div", { className: "text waiting" });
+    this.meta = element("span");
+    const request = element("button", { type: "button", className: "small", textContent: "Request" });
+    request.addEventListener("click", showRequest);
+    this.foot = element("footer", {}, this.meta, request);
+    const name = element("h2", { textContent: body.model });
+    const label = { className: "answer", "aria-label": `Answer of ${body.model}` };
+    this.node = element("article", label, name, this.experts, this.text, this.foot);
+  }
+
+  // What the next request tells of it.
+  get messages() {
+    return this.#text ? [{ role: "assistant", content: this.#text }] : [];
+  }
+
+  restart() {
+    this.#begun = performance.now();
+  }
+
+  take(chunk) {
+    if (chunk.experts) this.experts.replaceChildren(expertsView(chunk.experts));
+    if (chunk.usage) this.#usage = chunk.usage;
+    const choice = chunk.choices[0];
+    this.#finish = choice?.finish_reason ?? this.#finish;
+    if (!choice?.delta.content) return;
+    this.#last = performance.now();
+    this.#first ||= this.#last;
+    this.#pieces += 1;
+    this.#text += choice.delta.content;
+    this.#drawing ||= requestAnimationFrame(() => this.#draw());
+  }
+
+  // `how` says why it ended where the server does not.
+  end(how = null) {
+    this.#draw();
+    this.text.classList.remove("waiting");
+    if (!this.#text) this.text.append(element("p", { className: "quiet", textContent: "No text." }));
+    this.meta.textContent = this.#measures(how ?? this.#ending()).join(" · ");
+  }
+
+  fail(message, retry) {
+    this.failed = true;
+    this.#draw();
+    this.text.classList.remove("waiting");
+    const again = element("button", { type: "button", className: "small", textContent: "Try again" });
+    again.addEventListener("click", retry);
+    this.text.after(element("div", { className: "error", role: "alert" }, element("p", { textContent: message }), again));
+    this.meta.textContent = "";
+    follow(this.node.parentElement, true);
+  }
+
+  #draw() {
+    cancelAnimationFrame(this.#drawing);
+    this.#drawing = 0;
+    const view = this.node.parentElement;
+    const follows = isAtTheEnd(view);
+    if (this.#text) this.text.replaceChildren(readable(this.#text));
+    this.meta.textContent = this.#measures(null).join(" · ");
+    follow(view, follows);
+  }
+
+  #measures(ending) {
+    const tokens = this.#usage?.completion_tokens ?? this.#pieces;
+    const seconds = (this.#last - this.#first) / 1000;
+    const measures = [];
+    if (tokens) measures.push(`${this.#usage ? "" : "≈ "}${tokens} ${tokens === 1 ? "token" : "tokens"}`);
+    if (tokens > 1 && seconds > 0) measures.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
+    if (this.#first) measures.push(`first after ${((this.#first - this.#begun) / 1000).toFixed(2)} s`);
+    if (this.#usage) measures.push(`prompt of ${this.#usage.prompt_tokens}`);
+    if (ending) measures.push(ending);
+    return measures;
+  }
+
+  #ending() {
+    return this.#finish === "length" ? "cut off at max tokens" : null;
+  }
+}
+
+function expertsView(reports) {
+  const severalPictures = reports.some((report) => report.image > 0);
+  const list = element("dl");
+  for (const report of reports) {
+    const where = severalPictures ? `, picture ${report.image + 1}` : "";
+    const time = element("span", { className: "quiet", textContent: ` ${report.seconds.toFixed(2)} s${where}` });
+    list.append(element("dt", {}, report.name, time));
+    if (report.outcome === "ok") list.append(element("dd", { textContent: report.text }));
+    else list.append(element("dd", { className: "quiet", textContent: OUTCOMES[report.outcome] ?? report.outcome }));
+  }
+  const summary = element("summary", { textContent: "What the experts read" });
+  return element("details", { className: "experts", open: true }, summary, list);
+}
+
+function isAtTheEnd(view) {
+  return view !== null && view.scrollHeight - view.scrollTop - view.clientHeight < NEAR_THE_END;
+}
+
+function follow(view, follows) {
+  if (follows && view) view.scrollTop = view.scrollHeight;
+}
