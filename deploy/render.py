@@ -32,16 +32,17 @@ def render(values: dict[str, Any]) -> dict[str, str]:
         rendered = chart.render(values, name=NAME, namespace=NAMESPACE)
     files = {Path(path).name: text.strip() + "\n" for path, text in sorted(rendered.items())}
     return {
-        name: text
-        for name, text in files.items()
-        if name.endswith(".yaml") and any(yaml.safe_load_all(text))
+        name: text for name, text in files.items() if name.endswith(".yaml") and any(yaml.safe_load_all(text))
     }
 
 
 def write_manifests() -> None:
     """The chart with its default values, for `kubectl apply -k deploy/kubernetes`."""
     files = render({})
-    for old in set(MANIFESTS.glob("*.yaml")) - {MANIFESTS / "kustomization.yaml", MANIFESTS / "namespace.yaml"}:
+    for old in set(MANIFESTS.glob("*.yaml")) - {
+        MANIFESTS / "kustomization.yaml",
+        MANIFESTS / "namespace.yaml",
+    }:
         old.unlink()
     for name, text in files.items():
         (MANIFESTS / name).write_text(f"# Made from deploy/helm by `make manifests`.\n{text}")

@@ -39,14 +39,14 @@ def compose(tools: Path) -> Callable[..., Object]:
 @pytest.fixture(scope="session")
 def render(tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Render:
     """The objects that the chart makes of `values`, once it has passed `helm lint --strict`."""
+    rendered: dict[str, str] = {}
 
     def objects(values: Object | Path) -> list[Object]:
-        if isinstance(values, Path):
-            file = values
-        else:
+        text = values.read_text() if isinstance(values, Path) else yaml.safe_dump(values)
+        if text not in rendered:
             file = tmp_path_factory.mktemp("values") / "values.yaml"
-            file.write_text(yaml.safe_dump(values))
-        rendered = run(tools / "python", "deploy/render.py", file)
-        return [document for document in yaml.safe_load_all(rendered) if document]
+            file.write_text(text)
+            rendered[text] = run(tools / "python", "deploy/render.py", file)
+        return [document for document in yaml.safe_load_all(rendered[text]) if document]
 
     return objects

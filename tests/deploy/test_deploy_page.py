@@ -16,12 +16,29 @@ from tests.deploy.test_containers import DOCKERFILE, TARGETS
 
 PAGE = (ROOT / "docs" / "deploy.md").read_text()
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
-SHAPE: dict[str, Any] = {"vocab_size": 1, "intermediate_size": 1, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 1}  # fmt: skip
+
+
+def shape(hidden_size: int, num_layers: int, num_heads: int, num_kv_heads: int) -> ModelConfig:
+    """What decides the size of a KV cache; the rest is anything."""
+    rest: dict[str, Any] = {"vocab_size": 1, "intermediate_size": 1, "max_position_embeddings": 1}
+    head_dim = hidden_size // num_heads
+    return ModelConfig(
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        **rest,
+    )
+
+
 BASES = {
-    "SmolLM2-135M": ModelConfig(hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, **SHAPE),
-    "LLaMA-7B, LLaMA-2-7B": ModelConfig(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, **SHAPE),
-    "LLaMA-3-8B": ModelConfig(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, **SHAPE),
-}  # fmt: skip
+    "SmolLM2-135M": shape(576, 30, 9, 3),
+    "LLaMA-7B, LLaMA-2-7B": shape(4096, 32, 32, 32),
+    "LLaMA-3-8B": shape(4096, 32, 32, 8),
+}
 LLAMA_7B = BASES["LLaMA-7B, LLaMA-2-7B"]
 
 
@@ -50,7 +67,11 @@ def test_every_variable_and_profile_of_compose() -> None:
 
 def test_values_that_are_named_exist() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
-    told = set(re.findall(r"`((?:gateway|worker|adapters|train|networkPolicy|monitoring)\.[\w.]+)", section("Kubernetes")))
+    told = set(
+        re.findall(
+            r"`((?:gateway|worker|adapters|train|networkPolicy|monitoring)\.[\w.]+)", section("Kubernetes")
+        )
+    )
     assert len(told) > 8
     for path in told:
         place = values
@@ -61,7 +82,11 @@ def test_values_that_are_named_exist() -> None:
 
 @pytest.mark.parametrize("base", BASES)
 def test_sizes(base: str) -> None:
-    rows = [[c.strip() for c in line.split("|")[1:5]] for line in section("Sizes").splitlines() if f"| {base} |" in line]
+    rows = [
+        [c.strip() for c in line.split("|")[1:5]]
+        for line in section("Sizes").splitlines()
+        if f"| {base} |" in line
+    ]
     assert rows
     for _, dtype, per_token, per_gib in rows:
         size = KVCache.bytes_per_block(BASES[base], 1, getattr(torch, dtype))

@@ -46,7 +46,12 @@ def metrics() -> dict[str, set[str]]:
     for metric in (requests.prompt_tokens, requests.generation_tokens):
         metric.labels("base").inc()
     requests.successes.labels("base", "stop").inc()
-    for histogram in (requests.queue_time, requests.first_token, requests.inter_token, requests.whole_request):
+    for histogram in (
+        requests.queue_time,
+        requests.first_token,
+        requests.inter_token,
+        requests.whole_request,
+    ):
         histogram.labels("base").observe(1)
     families = text_string_to_metric_families(gateway.render().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
