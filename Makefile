@@ -82,7 +82,7 @@ $(DEPLOY)/.ready: tests/deploy/requirements.txt
 	touch $@
 
 .venv/.dev: .venv/.serve
-	$(BIN)/pip install --constraint constraints.txt --editable '.[worker,experts,clip,train,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[worker,experts,clip,train,eval,dev]'
 	touch $@
 
 .venv-paddle/.ready: constraints-paddle.txt

@@ -19,15 +19,19 @@ _QUOTES = "\"'“”‘’` "
 class CaptionExpert:
     """An `Expert` that asks `generate(image, prompt)` and keeps the first sentence of its answer.
 
-    `version` has to change with the adapter behind `generate`.
+    `version()` has to change with the adapter behind `generate`.
     """
 
     name = "caption"
 
-    def __init__(self, generate: Generate, version: str, prompt: str = PROMPT) -> None:
-        self.version = version
+    def __init__(self, generate: Generate, version: Callable[[], str], prompt: str = PROMPT) -> None:
         self._generate = generate
+        self._version = version
         self._prompt = prompt
+
+    @property
+    def version(self) -> str:
+        return self._version()
 
     async def load(self) -> None:
         """Nothing to load: the engine holds the adapter."""

@@ -42,8 +42,11 @@ class BadImage(ExpertError):
 class Expert(Protocol):
     """`name` is what a request calls it by; `version` changes whenever its readings may."""
 
-    name: str
-    version: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
 
     async def load(self) -> None:
         """Load weights or open connections; called once, before the first reading."""

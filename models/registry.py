@@ -42,10 +42,13 @@ class AdapterRegistry:
         self._entries: dict[str, AdapterEntry] = {}
         self._versions: dict[str, int] = {}  # outlives removal: a version never comes twice
 
-    def add(self, id: str, path: Path, config: AdapterConfig) -> AdapterEntry:
-        """Record an adapter, or the next version of one. Raises CheckpointError for a bad id."""
+    def add(self, id: str, path: Path, config: AdapterConfig, version: int = 1) -> AdapterEntry:
+        """Record an adapter, as `version` or the next one of this id if that is higher.
+
+        Raises CheckpointError for a bad id.
+        """
         check_id(id)
-        version = self._versions.get(id, 0) + 1
+        version = max(version, self._versions.get(id, 0) + 1)
         entry = AdapterEntry(id, path, config, content_hash(path), version, int(time.time()))
         self._versions[id] = version
         self._entries[id] = entry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
 from experts.contract import ExpertError
@@ -40,6 +40,15 @@ def caption_generator(
         return "".join(event.text for event in events if isinstance(event, Delta))
 
     return generate
+
+
+def caption_version(holdings_of: Callable[[str], Sequence[ModelInfo]]) -> Callable[[], str]:
+    """`version()`: another one whenever a worker loads the caption adapter, under whatever version."""
+
+    def version() -> str:
+        return " ".join(sorted(f"{info.version}@{info.created}" for info in holdings_of(CAPTION_ADAPTER)))
+
+    return version
 
 
 def _request(image: bytes, prompt: str) -> GenerateRequest:

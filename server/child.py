@@ -26,6 +26,7 @@ _LONGEST_PAUSE = 30.0
 _STABLE_SECONDS = 60.0  # a child that lived this long is not in a crash loop
 _PROBE_SECONDS = 0.1
 _LIVENESS_SECONDS = 2.0
+_ANSWER_SECONDS = 5.0  # for one probe
 _KILL_SECONDS = 5.0  # after a child's own drain
 _OUTPUT_SECONDS = 1.0  # for the last lines of one that has ended
 
@@ -53,13 +54,17 @@ def exit_with_parent() -> None:
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """`command` serves HTTP on the Unix socket `uds` and reads nothing from its standard input."""
+    """`command` serves HTTP on the Unix socket `uds` and reads nothing from its standard input.
+
+    Once ready it is started again if it answers nothing for `silent_seconds`.
+    """
 
     name: str
     command: tuple[str, ...]
     uds: Path
     env: dict[str, str] = field(default_factory=dict)
     stop_seconds: float = 30.0
+    silent_seconds: float = 60.0
 
 
 class Child:
@@ -140,13 +145,16 @@ class Child:
                 print(f"{self._spec.name:<7}| {text}", file=sys.stderr, flush=True)
 
     async def _watch_health(self, process: asyncio.subprocess.Process) -> None:
-        """Wait until it is ready, then kill it if it says that it can never answer again."""
+        """Wait until it is ready, then kill it if it can never answer again."""
         transport = httpx.AsyncHTTPTransport(uds=str(self._spec.uds))
-        async with httpx.AsyncClient(transport=transport, base_url="http://child", timeout=5.0) as client:
-            await _until_answer(client, "/health/ready", 200, every=_PROBE_SECONDS)
+        patience = min(_ANSWER_SECONDS, self._spec.silent_seconds)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://child", timeout=patience
+        ) as client:
+            await _until_ready(client)
             self.ready.set()
-            await _until_answer(client, "/health/live", 503, every=_LIVENESS_SECONDS)
-        log.error("the %s says that it cannot go on; killing it", self._spec.name)
+            why = await _until_lost(client, self._spec.silent_seconds)
+        log.error("the %s %s; killing it", self._spec.name, why)
         _kill(process)
 
     def _why(self, code: int) -> str:
@@ -161,13 +169,31 @@ def _kill(process: asyncio.subprocess.Process) -> None:
             process.kill()
 
 
-async def _until_answer(client: httpx.AsyncClient, path: str, status: int, every: float) -> None:
+async def _until_ready(client: httpx.AsyncClient) -> None:
     while True:
         # Not listening yet, or too busy to answer: neither is an answer.
         with contextlib.suppress(httpx.HTTPError):
-            if (await client.get(path)).status_code == status:
+            if (await client.get("/health/ready")).status_code == httpx.codes.OK:
                 return
-        await asyncio.sleep(every)
+        await asyncio.sleep(_PROBE_SECONDS)
+
+
+async def _until_lost(client: httpx.AsyncClient, silent_seconds: float) -> str:
+    """What it did that no patience mends: it says so itself, or it says nothing."""
+    silent = 0.0
+    while True:
+        began = time.monotonic()
+        try:
+            response = await client.get("/health/live")
+            if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+                return "says that it cannot go on"
+            silent = 0.0
+        except httpx.HTTPError:
+            # Never more than a probe may take: if we ourselves were stopped, the child was not silent.
+            silent += min(time.monotonic() - began, _ANSWER_SECONDS) + _LIVENESS_SECONDS
+            if silent >= silent_seconds:
+                return f"has not answered for {silent:.0f} s"
+        await asyncio.sleep(_LIVENESS_SECONDS)
 
 
 async def _read_line(lines: asyncio.StreamReader) -> bytes:

@@ -10,6 +10,7 @@ import typer
 from models.errors import ModelError
 from server.commands.adapters import app as adapter_commands
 from server.commands.data import app as data_command
+from server.commands.eval import app as eval_commands
 from server.commands.top import app as top_command
 from server.commands.train import app as train_command
 from server.options import load, settings_options
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.add_typer(adapter_commands)
 app.add_typer(data_command)
 app.add_typer(train_command)
+app.add_typer(eval_commands, name="eval")
 app.add_typer(top_command)
 
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
@@ -67,9 +69,11 @@ def serve(
             envvar="LLAMA_ADAPTER_WORKERS",
         ),
     ] = 1,
+    supervised: Supervised = False,
     **given: Any,
 ) -> None:
     """Serve everything on this machine: gateway, workers and experts. The first start fetches the base."""
+    _watch_parent(supervised)
     from server.processes import run_service
     from server.supervisor import ServiceSettings
 

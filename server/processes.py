@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from server.serving import Drain, StartupError, bind, drain_on_signals, serve_app
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
-from server.shipped import with_folders
+from server.shipped import with_folders, without_adapters
 from server.supervisor import ServiceSettings, serve
 from server.telemetry import RequestScope, configure_logging, outgoing_headers
 from server.tracing import TELEMETRY, configure_tracing
@@ -28,8 +28,10 @@ _EXPERT_DRAIN_SECONDS = 5.0
 # 20 000 it was as fast as the default on an idle machine and as the latter on a busy one.
 _WORKER_SPINS = 20_000
 
+ANNOUNCED = "llama-adapter serves "  # and the address: what the service prints when it is ready
+
 _READY = """
-llama-adapter serves {url}
+{announced}{url}
 
   curl {url}/v1/chat/completions -H 'content-type: application/json' {key}\\
     -d '{{"model": "{model}", "max_tokens": 32, "messages": [{{"role": "user", "content": "Say hello."}}]}}'
@@ -45,7 +47,7 @@ def run_service(settings: ServiceSettings) -> None:
 
     def announce(url: str, model: str) -> None:
         key = "-H 'authorization: Bearer YOUR_KEY' " if settings.gateway.api_keys else ""
-        print(_READY.format(url=url, model=model, key=key), flush=True)
+        print(_READY.format(announced=ANNOUNCED, url=url, model=model, key=key), flush=True)
 
     _run(serve(settings, announce))
 
@@ -69,10 +71,12 @@ def run_worker(settings: WorkerSettings) -> None:
     configure_logging(settings.log_level)
     configure_tracing("llama-adapter-worker")
     _set_threads(settings.num_threads, spins=_WORKER_SPINS)
+    from server.worker.adapter_state import AdapterState
     from server.worker.app import create_app
     from server.worker.build import build_engine
 
-    engine = build_engine(with_folders(settings))
+    changed = AdapterState(settings.adapter_state).read()  # the last word on these, not the settings'
+    engine = build_engine(without_adapters(with_folders(settings), changed))
     drain = Drain()
     app = RequestScope(create_app(engine, settings, drain))
     _run(_serve(app, settings.host, settings.port, settings.uds, drain, settings.drain_seconds))

@@ -111,6 +111,11 @@ class WorkerSettings(_Settings):
         True, description="with the default base also serve the adapters that come with this project"
     )
     adapter_root: Path | None = Field(None, description="folder that run-time loading may read from")
+    adapter_state: Path | None = Field(
+        None,
+        description="file that remembers what was loaded and unloaded at run time; workers may share it; "
+        "default: none, and with `serve` one that lasts as long as the service",
+    )
     cache_dir: Path = Field(default_factory=default_cache_dir, description="where converted bases live")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"
@@ -141,6 +146,9 @@ class WorkerSettings(_Settings):
     max_image_bytes: int = Field(20 * MIB, gt=0, description="bytes of one encoded image")
     max_image_pixels: int = Field(40_000_000, gt=0, description="pixels, checked before decoding")
     drain_seconds: float = Field(30.0, ge=0, description="what runs may take this long after SIGTERM")
+    liveness_seconds: float = Field(
+        60.0, gt=0, description="`serve` starts the process again if it answers nothing for so long"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
 
 
@@ -162,4 +170,27 @@ class ExpertSettings(_Settings):
     )
     blip_model: Path | None = Field(None, description="folder of a BLIP model, for the caption expert")
     num_threads: int = Field(0, ge=0, description="of each expert; 0: one per core")
+    liveness_seconds: float = Field(
+        60.0, gt=0, description="`serve` starts the process again if it answers nothing for so long"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
+
+
+class EvaluationSettings(_Settings):
+    """What `llama-adapter eval` evaluates, and where the findings go."""
+
+    url: str | None = Field(
+        None, description="an OpenAI-compatible API instead, such as http://127.0.0.1:8000/v1"
+    )
+    model: str | None = Field(None, description="what --url calls the model to evaluate")
+    api_key: SecretStr | None = Field(None, description="of --url; or OPENAI_API_KEY in the environment")
+    adapter: str | None = Field(
+        None, description="what to evaluate, PATH[,option=value …]; it is served for as long as it takes"
+    )
+    base: str | None = Field(
+        None, description="of --adapter, or to evaluate by itself: an id that `pull` knows, or a path"
+    )
+    concurrency: int = Field(8, gt=0, le=1024, description="requests at once")
+    limit: int | None = Field(None, gt=0, description="the first so many only")
+    output: Path | None = Field(None, description="file for the scores, as JSON")
+    predictions: Path | None = Field(None, description="file for every answer, as JSON lines")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import models
@@ -30,6 +30,12 @@ def with_folders(settings: WorkerSettings) -> WorkerSettings:
         adapters += [f"{path.name}={path}" for path in found if path.name not in given]
     resolved = {"adapters": tuple(adapters), "adapter_dir": None, "shipped_adapters": False}
     return settings.model_copy(update=resolved)
+
+
+def without_adapters(settings: WorkerSettings, ids: Container[str]) -> WorkerSettings:
+    """`settings` without the adapters of these ids."""
+    kept = tuple(adapter for adapter in settings.adapters if adapter.partition("=")[0] not in ids)
+    return settings.model_copy(update={"adapters": kept})
 
 
 def adapter_ids(adapters: Iterable[str]) -> list[str]:

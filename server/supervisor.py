@@ -1,6 +1,7 @@
 """`llama-adapter serve`: the gateway in this process, each worker and the experts in a child of its own.
 
-The children listen on Unix sockets in a folder that only this user can enter.
+The children listen on Unix sockets in a folder that only this user can enter. The workers' list of
+what was loaded at run time is there too, for those that are started again.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pydantic_settings import BaseSettings
 from experts.caption import CaptionExpert
 from experts.contract import Expert
 from experts.http import HttpExpert
-from server.captioning import CAPTION_ADAPTER, caption_generator
+from server.captioning import CAPTION_ADAPTER, caption_generator, caption_version
 from server.child import Child, ChildSpec
 from server.gateway.app import create_app
 from server.gateway.clients.pool import WorkerPool
 from server.serving import Drain, bind, drain_on_signals, serve_app
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
+from server.shipped import adapter_ids
 from server.telemetry import outgoing_headers
 
 _COMMAND = (sys.executable, "-m", "server.cli")
@@ -66,6 +68,7 @@ def child_specs(settings: ServiceSettings, folder: Path) -> list[ChildSpec]:
                 uds=folder / "experts.sock",
                 env=settings_environment(expert),
                 stop_seconds=5.0,
+                silent_seconds=expert.liveness_seconds,
             )
         )
     return specs
@@ -77,13 +80,16 @@ def _worker_spec(settings: ServiceSettings, folder: Path, index: int) -> ChildSp
     threads = settings.worker.num_threads
     if settings.workers > 1 and not threads:
         threads = max(1, (os.cpu_count() or 1) // settings.workers)
-    worker = settings.worker.model_copy(update={"uds": folder / f"{name}.sock", "num_threads": threads})
+    state = settings.worker.adapter_state or folder / "adapters.json"
+    own = {"uds": folder / f"{name}.sock", "num_threads": threads, "adapter_state": state}
+    worker = settings.worker.model_copy(update=own)
     return ChildSpec(
         name=name,
         command=(*_COMMAND, "worker", "--supervised"),
         uds=folder / f"{name}.sock",
         env=settings_environment(worker),
         stop_seconds=worker.drain_seconds,
+        silent_seconds=worker.liveness_seconds,
     )
 
 
@@ -119,9 +125,9 @@ def _experts(settings: ServiceSettings, folder: Path, pool: WorkerPool) -> dict[
     url = f"unix:{folder / 'experts.sock'}"
     names = settings.experts
     experts: dict[str, Expert] = {name: HttpExpert(name, url, headers=outgoing_headers) for name in names}
-    caption = next((a for a in settings.worker.adapters if a.startswith(f"{CAPTION_ADAPTER}=")), None)
-    if caption is not None:
-        experts["caption"] = CaptionExpert(caption_generator(pool.model, pool.generate), version=caption)
+    if CAPTION_ADAPTER in adapter_ids(settings.worker.adapters):
+        generate = caption_generator(pool.model, pool.generate)
+        experts["caption"] = CaptionExpert(generate, caption_version(pool.holdings))
     return experts
 
 

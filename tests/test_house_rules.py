@@ -84,7 +84,7 @@ def pins() -> dict[str, str]:
 def required() -> list[Requirement]:
     table = project()["project"]
     extras = table["optional-dependencies"]
-    named = [*table["dependencies"], *extras["worker"], *extras["experts"], *extras["dev"]]
+    named = [*table["dependencies"], *extras["worker"], *extras["experts"], *extras["eval"], *extras["dev"]]
     return [Requirement(line) for line in named]
 
 

@@ -18,13 +18,14 @@ from models.config import ModelConfig
 from models.llama import Llama
 
 
-def tiny_config() -> ModelConfig:
-    return replace(GQA, vocab_size=byte_level_backend().get_vocab_size(), max_position_embeddings=512)
+def tiny_config(positions: int = 512) -> ModelConfig:
+    vocab_size = byte_level_backend().get_vocab_size()
+    return replace(GQA, vocab_size=vocab_size, max_position_embeddings=positions)
 
 
-def write_tiny_base(folder: Path, num_layers: int | None = None) -> Llama:
+def write_tiny_base(folder: Path, num_layers: int | None = None, positions: int = 512) -> Llama:
     """A Hugging Face folder; returns the model that is in it."""
-    config = tiny_config()
+    config = tiny_config(positions)
     if num_layers is not None:
         config = replace(config, num_layers=num_layers)
     base = random_base(config)

@@ -30,6 +30,7 @@ from train.groups import Groups
 from train.log import Log
 from train.processes import Processes, StopSignal
 from train.recipe import Recipe, recipe_text
+from train.standardize import standardize
 from train.trainer import HeldOut, Trainer
 
 RECIPE = "recipe.yaml"
@@ -104,7 +105,7 @@ def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSigna
         sees=vision is not None,
     )
     encoder = _encoder(vision, processes.device) if vision else None
-    images = Images(recipe, vision, encoder, cache_dir, stop)
+    images = Images(compute, vision, encoder, cache_dir, stop)
     stores = _stores(recipe, tokens, images.read_all, processes, stop, console)
     plan = _plan(recipe, stores)
     forward = Forward(base, adapter, encoder, compute.features == "live", compute.checkpointing)
@@ -112,6 +113,8 @@ def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSigna
     if last is not None:
         trainer.restore(load_state(last))
     read = images.reader()
+    if recipe.init.features == "standardized" and last is None and recipe.start_from is None:
+        standardize(adapter, stores.values(), read)
     steps = Steps(
         plan, list(stores.values()), read, compute.pass_tokens, processes.rank, processes.world, recipe.seed
     )

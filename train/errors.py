@@ -1,4 +1,4 @@
-"""What stops a training. Every message names the place and what to do."""
+"""What stops a training or an evaluation. Every message names the place and what to do."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ class DataError(TrainError):
 
     def __init__(self, file: Path, line: int, reason: str) -> None:
         super().__init__(f"{file}:{line}: {reason}")
+
+
+class EvaluationError(ModelError):
+    """An evaluation cannot be made."""
 
 
 class RowError(ValueError):

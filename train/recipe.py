@@ -95,10 +95,13 @@ class InitRecipe(Strict):
 
     gate  V1 starts them at `zeros` (section 3.2); at `ones`, raw and not trained, prompts are inserted at
           full strength; `normal` draws them from N(0, 1)
+    features  `standardized`: the projector's input norm starts where each feature has mean 0 and spread 1
+              over the training images; `plain`: at ones and zeros
     """
 
     gate: Literal["zeros", "ones", "normal"] = "zeros"
     prompt_std: float = Field(default=1.0, gt=0, le=10)
+    features: Literal["plain", "standardized"] = "plain"
 
 
 class SourceRecipe(Strict):
@@ -226,7 +229,15 @@ class Recipe(Strict):
     def _consistent(self) -> Self:
         if all(source.epochs == 0 for source in self.data.values()):
             raise ValueError("data: every source has `epochs: 0`; train on one of them at least")
-        early = self.adapter.vision is not None and self.adapter.vision.fusion == "early"
+        vision = self.adapter.vision
+        if self.init.features == "standardized" and not (
+            vision and vision.input_norm and self.compute.features == "cached"
+        ):
+            raise ValueError(
+                "init.features: `standardized` sets a projector's input norm by the images' cached features; "
+                "it needs `adapter.vision.input_norm` and `compute.features: cached`"
+            )
+        early = vision is not None and vision.fusion == "early"
         for name, source in self.data.items():
             if source.trains in ("visual", "text") and not early:
                 raise ValueError(

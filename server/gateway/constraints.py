@@ -1,4 +1,4 @@
-"""What a chat request asks its answer to keep to: `response_format`, `tools`, `tool_choice`."""
+"""What a request asks its answer to keep to: `response_format`, `tools`, `tool_choice`."""
 
 from __future__ import annotations
 

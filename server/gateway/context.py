@@ -109,11 +109,12 @@ class ExpertPanel:
     async def _read(self, name: str, image: Image) -> tuple[Outcome, str]:
         expert = self._experts[name]
         try:
-            reading = self._cache.get((name, expert.version, image.sha256))
+            key = (name, expert.version, image.sha256)
+            reading = self._cache.get(key)
             if reading is None:
                 reading = await expert.read(image.data)
-                # Its version may be known only now, with the first answer of a service.
-                self._cache.put((name, expert.version, image.sha256), reading)
+                if expert.version == key[1]:  # else nobody knows which of the two has read
+                    self._cache.put(key, reading)
         except Skipped:
             return "skipped", ""
         except TimeoutError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -16,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from server.gateway.body import Body, inconsistent
 from server.gateway.constraints import ResponseFormat, ToolChoice, Tools, check_choice, grammar
-from server.worker.messages import ChatMessage, SamplingParams, ToolCall
+from server.worker.messages import ChatMessage, Grammar, SamplingParams, ToolCall
 
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
@@ -71,6 +70,7 @@ class _Generation(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
     user: str | None = Field(None, max_length=512)
 
     @model_validator(mode="after")
@@ -84,7 +84,11 @@ class _Generation(Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def _sampling(
-        self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+        self,
+        max_tokens: int | None,
+        logprobs: int | None,
+        grammar: Grammar | None,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         given = {
             name: value
@@ -101,6 +105,7 @@ class _Generation(Body):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
         )
 
 
@@ -211,7 +216,6 @@ class ChatRequest(_Generation):
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: ResponseFormat | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -237,11 +241,9 @@ class ChatRequest(_Generation):
 
     def sampling(self) -> SamplingParams:
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        sampling = self._sampling(limit, (self.top_logprobs or 0) if self.logprobs else None, None)
         parallel = self.parallel_tool_calls is not False
-        return replace(
-            sampling, grammar=grammar(self.response_format, self.tools or (), self.tool_choice, parallel)
-        )
+        kept_to = grammar(self.response_format, self.tools or (), self.tool_choice, parallel)
+        return self._sampling(limit, (self.top_logprobs or 0) if self.logprobs else None, kept_to)
 
 
 class CompletionRequest(_Generation):
@@ -249,7 +251,6 @@ class CompletionRequest(_Generation):
         "suffix": (None, ""),
         "best_of": (None, 1),
         "use_beam_search": (None, False),
-        "response_format": (None, {"type": "text"}),
     }
 
     prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
@@ -274,7 +275,8 @@ class CompletionRequest(_Generation):
     def sampling(self) -> SamplingParams:
         # 16 is OpenAI's default here.
         limit = 16 if self.max_tokens is None else self.max_tokens
-        return self._sampling(limit, self.logprobs, self.logprobs if self.echo else None)
+        kept_to = self.response_format.grammar() if self.response_format else None
+        return self._sampling(limit, self.logprobs, kept_to, self.logprobs if self.echo else None)
 
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:

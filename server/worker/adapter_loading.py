@@ -48,21 +48,23 @@ class AdapterLoader:
         id, path, options = parse_adapter_argument(argument)
         return self._load(id, path.expanduser(), options)
 
-    def load_at_run_time(self, id: str, path: str, options: Mapping[str, str]) -> ServedModel:
-        """An adapter below the configured root. Raises `InvalidRequest`."""
+    def load_at_run_time(
+        self, id: str, path: str, options: Mapping[str, str], version: int = 1
+    ) -> ServedModel:
+        """An adapter below the configured root, at least as `version`. Raises `InvalidRequest`."""
         try:
             known = parse_options(id, options)
         except ModelError as error:
             raise InvalidRequest(str(error), param="options", code="invalid_adapter") from error
         try:
-            return self._load(id, self._registry.resolve(path), known, at_run_time=True)
+            return self._load(id, self._registry.resolve(path), known, version, at_run_time=True)
         except AdapterMismatch as error:
             raise InvalidRequest(str(error), param="path", code="adapter_mismatch") from error
         except ModelError as error:
             raise InvalidRequest(str(error), param="path", code="invalid_adapter") from error
 
     def _load(
-        self, id: str, path: Path, options: AdapterOptions, *, at_run_time: bool = False
+        self, id: str, path: Path, options: AdapterOptions, version: int = 1, *, at_run_time: bool = False
     ) -> ServedModel:
         if id == self._base_id:
             raise CheckpointError(f"adapter id {id!r} is the base's own; choose another id")
@@ -83,7 +85,7 @@ class AdapterLoader:
                 )
         adapter = adapter.requires_grad_(False).to(self._device)
         with self._lock:
-            entry = self._registry.add(id, path, config)
+            entry = self._registry.add(id, path, config, version)
         info = ModelInfo(
             id=id,
             kind="adapter",

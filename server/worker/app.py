@@ -17,6 +17,7 @@ from server.errors import ApiError, InvalidRequest, ServerFailure, TooLarge, Una
 from server.serving import Drain
 from server.settings import WorkerSettings
 from server.tracing import TELEMETRY
+from server.worker.adapter_state import AdapterState, RunTimeAdapters
 from server.worker.engine_api import Engine
 from server.worker.messages import (
     GENERATE_REQUEST,
@@ -45,13 +46,16 @@ Message = TypeVar("Message")
 def create_app(engine: Engine, settings: WorkerSettings, drain: Drain | None = None) -> FastAPI:
     """The worker's app. It starts and stops `engine`; once `drain` is asked it admits nothing new."""
     drain = drain or Drain()
+    adapters = RunTimeAdapters(engine, AdapterState(settings.adapter_state))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         await engine.start()
         try:
+            await adapters.start()
             yield
         finally:
+            await adapters.stop()
             await engine.stop()
 
     app = FastAPI(
@@ -59,7 +63,7 @@ def create_app(engine: Engine, settings: WorkerSettings, drain: Drain | None = N
     )
     _add_error_handlers(app)
     _add_inference_routes(app, engine, drain, settings.max_message_bytes)
-    _add_adapter_routes(app, engine, settings.max_message_bytes)
+    _add_adapter_routes(app, engine, adapters, settings.max_message_bytes)
     _add_watch_routes(app, engine, drain)
     return app
 
@@ -86,19 +90,18 @@ def _add_inference_routes(app: FastAPI, engine: Engine, drain: Drain, max_bytes:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_adapter_routes(app: FastAPI, engine: Engine, max_bytes: int) -> None:
+def _add_adapter_routes(app: FastAPI, engine: Engine, adapters: RunTimeAdapters, max_bytes: int) -> None:
     @app.get("/models")
     async def models() -> Response:
         return Response(MODELS.dump_json(engine.models()), media_type="application/json")
 
     @app.post("/adapters")
     async def load_adapter(request: Request) -> ModelInfo:
-        body = await _parse(request, _LOAD_ADAPTER, max_bytes)
-        return await engine.load_adapter(body.id, body.path, body.options)
+        return await adapters.load(await _parse(request, _LOAD_ADAPTER, max_bytes))
 
     @app.delete("/adapters/{id}", status_code=204)
     async def unload_adapter(id: str) -> None:
-        await engine.unload_adapter(id)
+        await adapters.unload(id)
 
 
 def _add_watch_routes(app: FastAPI, engine: Engine, drain: Drain) -> None:

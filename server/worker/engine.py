@@ -131,22 +131,25 @@ class NativeEngine:
                 del self._users[model.key]
                 await asyncio.shield(self._notify_released())
 
-    async def load_adapter(self, id: str, path: str, options: Mapping[str, str] | None = None) -> ModelInfo:
+    async def load_adapter(
+        self, id: str, path: str, options: Mapping[str, str] | None = None, version: int = 1
+    ) -> ModelInfo:
         async with self._loading:
-            model = await asyncio.to_thread(self._loader.load_at_run_time, id, path, options or {})
+            load = self._loader.load_at_run_time
+            model = await asyncio.to_thread(load, id, path, options or {}, version)
             replaced = self._models.get(id)
             self._models[id] = model
             if replaced is not None:
                 self._retire(replaced)
             return model.info
 
-    async def unload_adapter(self, id: str) -> None:
+    async def unload_adapter(self, id: str) -> asyncio.Task[None]:
         async with self._loading:
             model = self._models.get(id)
             if model is None or model.adapter is None:
                 raise NotFound(f"No adapter {id!r} is loaded.", param="id", code="model_not_found")
             del self._models[id]
-        await asyncio.shield(self._retire(model))
+        return self._retire(model)
 
     def _retire(self, model: ServedModel) -> asyncio.Task[None]:
         """Let running requests finish with their version, then drop what was cached for it."""

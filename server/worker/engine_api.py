@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
 
@@ -44,9 +45,15 @@ class Engine(Protocol):
     def models(self) -> list[ModelInfo]:
         """The base first, then its adapters."""
 
-    async def load_adapter(self, id: str, path: str, options: Mapping[str, str] | None = None) -> ModelInfo:
-        """Load, or load again under the same id as a new version; running requests keep theirs."""
+    async def load_adapter(
+        self, id: str, path: str, options: Mapping[str, str] | None = None, version: int = 1
+    ) -> ModelInfo:
+        """Load, or load again under the same id as a new version; running requests keep theirs.
 
-    async def unload_adapter(self, id: str) -> None: ...
+        The version is `version`, or the next one that this engine never had if that is higher.
+        """
+
+    async def unload_adapter(self, id: str) -> asyncio.Task[None]:
+        """From now on requests find it no more; the task ends when no running one uses it."""
 
     def stats(self) -> EngineStats: ...

@@ -6,11 +6,12 @@ import asyncio
 import base64
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai import AsyncOpenAI, DefaultHttpxClient, OpenAI
+from pydantic import BaseModel, Field
 from service import Service, serving
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
@@ -18,6 +19,16 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
 TEXT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 END = "2"  # the id of the tiny base's end of text
+
+
+class Weather(BaseModel):
+    """Little enough for random weights to end it, whatever they choose."""
+
+    city: Literal["Paris", "Oslo"]
+    days: int = Field(ge=1, le=7)
+
+
+ROOM: dict[str, Any] = {"temperature": 0, "max_tokens": 100}
 
 
 @pytest.fixture
@@ -131,6 +142,29 @@ async def test_leaving_a_stream(service: Service, async_client: AsyncOpenAI) -> 
     question = {"model": "poet", "messages": TEXT}
     answer = await async_client.chat.completions.create(**question, **GREEDY)
     assert answer.choices[0].message.content == by_hand(service, question)
+
+
+async def test_a_schema_is_kept_to(
+    client: OpenAI, async_client: AsyncOpenAI, question: dict[str, Any]
+) -> None:
+    asked = {**question, **ROOM, "response_format": Weather}
+    parsed = client.chat.completions.parse(**asked).choices[0].message.parsed
+    assert isinstance(parsed, Weather)
+    assert (await async_client.chat.completions.parse(**asked)).choices[0].message.parsed == parsed
+    with client.chat.completions.stream(**asked) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == parsed
+
+
+def test_a_tool_is_called(client: OpenAI, question: dict[str, Any]) -> None:
+    tools = [openai.pydantic_function_tool(Weather)]
+    asked = {**question, **ROOM, "tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    [choice] = client.chat.completions.parse(**asked).choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    [call] = choice.message.tool_calls or ()
+    assert isinstance(call.function.parsed_arguments, Weather)
+    with client.chat.completions.stream(**asked) as stream:
+        [streamed] = stream.get_final_completion().choices[0].message.tool_calls or ()
+    assert streamed.function == call.function
 
 
 def test_raw_answers(service: Service, client: OpenAI, question: dict[str, Any]) -> None:

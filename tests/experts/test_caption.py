@@ -30,7 +30,7 @@ async def test_it_asks_with_the_adapters_prompt() -> None:
         asked.append((image, prompt))
         return "A castle on a hill. The sky is blue."
 
-    expert = CaptionExpert(generate, version="caption-7")
+    expert = CaptionExpert(generate, version=lambda: "caption-7")
     assert isinstance(expert, Expert)
     await expert.load()
     assert (await expert.read(b"bytes")).text == "A castle on a hill."
@@ -45,4 +45,4 @@ async def test_its_failures_are_an_experts(failure: Exception) -> None:
         raise failure
 
     with pytest.raises(ExpertError, match=str(failure)):
-        await CaptionExpert(generate, "1").read(b"")
+        await CaptionExpert(generate, lambda: "1").read(b"")

@@ -7,7 +7,7 @@ from support import canonical_weights, transformers_twin
 from models.attention import DenseAttend
 from models.config import ModelConfig
 from models.errors import CheckpointError
-from models.llama import Llama, pack, packed_linear
+from models.llama import Llama, pack, packed_linear, rms_norm
 
 
 @torch.no_grad()
@@ -43,3 +43,11 @@ def test_packed_products_are_the_plain_ones(dtype: torch.dtype):
         x = torch.randn(*shape, 48, generator=generator).to(dtype)
         expected = torch.nn.functional.linear(x, weight)
         torch.testing.assert_close(packed_linear(x, packed), expected, atol=1e-4, rtol=1.6e-2)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_the_norm_gradient_is_that_of_its_values(rows: bool):
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(5, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(*((5, 8) if rows else (8,)), dtype=torch.float64, generator=generator)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (x, weight.requires_grad_()))

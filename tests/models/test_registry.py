@@ -64,6 +64,7 @@ def test_every_load_is_a_new_version_even_after_removal(tmp_path: Path):
     third = registry.add("a", folder, CONFIG)
     assert [entry.version for entry in (first, second, third)] == [1, 2, 3]
     assert registry.add("other", folder, CONFIG).version == 1
+    assert [registry.add("a", folder, CONFIG, version).version for version in (7, 7, 2)] == [7, 8, 9]
     assert first.hash == third.hash
 
 

@@ -10,8 +10,10 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from server.child import Child, ChildSpec, restart_pause
@@ -40,6 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
+    request_queue_size = 128  # a probe of a stopped process waits in there
 
 path = folder / "c.sock"
 path.unlink(missing_ok=True)
@@ -111,6 +114,29 @@ async def test_a_child_that_says_it_cannot_go_on_is_replaced(tmp_path: Path) -> 
         await until(lambda: not alive(pids(tmp_path)[0]))
         (tmp_path / "live").unlink()
         await until(lambda: len(pids(tmp_path)) == 2)
+
+
+async def test_a_child_that_answers_nothing_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.child._ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr("server.child._LIVENESS_SECONDS", 0.1)
+    spec = replace(script(tmp_path, SERVE), silent_seconds=4.0)
+    async with kept(spec) as (child, _):
+        await asyncio.wait_for(child.ready.wait(), 20)
+        first = pids(tmp_path)[0]
+        for _ in range(2):  # once it answers again, what was counted is forgotten
+            os.kill(first, signal.SIGSTOP)
+            await asyncio.sleep(2.4)
+            os.kill(first, signal.SIGCONT)
+            async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(spec.uds))) as client:
+                await client.get("http://child/")
+            await asyncio.sleep(0.5)
+        assert len(pids(tmp_path)) == 1
+        os.kill(first, signal.SIGSTOP)
+        await until(lambda: len(pids(tmp_path)) == 2)
+        assert not alive(first)
+    assert "the toy has not answered for 4 s; killing it" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,22 @@ def test_any_json_object(client: OpenAI):
     assert choice.message.content.startswith("{")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_plain_completion_keeps_to_a_schema(client: OpenAI, stream: bool):
+    schema = {"name": "guest", "schema": Guest.model_json_schema() | {"additionalProperties": False}}
+    prompt = "Anna is 31 years old and feels good. As JSON:"
+    asked: dict[str, Any] = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 60}
+    keeping = {"response_format": {"type": "json_schema", "json_schema": schema}}
+    answer = client.completions.create(**asked, stream=stream, extra_body=keeping)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    guest = Guest.model_validate_json("".join(choice.text for choice in choices))
+    assert guest.age == 31
+    assert choices[-1].finish_reason == "stop"
+    free = client.completions.create(**asked)
+    with pytest.raises(ValueError):
+        json.loads(free.choices[0].text)
+
+
 def test_a_tool_is_called_and_its_result_answered(client: OpenAI):
     asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 80}
     answer = client.chat.completions.create(

@@ -52,13 +52,13 @@ SHARED: dict[str, Row] = {
     "stream": ({}, {"stream": True}),
     "stream_options": ({"stream": True}, {"stream_options": {"include_usage": True}}),
     "ignore_eos": (ENDING, {"ignore_eos": True}),
+    "response_format": (FREE, {"response_format": {"type": "json_object"}}),
 }
 CHAT: dict[str, Row] = SHARED | {
     "messages": ({}, {"messages": [{"role": "user", "content": "Sing."}]}),
     "max_completion_tokens": ({}, {"max_completion_tokens": 3}),
     "logprobs": ({}, {"logprobs": True}),
     "top_logprobs": ({"logprobs": True}, {"top_logprobs": 3}),
-    "response_format": (FREE, {"response_format": {"type": "json_object"}}),
     "tools": (FREE, {"tools": [TOOL]}),
     "tool_choice": (FREE | {"tools": [TOOL], "max_tokens": 40}, {"tool_choice": "required"}),
     "parallel_tool_calls": (

@@ -129,6 +129,24 @@ def test_a_worker_killed_mid_stream_ends_that_stream_with_an_error_event(base: P
         assert service.ask({"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2})
 
 
+def test_a_worker_that_hangs_is_started_again(base: Path) -> None:
+    arguments = ("--base", str(base), "--experts", "", "--workers", "2", "--liveness-seconds", "4")
+    with serving(*arguments) as service:
+        first, second = workers(service)
+        streams = start_streams(service)
+        first.suspend()
+        unfinished = [stream for stream in streams if stream.events[-1] != "[DONE]"]
+        assert unfinished, "every stream was over before a worker could be stopped"
+        until(lambda: ready_workers(service) == {"worker-0.sock": 0, "worker-1.sock": 1})
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+        assert service.ask(body).status_code == 200
+        assert "server_error" in [stream.outcome for stream in unfinished]  # their worker was killed
+        until(lambda: ready_workers(service) == {"worker-0.sock": 1, "worker-1.sock": 1}, 90)
+        assert workers(service)[0].pid != first.pid
+        assert workers(service)[1].pid == second.pid
+        assert "the worker-0 has not answered for" in service.text
+
+
 def test_sigterm_lets_streams_finish(base: Path) -> None:
     with serving("--base", str(base), "--experts", "", "--workers", "2") as service:
         streams = start_streams(service)

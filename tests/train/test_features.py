@@ -20,6 +20,7 @@ from train.data.features import (
     live_pixels,
     random_resized_crop,
 )
+from train.data.images import noisy
 from train.errors import TrainError
 
 VISION = VisionConfig(
@@ -161,3 +162,15 @@ def test_random_crops_keep_to_their_bounds():
     areas = [(r - l) * (b - t) / 5400 for l, t, r, b in boxes]
     assert len(set(boxes)) > 20
     assert max(areas) <= 1
+
+
+def test_noise_follows_the_seed_and_scales_with_the_feature():
+    feature = torch.tensor([0.0, 1.0, -2.0] * 2000)
+    one, again, other = (noisy(feature, 0.5, seed) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert not one[feature == 0].any()
+    for value in (1.0, -2.0):
+        assert one[feature == value].mean() == pytest.approx(value, abs=0.1)
+        assert one[feature == value].std() == pytest.approx(0.5 * abs(value), rel=0.05)
+    assert noisy(feature, 0, 1) is feature

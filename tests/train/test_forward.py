@@ -185,3 +185,23 @@ def test_bfloat16_base_trains_a_float32_adapter():
         grads.append(torch.cat([grad.flatten() for grad in grads_of(adapter).values()]))
     assert grads[1].dtype == torch.float32
     assert F.cosine_similarity(*grads, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_loss_is_cross_entropy(dtype: torch.dtype):
+    """Value and gradient, also where the target's probability is too small to be a number."""
+    generator = torch.Generator().manual_seed(5)
+    logits = (8 * torch.randn(37, 50, dtype=torch.float64, generator=generator)).to(dtype)
+    logits[0, 0] = 300.0
+    targets = torch.randint(50, (37,), generator=generator)
+    targets[0] = 1
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    value, expected = module._loss(ours, targets), F.cross_entropy(theirs, targets, reduction="sum")
+    torch.testing.assert_close(value.double(), expected.double(), rtol=1e-5, atol=0)
+    (value * 0.37).backward()
+    (expected * 0.37).backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    torch.testing.assert_close(
+        ours.grad.double(), theirs.grad, atol=2e-3 if dtype == torch.bfloat16 else 1e-6, rtol=0
+    )

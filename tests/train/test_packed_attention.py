@@ -8,7 +8,8 @@ from models.adapter import base_spec
 from models.adapter_config import AdapterConfig, PromptConfig, VisionConfig
 from models.attention import DenseAttend, Prompts, causal_attention, prompt_attention
 from models.config import ModelConfig
-from train.attention import PackedAttend
+from train import attention as module
+from train.attention import PackedAttend, attention
 
 LENS = (5, 1, 9, 4)
 
@@ -55,8 +56,19 @@ def plain(
     return torch.cat(parts)
 
 
+@pytest.fixture(params=["one block", "blocks of four", "fused kernel"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How causal attention is computed: nothing of it may be seen in the result."""
+    if request.param == "blocks of four":
+        monkeypatch.setattr(module, "_BLOCK", 4)
+    if request.param == "fused kernel":
+        monkeypatch.setattr(module, "_LONGEST", 4)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("lens", [LENS, (6, 6, 6, 6)])
 @pytest.mark.parametrize("sees", [True, False])
+@pytest.mark.usefixtures("way")
 def test_equals_the_definition(config: ModelConfig, lens: tuple[int, ...], sees: bool):
     torch.manual_seed(0)
     base, adapter = random_base(config), random_adapter(vision_config(config))
@@ -110,3 +122,32 @@ def test_half_precision_stays_near():
     ours = PackedAttend(LENS, prompts, torch.tensor(slots), torch.device("cpu"))(0, q, k, v)
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours, plain(0, q, k, v, LENS, prompts, slots), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize(("T", "K", "gated"), [(7, 7, False), (8, 8, False), (7, 5, True), (1, 1, True)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_are_those_of_the_values(
+    monkeypatch: pytest.MonkeyPatch, T: int, K: int, gated: bool, groups: int
+):
+    """Against differences of the values, in float64."""
+    monkeypatch.setattr(module, "_BLOCK", 4)
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(2, 4, T, 3), (2, 4 // groups, K, 3), (2, 4 // groups, K, 3)] + ([(2, 4)] if gated else [])
+    inputs = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+    assert torch.autograd.gradcheck(attention, [x.requires_grad_() for x in inputs])
+
+
+def test_gradients_in_bfloat16_stay_near_exact_ones():
+    """Scores are float32: rounded to bfloat16 they would be off by up to 0.06 where they are near 16."""
+    generator = torch.Generator().manual_seed(4)
+    exact = [
+        4 * torch.randn(1, heads, 40, 16, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)
+    ]
+    half = [x.bfloat16().requires_grad_() for x in exact]
+    exact = [x.detach().double().requires_grad_() for x in half]
+    weight = torch.randn(1, 4, 40, 16, dtype=torch.float64, generator=generator)
+    grads = [
+        torch.autograd.grad((attention(*qkv) * weight.to(qkv[0].dtype)).sum(), qkv) for qkv in (half, exact)
+    ]
+    for one, two in zip(*grads, strict=True):
+        assert (one - two).abs().max() < 0.02 * two.abs().max()

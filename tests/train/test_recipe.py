@@ -43,6 +43,8 @@ def test_written_recipe_reads_the_same(file: str, tmp_path: Path):
         ("data.instruct.trains=visual", r"data\.instruct\.trains .*early"),
         ("data.instruct.format=captions", r"data\.instruct\.question: .*template 'chat'"),
         ("compute.augment=true", "features: live"),
+        ("compute={features: live, feature_noise: 0.1}", "cached features"),
+        ("init.features=standardized", r"init\.features: .*input_norm"),
         ("adapter.prompt.layers=middle 3", r"adapter\.prompt\.layers"),
         ("nonsense", r"overrides read key=value"),
         (".=1", r"overrides read key=value"),

@@ -75,7 +75,7 @@ def test_policy_stops_or_skips(tiny: Path, tmp_path: Path):
     summary = store(tmp_path, encoder(tiny), file, bad_rows="skip").summary
     assert (summary.read, summary.used, summary.bad) == (3, 1, 2)
     file.write_text("x\n")
-    with pytest.raises(TrainError, match=r"none of 1 rows can be trained on: .*r\.jsonl:1"):
+    with pytest.raises(TrainError, match=r"none of 1 rows can be used: .*r\.jsonl:1"):
         store(tmp_path, encoder(tiny), file, bad_rows="skip")
 
 

@@ -14,7 +14,7 @@ from train.data.batches import ImageReader
 from train.data.features import FeatureCache, cache_folder, encode_images, feature_shape, live_pixels
 from train.data.store import Store
 from train.processes import StopSignal
-from train.recipe import Recipe
+from train.recipe import ComputeRecipe
 
 
 class Images:
@@ -22,25 +22,25 @@ class Images:
 
     def __init__(
         self,
-        recipe: Recipe,
+        compute: ComputeRecipe,
         vision: VisionConfig | None,
         encoder: VisionEncoder | None,
         cache_dir: Path,
         stop: StopSignal,
     ) -> None:
-        self._recipe = recipe
+        self._compute = compute
         self._vision = vision
         self._encoder = encoder
         self._stop = stop
         self._folder: Path | None = None
-        if vision and encoder and recipe.compute.features == "cached":
+        if vision and encoder and compute.features == "cached":
             self._folder = cache_folder(cache_dir, encoder, vision)
 
     def read_all(self, paths: list[Path]) -> list[int | str]:
         """Check, and encode where features are kept."""
         if self._vision is None or self._encoder is None:
             return []
-        workers = self._recipe.compute.workers
+        workers = self._compute.workers
 
         def progress(count: int) -> None:
             self._stop.check()
@@ -57,15 +57,14 @@ class Images:
         if vision is None or encoder is None:
             return _no_image
         if self._folder is None:
-            augment = self._recipe.compute.augment
+            augment = self._compute.augment
 
             def read_live(store: Store, image: int, seed: int | None) -> Tensor:
                 return live_pixels(store.image_paths[image], encoder, vision, seed if augment else None)
 
             return read_live
         features = FeatureCache(self._folder, feature_shape(encoder, vision)).open()
-
-        noise = self._recipe.compute.feature_noise
+        noise = self._compute.feature_noise
 
         def read_cached(store: Store, image: int, seed: int | None) -> Tensor:
             feature = torch.from_numpy(features[store.feature_J[image]].copy())

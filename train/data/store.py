@@ -119,11 +119,23 @@ class Encoder:
         return Encoded(ids[kept], generated[kept]), len(ids) > self._max_tokens
 
 
+def image_path(root: Path | None, name: str) -> Path:
+    """Where an image lies, `root` being its source's resolved folder. Raises RowError if outside of it."""
+    if root is None:
+        raise RowError(f"has the image {name[:200]!r}, but the source has no `images` folder; give one")
+    try:
+        path = (root / name).resolve()
+        if path.is_relative_to(root) and path.is_file():
+            return path
+    except (OSError, ValueError, RuntimeError) as error:  # NUL bytes, endless links, too long
+        raise RowError(f"the image {name[:200]!r} is no path") from error
+    raise RowError(f"the image {name[:200]!r} is not in {root}")
+
+
 class _Writer:
     """Rows to disk as they come; what is kept in memory is some dozen bytes a row."""
 
-    def __init__(self, folder: Path, root: Path | None) -> None:
-        self._root = root
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files = ExitStack()
         self._tokens = self._files.enter_context((folder / _TOKENS).open("wb"))
@@ -144,18 +156,6 @@ class _Writer:
         self._held_out.append(held_out)
         for column, value in zip(self._places, place, strict=True):
             column.append(value)
-
-    def image_path(self, name: str) -> Path:
-        """Where an image lies. Raises RowError where that is outside the source's folder."""
-        if self._root is None:
-            raise RowError(f"has the image {name[:200]!r}, but the source has no `images` folder; give one")
-        try:
-            path = (self._root / name).resolve()
-            if path.is_relative_to(self._root) and path.is_file():
-                return path
-        except (OSError, ValueError, RuntimeError) as error:  # NUL bytes, endless links, too long
-            raise RowError(f"the image {name[:200]!r} is no path") from error
-        raise RowError(f"the image {name[:200]!r} is not in {self._root}")
 
     @property
     def images(self) -> list[Path]:
@@ -203,17 +203,24 @@ ReadImages = Callable[[list[Path]], list[int | str]]
 
 
 def prepare(
-    name: str, source: SourceRecipe, encoder: Encoder, folder: Path, read_images: ReadImages, progress: Report
+    name: str,
+    source: SourceRecipe,
+    encoder: Encoder,
+    folder: Path,
+    read_images: ReadImages,
+    progress: Report,
+    wanted: Callable[[Sample], bool] | None = None,
 ) -> Store:
     """Render, tokenise and check every row and image of a source, then write them to `folder`.
 
-    `progress` is told each row's number, and may raise to stop. Raises DataError at a bad row if the
-    policy is to stop, TrainError where no row is left.
+    `progress` is told each row's number, and may raise to stop. Of the rows only the `wanted` ones are
+    used; it may raise RowError. Raises DataError at a bad row if the policy is to stop, TrainError
+    where no row is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     summary = Summary()
-    with _Writer(folder, source.images.resolve() if source.images else None) as writer:
-        for encoded, image, held_out, place in _encoded(source, encoder, writer, summary, progress):
+    with _Writer(folder) as writer:
+        for encoded, image, held_out, place in _encoded(source, encoder, wanted, summary, progress):
             writer.add(encoded, image, held_out, place)
         found = read_images(writer.images)
         faults = {image: fault for image, fault in enumerate(found) if isinstance(fault, str)}
@@ -225,23 +232,30 @@ def prepare(
         writer.close([row if isinstance(row, int) else NO_IMAGE for row in found], dropped, summary)
     if not summary.used:
         shown = f": {summary.faults[0]}" if summary.faults else ""
-        raise TrainError(f"data.{name}: none of {summary.read} rows can be trained on{shown}")
+        raise TrainError(f"data.{name}: none of {summary.read} rows can be used{shown}")
     return Store(folder)
 
 
 def _encoded(
-    source: SourceRecipe, encoder: Encoder, writer: _Writer, summary: Summary, progress: Report
+    source: SourceRecipe,
+    encoder: Encoder,
+    wanted: Callable[[Sample], bool] | None,
+    summary: Summary,
+    progress: Report,
 ) -> Iterator[tuple[Encoded, Path | None, bool, tuple[int, int]]]:
     """Tokens, image, whether held out, and place of each good row."""
     files = {file: number for number, file in enumerate(source.path)}
+    root = source.images.resolve() if source.images else None
     for row, sample in read_samples(source, encoder.template):
         summary.read += 1
         progress(summary.read)
         try:
             if isinstance(sample, RowError):
                 raise sample
+            if wanted is not None and not wanted(sample):
+                continue
             encoded, cut = encoder.encode(sample)
-            image = writer.image_path(sample.image) if sample.image and encoder.sees else None
+            image = image_path(root, sample.image) if sample.image and encoder.sees else None
         except RowError as error:
             _fault(source, summary, row.file, row.line, str(error))
             continue

@@ -133,6 +133,10 @@ class WorkerPool:
         }
         return sorted(held.values(), key=lambda info: (info.kind != "base", info.id))
 
+    def holdings(self, id: str) -> list[ModelInfo]:
+        """What each ready worker that holds this id says of it."""
+        return [worker.models[id] for worker in self.workers if worker.ready and id in worker.models]
+
     def model(self, id: str) -> ModelInfo:
         """Raises `NotFound` for an unknown id, `Unavailable` where nobody can say now."""
         return self._usable(id, ())[0].models[id]

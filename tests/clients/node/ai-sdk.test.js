@@ -2,8 +2,8 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
-import { APICallError, generateText, streamText } from 'ai';
-import { baseURL, byHand, greedy, picture, questions } from './support.js';
+import { APICallError, generateObject, generateText, isStepCount, Output, streamObject, streamText, tool } from 'ai';
+import { baseURL, byHand, greedy, isWeather, picture, questions, room, Weather } from './support.js';
 
 const provider = createOpenAICompatible({
   name: 'llama-adapter',
@@ -23,6 +23,35 @@ const asked = {
   },
 };
 const settings = { temperature: greedy.temperature, maxOutputTokens: greedy.max_tokens, maxRetries: 0 };
+const roomy = { ...settings, maxOutputTokens: room.max_tokens };
+const onError = ({ error }) => { throw error; };
+
+const tools = {
+  weather: tool({
+    description: 'Get the weather of a city',
+    inputSchema: Weather,
+    execute: ({ city, days }) => `${days} days of rain in ${city}`,
+  }),
+};
+// One call, then an answer to its result.
+const agent = {
+  tools,
+  providerOptions: { llamaAdapter: { parallel_tool_calls: false } }, // this provider passes it on
+  stopWhen: isStepCount(2),
+  prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? 'required' : 'none' }),
+};
+
+function isACallAndAnAnswer([first, second, ...more], text) {
+  assert.equal(more.length, 0);
+  assert.equal(first.finishReason, 'tool-calls');
+  assert.equal(first.toolCalls.length, 1);
+  const [{ toolName, input }] = first.toolCalls;
+  assert.equal(toolName, 'weather');
+  isWeather(input);
+  assert.equal(first.toolResults[0].output, `${input.days} days of rain in ${input.city}`);
+  assert.deepEqual(second.toolCalls, []);
+  assert.equal(text, second.text);
+}
 
 for (const [kind, question] of Object.entries(asked)) {
   test(`generateText, ${kind}`, async () => {
@@ -35,11 +64,38 @@ for (const [kind, question] of Object.entries(asked)) {
   });
 
   test(`streamText, ${kind}`, async () => {
-    const stream = streamText({ ...question, ...settings, onError: ({ error }) => { throw error; } });
+    const stream = streamText({ ...question, ...settings, onError });
     const pieces = await Array.fromAsync(stream.textStream);
     assert.equal(pieces.join(''), await byHand(questions[kind]));
     assert.ok(['stop', 'length'].includes(await stream.finishReason));
     assert.ok((await stream.usage).outputTokens > 0);
+  });
+
+  test(`generateObject and streamObject, ${kind}`, async () => {
+    const asked = { ...question, ...roomy, schema: Weather };
+    const { object, finishReason } = await generateObject(asked);
+    isWeather(object);
+    assert.equal(finishReason, 'stop');
+    const stream = streamObject({ ...asked, onError });
+    const partial = await Array.fromAsync(stream.partialObjectStream);
+    assert.deepEqual(await stream.object, object);
+    assert.deepEqual(partial.at(-1), object);
+  });
+
+  test(`generateText with an output, ${kind}`, async () => {
+    const { output } = await generateText({ ...question, ...roomy, output: Output.object({ schema: Weather }) });
+    isWeather(output);
+  });
+
+  test(`generateText with tools, ${kind}`, async () => {
+    const answer = await generateText({ ...question, ...roomy, ...agent });
+    isACallAndAnAnswer(answer.steps, answer.text);
+  });
+
+  test(`streamText with tools, ${kind}`, async () => {
+    const stream = streamText({ ...question, ...roomy, ...agent, onError });
+    await stream.consumeStream();
+    isACallAndAnAnswer(await stream.steps, await stream.text);
   });
 }
 

@@ -2,9 +2,14 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import OpenAI from 'openai';
-import { baseURL, byHand, greedy, questions } from './support.js';
+import { zodFunction, zodResponseFormat } from 'openai/helpers/zod';
+import { baseURL, byHand, greedy, isWeather, questions, room, Weather } from './support.js';
 
 const client = new OpenAI({ baseURL, apiKey: 'none', maxRetries: 0 });
+const { completions } = client.chat;
+
+const weather = zodFunction({ name: 'weather', description: 'Get the weather of a city', parameters: Weather });
+const called = { type: 'function', function: { name: 'weather' } };
 
 for (const [kind, question] of Object.entries(questions)) {
   test(`an answer, ${kind}`, async () => {
@@ -27,7 +32,62 @@ for (const [kind, question] of Object.entries(questions)) {
     assert.equal(final.choices[0].message.content, await byHand(question));
     assert.ok(['stop', 'length'].includes(final.choices[0].finish_reason));
   });
+
+  test(`a schema is kept to, ${kind}`, async () => {
+    const asked = { ...question, ...room, response_format: zodResponseFormat(Weather, 'weather') };
+    const parsed = (await completions.parse(asked)).choices[0].message.parsed;
+    isWeather(parsed);
+    const streamed = await completions.stream(asked).finalChatCompletion();
+    assert.deepEqual(streamed.choices[0].message.parsed, parsed);
+  });
+
+  test(`a tool is called and its result answered, ${kind}`, async () => {
+    const asked = { ...question, ...room, tools: [weather], parallel_tool_calls: false };
+    const answer = await completions.parse({ ...asked, tool_choice: 'required' });
+    const [{ finish_reason, message }] = answer.choices;
+    assert.deepEqual([finish_reason, message.content, message.tool_calls.length], ['tool_calls', null, 1]);
+    const [call] = message.tool_calls;
+    assert.equal(call.function.name, 'weather');
+    isWeather(call.function.parsed_arguments);
+
+    const result = { role: 'tool', tool_call_id: call.id, content: 'rain' };
+    const messages = [...question.messages, message, result];
+    const told = await completions.create({ ...asked, messages, tool_choice: 'none' });
+    assert.equal(told.choices[0].message.tool_calls, undefined);
+    const plain = await completions.create({ ...question, ...greedy });
+    assert.ok(told.usage.prompt_tokens > plain.usage.prompt_tokens);
+  });
+
+  test(`a tool is called in a stream, ${kind}`, async () => {
+    const asked = { ...question, ...room, tools: [weather], tool_choice: called, stream: true };
+    const chunks = await Array.fromAsync(await completions.create(asked));
+    const [first, ...rest] = chunks.flatMap((chunk) => chunk.choices[0].delta.tool_calls ?? []);
+    assert.ok(first.id);
+    assert.deepEqual([first.index, first.type, first.function.name], [0, 'function', 'weather']);
+    for (const piece of rest) assert.deepEqual([piece.index, piece.id, piece.function.name], [0, undefined, undefined]);
+    isWeather(JSON.parse([first, ...rest].map((piece) => piece.function.arguments).join('')));
+    assert.equal(chunks.at(-1).choices[0].finish_reason, 'tool_calls');
+
+    const helped = await completions.stream({ ...asked, tools: [weather] }).finalChatCompletion();
+    isWeather(helped.choices[0].message.tool_calls[0].function.parsed_arguments);
+  });
+
+  test(`the helper that runs tools, ${kind}`, async () => {
+    const seen = [];
+    const runnable = zodFunction({ name: 'weather', parameters: Weather, function: (given) => seen.push(given) });
+    await completions.runTools({ ...question, ...room, tools: [runnable], tool_choice: called }).done();
+    assert.equal(seen.length, 1);
+    isWeather(seen[0]);
+  });
 }
+
+test('any JSON object', async () => {
+  const tokenize = { model: 'poet', prompt: '}', add_special_tokens: false };
+  const { tokens: [brace] } = await client.post('/../tokenize', { body: tokenize });
+  const asked = { ...questions.text, ...room, logit_bias: { [brace]: 100 } }; // it ends as soon as it may
+  const answer = await completions.create({ ...asked, response_format: { type: 'json_object' } });
+  assert.deepEqual(JSON.parse(answer.choices[0].message.content), {});
+});
 
 test('the image is seen', async () => {
   const blind = { ...questions.text, model: 'sight' };

@@ -1,5 +1,7 @@
 // What the clients are told of the service, and how plain HTTP is answered.
+import assert from 'node:assert/strict';
 import { readFile } from 'node:fs/promises';
+import { z } from 'zod';
 
 export const baseURL = `${process.env.SERVICE_URL}/v1`;
 export const picture = await readFile(process.env.PICTURE);
@@ -13,6 +15,12 @@ export const questions = {
 };
 
 export const greedy = { temperature: 0, max_tokens: 12 };
+
+// What the model is asked to write: little enough for random weights to end it, whatever they choose.
+export const Weather = z.strictObject({ city: z.enum(['Paris', 'Oslo']), days: z.int().min(1).max(7) });
+export const room = { temperature: 0, max_tokens: 100 };
+
+export const isWeather = (value) => assert.deepEqual(Weather.parse(value), value);
 
 export async function byHand(question) {
   const response = await fetch(`${baseURL}/chat/completions`, {

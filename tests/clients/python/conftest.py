@@ -41,3 +41,11 @@ def by_hand(url: str, question: dict[str, Any]) -> str:
     answer = httpx.post(f"{url}/chat/completions", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["message"]["content"]
+
+
+@pytest.fixture
+def closing_bias(url: str, question: dict[str, Any]) -> dict[str, int]:
+    """A `logit_bias` under which any JSON object ends as soon as it may."""
+    body = {"model": question["model"], "prompt": "}", "add_special_tokens": False}
+    [brace] = httpx.post(f"{url}/../tokenize", json=body).json()["tokens"]
+    return {str(brace): 100}

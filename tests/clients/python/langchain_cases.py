@@ -6,8 +6,16 @@ from typing import Any
 
 import openai
 import pytest
-from langchain_core.messages import AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.messages import (
+    AIMessageChunk,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+    convert_to_messages,
+)
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
+from weather import Weather
 
 
 @pytest.fixture
@@ -62,6 +70,62 @@ def test_logprobs(chat: ChatOpenAI, question: dict[str, Any]) -> None:
     tokens = answer.response_metadata["logprobs"]["content"]
     assert len(tokens) == answer.usage_metadata["output_tokens"]
     assert all(token["logprob"] <= token["top_logprobs"][0]["logprob"] for token in tokens)
+
+
+@tool(args_schema=Weather)
+def weather(city: str, days: int) -> str:
+    """Get the weather of a city."""
+    return f"{days} days of rain in {city}"
+
+
+@pytest.fixture
+def roomy(chat: ChatOpenAI) -> ChatOpenAI:
+    """With room for a whole call."""
+    return chat.model_copy(update={"max_tokens": 100})
+
+
+@pytest.mark.parametrize("choice", ["any", "weather"])
+def test_a_tool_is_called(roomy: ChatOpenAI, question: dict[str, Any], choice: str) -> None:
+    asking = roomy.bind_tools([weather], tool_choice=choice, parallel_tool_calls=False)
+    answer = asking.invoke(question["messages"])
+    assert answer.response_metadata["finish_reason"] == "tool_calls"
+    assert answer.content == ""
+    assert answer.invalid_tool_calls == []
+    [call] = answer.tool_calls
+    assert (call["name"], call["type"]) == ("weather", "tool_call")
+    assert call["id"]
+    Weather.model_validate(call["args"])
+
+    streamed = sum_of(list(asking.stream(question["messages"])))
+    assert [(c["name"], c["args"]) for c in streamed.tool_calls] == [(call["name"], call["args"])]
+    assert streamed.response_metadata["finish_reason"] == "tool_calls"
+
+
+def test_a_result_is_answered(roomy: ChatOpenAI, question: dict[str, Any]) -> None:
+    """LangChain's own way: the tool makes a message of the call, and the messages go back."""
+    messages = convert_to_messages(question["messages"])
+    call = roomy.bind_tools([weather], tool_choice="weather").invoke(messages)
+    result = weather.invoke(call.tool_calls[0])
+    assert isinstance(result, ToolMessage)
+    told = roomy.bind_tools([weather], tool_choice="none").invoke([*messages, call, result])
+    assert told.tool_calls == []
+    without = roomy.invoke(messages)
+    assert told.usage_metadata["input_tokens"] > without.usage_metadata["input_tokens"] + len(result.content)
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+async def test_structured_output(roomy: ChatOpenAI, question: dict[str, Any], method: Any) -> None:
+    asking = roomy.with_structured_output(Weather, method=method)
+    answer = asking.invoke(question["messages"])
+    assert isinstance(answer, Weather)
+    assert await asking.ainvoke(question["messages"]) == answer
+    *_, last = asking.stream(question["messages"])
+    assert last == answer
+
+
+def test_json_mode(roomy: ChatOpenAI, question: dict[str, Any], closing_bias: dict[str, int]) -> None:
+    asking = roomy.bind(logit_bias=closing_bias).bind(response_format={"type": "json_object"})
+    assert asking.invoke(question["messages"]).content == "{}"
 
 
 def test_an_unknown_model(url: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import litellm
 import pytest
+from weather import TOOLS, Weather
 
 
 @pytest.fixture
@@ -45,6 +46,49 @@ async def test_async_streaming(request_: dict[str, Any], by_hand: str) -> None:
     stream = await litellm.acompletion(**request_, stream=True)
     pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
     assert "".join(pieces) == by_hand
+
+
+@pytest.fixture
+def roomy(request_: dict[str, Any]) -> dict[str, Any]:
+    """With room for a whole call."""
+    return {**request_, "max_tokens": 100}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "Weather"}}])
+def test_a_tool_is_called_and_its_result_answered(roomy: dict[str, Any], choice: Any) -> None:
+    asking = {**roomy, "tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
+    answer = litellm.completion(**asking)
+    message = answer.choices[0].message
+    assert (answer.choices[0].finish_reason, message.content) == ("tool_calls", None)
+    [call] = message.tool_calls
+    assert call.function.name == "Weather"
+    Weather.model_validate_json(call.function.arguments)
+
+    chunks = list(litellm.completion(**asking, stream=True))
+    [streamed] = litellm.stream_chunk_builder(chunks).choices[0].message.tool_calls
+    assert streamed.function == call.function
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+    result = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+    asking |= {"messages": [*roomy["messages"], message, result], "tool_choice": "none"}
+    told = litellm.completion(**asking)
+    assert told.choices[0].message.tool_calls is None
+    assert told.usage.prompt_tokens > litellm.completion(**roomy).usage.prompt_tokens
+
+
+async def test_a_schema_is_kept_to(roomy: dict[str, Any]) -> None:
+    asking = {**roomy, "response_format": Weather}
+    answer = litellm.completion(**asking).choices[0]
+    assert answer.finish_reason == "stop"
+    Weather.model_validate_json(answer.message.content)
+    assert (await litellm.acompletion(**asking)).choices[0].message.content == answer.message.content
+    streamed = litellm.stream_chunk_builder(list(litellm.completion(**asking, stream=True)))
+    assert streamed.choices[0].message.content == answer.message.content
+
+
+def test_any_json_object(roomy: dict[str, Any], closing_bias: dict[str, int]) -> None:
+    asking = {**roomy, "response_format": {"type": "json_object"}, "logit_bias": closing_bias}
+    assert litellm.completion(**asking).choices[0].message.content == "{}"
 
 
 def test_text_completion(url: str) -> None:

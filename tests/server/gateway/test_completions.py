@@ -9,6 +9,7 @@ import httpx
 from server.worker.messages import (
     Delta,
     Finished,
+    Grammar,
     PromptScored,
     Started,
     TextPrompt,
@@ -48,6 +49,18 @@ async def test_an_answer(gateway: Stack, worker: ScriptedWorker) -> None:
     }
     assert worker.requests[0].prompt == TextPrompt("The sky is", add_special_tokens=False)
     assert worker.requests[0].sampling.max_tokens == 16  # OpenAI's default
+
+
+async def test_a_response_format(gateway: Stack, worker: ScriptedWorker) -> None:
+    schema = {"type": "object", "properties": {"color": {"type": "string"}}}
+    named = {"type": "json_schema", "json_schema": {"name": "sky", "schema": schema}}
+    answer = await complete(gateway, response_format=named, prompt=["The sky is", "The cat"], n=2)
+    assert answer.status_code == 200, answer.text
+    grammars = [request.sampling.grammar for request in worker.requests]
+    assert grammars == [Grammar("json_schema", schema)] * 4
+    for given, grammar in (({"type": "json_object"}, Grammar("json_object")), ({"type": "text"}, None)):
+        await complete(gateway, response_format=given)
+        assert worker.requests[-1].sampling.grammar == grammar
 
 
 async def test_a_stream(gateway: Stack) -> None:

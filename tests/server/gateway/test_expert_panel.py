@@ -110,6 +110,24 @@ async def test_readings_are_remembered_by_expert_version_and_image(
     assert len(expert.seen) == 5
 
 
+async def test_a_reading_during_a_change_of_version_is_not_remembered(
+    launch: Launch, worker: ScriptedWorker
+) -> None:
+    class Changing(ScriptedExpert):
+        async def read(self, image: bytes) -> Reading:
+            reading = await super().read(image)
+            self.version = "2"
+            return reading
+
+    expert = Changing("caption", "by the first version")
+    gateway = await launch(worker, experts={"caption": expert})
+    await ask(gateway)
+    expert.says = "by the second"
+    assert outcomes(await ask(gateway)) == [("caption", "ok", "by the second", 0)]
+    await ask(gateway)
+    assert len(expert.seen) == 2
+
+
 async def test_failures_are_not_remembered(launch: Launch, worker: ScriptedWorker) -> None:
     expert = ScriptedExpert("ocr", ExpertError("busy"))
     gateway = await launch(worker, experts={"ocr": expert})

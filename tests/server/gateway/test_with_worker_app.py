@@ -71,16 +71,19 @@ class ScriptedEngine:
     def models(self) -> list[ModelInfo]:
         return self.held
 
-    async def load_adapter(self, id: str, path: str, options: Mapping[str, str] | None = None) -> ModelInfo:
+    async def load_adapter(
+        self, id: str, path: str, options: Mapping[str, str] | None = None, version: int = 1
+    ) -> ModelInfo:
         info = replace(TEXT_ADAPTER, id=id, root=path)
         self.options = options
         self.held = [*self.held, info]
         return info
 
-    async def unload_adapter(self, id: str) -> None:
+    async def unload_adapter(self, id: str) -> asyncio.Task[None]:
         if id not in [info.id for info in self.held]:
             raise NotFound("no such adapter")
         self.held = [info for info in self.held if info.id != id]
+        return asyncio.create_task(asyncio.sleep(0))
 
     def stats(self) -> EngineStats:
         return STATS

@@ -83,10 +83,12 @@ class ScriptedEngine:
     def models(self) -> list[ModelInfo]:
         return [ModelInfo("base", "base", "base", None, created=1, max_model_len=64)]
 
-    async def load_adapter(self, id: str, path: str, options: Mapping[str, str] | None = None) -> ModelInfo:
+    async def load_adapter(
+        self, id: str, path: str, options: Mapping[str, str] | None = None, version: int = 1
+    ) -> ModelInfo:
         return ModelInfo(id, "adapter", path, "base", created=2, max_model_len=64)
 
-    async def unload_adapter(self, id: str) -> None:
+    async def unload_adapter(self, id: str) -> asyncio.Task[None]:
         raise model_not_found(id)
 
     def stats(self) -> EngineStats:

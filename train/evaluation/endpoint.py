@@ -1,0 +1,163 @@
+"""An OpenAI-compatible endpoint: greedy answers and scored tokens, a bounded number at once."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import openai
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
+from rich.console import Console
+from rich.progress import Progress
+
+from train.errors import EvaluationError
+
+_RETRIES = 4  # of what the client takes for passing: 408, 409, 429, 5xx, a broken connection
+_MAX_MESSAGE = 300
+_SIGNATURES = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"GIF8", "gif"), (b"RIFF", "webp"))
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is evaluated. `body` is added to each request; `local`: on this machine, past any proxy."""
+
+    url: str
+    model: str
+    api_key: str = "none"
+    body: Mapping[str, object] = field(default_factory=dict)
+    local: bool = False
+
+
+class Endpoint(AbstractContextManager["Endpoint"]):
+    """Asks one model. Every failure is an EvaluationError that says what to mend."""
+
+    def __init__(self, target: Target, concurrency: int = 8, seconds: float = 600.0) -> None:
+        self._target = target
+        self._concurrency = concurrency
+        self._client = openai.OpenAI(
+            base_url=target.url,
+            api_key=target.api_key,
+            max_retries=_RETRIES,
+            timeout=seconds,
+            http_client=openai.DefaultHttpxClient(trust_env=not target.local),
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def ask(self, question: str, image: Path | None, max_tokens: int) -> str:
+        """The model's greedy answer to one question, about an image file or none."""
+        content: list[dict[str, Any]] = [{"type": "text", "text": question}] if question else []
+        if image is not None:
+            content.append({"type": "image_url", "image_url": {"url": _data_url(image)}})
+        messages: Any = [{"role": "user", "content": content if image is not None else question}]
+        answer = self._call(
+            lambda: self._client.chat.completions.create(
+                model=self._target.model,
+                messages=messages,
+                temperature=0,
+                max_tokens=max_tokens,
+                extra_body=dict(self._target.body),
+            ),
+            str(image) if image is not None else repr(question[:60]),
+        )
+        if not isinstance(answer, ChatCompletion) or not answer.choices:
+            raise self._unknown_answer()
+        return answer.choices[0].message.content or ""
+
+    def score(self, token_ids: Sequence[int]) -> list[float | None]:
+        """log p of each token after those before it; nothing is before the first one, which may have none."""
+        answer = self._call(
+            lambda: self._client.completions.create(
+                model=self._target.model,
+                prompt=list(token_ids),
+                echo=True,
+                logprobs=1,
+                max_tokens=0,
+                temperature=0,
+            ),
+            f"{len(token_ids)} tokens",
+        )
+        if not isinstance(answer, Completion) or not answer.choices:
+            raise self._unknown_answer()
+        scored = answer.choices[0].logprobs
+        values = scored.token_logprobs if scored is not None else None
+        if not values or len(values) != len(token_ids):
+            raise EvaluationError(
+                f"{self._target.url}: scores {len(values or ())} of {len(token_ids)} tokens with `echo` and "
+                "`logprobs`; the loss needs an endpoint that scores prompts token by token"
+            )
+        return list(values)
+
+    def each(self, ask: Callable[[Item], Answer], items: Sequence[Item], title: str) -> list[Answer]:
+        """`ask` of every item, `concurrency` at once, with a progress bar; the first failure ends it."""
+        bar = Progress(console=Console(stderr=True))
+        with bar as progress, ThreadPoolExecutor(self._concurrency) as pool:
+            task = progress.add_task(title, total=len(items))
+            futures = [pool.submit(ask, item) for item in items]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    progress.advance(task)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            return [future.result() for future in futures]
+
+    def _call(self, call: Callable[[], Any], subject: str) -> Any:
+        url, model = self._target.url, self._target.model
+        try:
+            return call()
+        except openai.APITimeoutError as error:
+            raise EvaluationError(f"{url}: no answer in time; ask less at once (--concurrency)") from error
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise EvaluationError(
+                f"{url}: cannot be reached ({cause}); does a server run there, and does --url end as its API "
+                "does, mostly with /v1?"
+            ) from error
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise EvaluationError(
+                f"{url}: refuses the key ({_told(error)}); set OPENAI_API_KEY or --api-key"
+            ) from error
+        except openai.NotFoundError as error:
+            raise EvaluationError(
+                f"{url}: has no model {model!r} or no such API ({_told(error)}); correct --model or --url"
+            ) from error
+        except openai.APIStatusError as error:
+            raise EvaluationError(f"{subject}: {url} answers {error.status_code}: {_told(error)}") from error
+        except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
+            raise self._unknown_answer() from error
+
+    def _unknown_answer(self) -> EvaluationError:
+        return EvaluationError(
+            f"{self._target.url}: answers, but not as OpenAI's API does; --url ends mostly with /v1"
+        )
+
+
+def _told(error: openai.APIStatusError) -> str:
+    """The endpoint's own sentence, if it has one."""
+    body = error.body
+    message = body.get("message") if isinstance(body, dict) else None
+    return " ".join(str(message or error.message).split())[:_MAX_MESSAGE]
+
+
+def _data_url(image: Path) -> str:
+    try:
+        data = image.read_bytes()
+    except OSError as error:
+        raise EvaluationError(f"{image}: cannot be read ({error.strerror})") from error
+    kind = next((kind for signature, kind in _SIGNATURES if data.startswith(signature)), "png")
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
