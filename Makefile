@@ -4,29 +4,34 @@ PYTHON ?= python3.11
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
-IMAGE ?= llama-adapter
+TARGETS ?= gateway worker expert train
+VERSION ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+TORCH_INDEX ?=
 
 BIN := .venv/bin
+DEPLOY := .venv-deploy
 TORCH := $(shell grep '^torch==' constraints.txt)
-FAST := not weights and not server and not clip and not gpu and not paddle and not clients and not node and not browser
+FAST := not weights and not server and not clip and not gpu and not paddle and not clients and not node \
+  and not browser and not deploy
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
-.PHONY: help serve test test-paddle lint bench image clients chromium screenshots constraints clean
+.PHONY: help serve test test-paddle lint bench image manifests check-deploy clients chromium screenshots \
+  constraints clean
 
 help:
 	@echo 'make serve   start the service at http://$(HOST):$(PORT)   [HOST= PORT= ARGS="--adapter poet=./poet"]'
 	@echo 'make test    every test that this machine can run           [TESTS=tests/server]'
 	@echo 'make lint    style, types, import directions, insecure code, known vulnerabilities'
 	@echo 'make bench   tokens per second of the server at PORT        [ARGS="--models base"]'
-	@echo 'make image   build the container image                      [IMAGE=llama-adapter]'
+	@echo 'make image   build the container images                     [TARGETS="gateway worker" TORCH_INDEX=]'
 
 serve: .venv/.serve
 	$(BIN)/llama-adapter serve --host $(HOST) --port $(PORT) $(ARGS)
 
 # The fast ones first: what they find needs no waiting for the rest.
 TESTS ?= tests
-test: .venv/.dev clients chromium
+test: .venv/.dev clients chromium $(DEPLOY)/.ready
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/pytest $(TESTS) -m "$(FAST)" --numprocesses auto $(UNLESS_NONE)
 	$(BIN)/llama-adapter pull smollm2-135m
 	PAGE_SCREENSHOTS=build/screenshots $(BIN)/pytest $(TESTS) -m "not ($(FAST))" $(UNLESS_NONE)
@@ -49,7 +54,23 @@ bench: .venv/.dev
 
 image:
 	@command -v docker >/dev/null || { echo 'make image needs docker, which is not installed here.' >&2; exit 1; }
-	docker build --tag $(IMAGE) --file deploy/Dockerfile .
+	for target in $(TARGETS); do \
+	  docker build --file deploy/Dockerfile --target $$target --tag llama-adapter-$$target:$(VERSION) \
+	    --build-arg TORCH_INDEX=$(TORCH_INDEX) --build-arg VERSION=$(VERSION) \
+	    --build-arg REVISION=$$(git rev-parse HEAD) . || exit 1; \
+	done
+
+# Containers, compose, Helm chart and manifests, as far as that goes without Docker and a cluster.
+check-deploy: .venv/.dev $(DEPLOY)/.ready
+	$(BIN)/pytest tests/deploy
+
+manifests: $(DEPLOY)/.ready
+	$(DEPLOY)/bin/python deploy/render.py --manifests
+
+$(DEPLOY)/.ready: tests/deploy/requirements.txt
+	test -x $(DEPLOY)/bin/python || $(PYTHON) -m venv $(DEPLOY)
+	$(DEPLOY)/bin/pip install --quiet --no-deps --requirement $<
+	touch $@
 
 # Torch comes first and by itself: a CPU or CUDA build of this version that pip already knows satisfies
 # everything after it. Stamps keep the second start quick.
@@ -105,4 +126,4 @@ constraints: .venv/.dev
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch(vision)?==[^+]*)\+.*/\1/' > constraints.txt
 
 clean:
-	rm -rf .venv .venv-paddle $(CLIENTS) $(NODE_CLIENTS)/node_modules build dist *.egg-info
+	rm -rf .venv .venv-paddle $(CLIENTS) $(DEPLOY) $(NODE_CLIENTS)/node_modules build dist *.egg-info

@@ -1,0 +1,30 @@
+"""The values that the chart is rendered with, and how tools are run."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "deploy" / "helm" / "llama-adapter"
+
+Object = dict[str, Any]
+Render = Callable[..., list[Object]]
+
+
+def run(*command: str | Path, **options: Any) -> str:
+    """What the command prints; a failure shows all that it said."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+VALUES: dict[str, Object | Path] = {
+    "default": {},
+    "laptop": CHART / "values-laptop.yaml",
+    "a100": CHART / "values-a100.yaml",
+    "everything": Path(__file__).with_name("everything.yaml"),
+    "keda": {"worker": {"autoscaling": {"kind": "keda"}}, "expert": {"enabled": False}},
+}

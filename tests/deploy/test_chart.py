@@ -1,0 +1,287 @@
+"""What the Helm chart makes of its values: valid, confined, and in step with the code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic_settings import BaseSettings
+
+from server.processes import _EXPERT_DRAIN_SECONDS
+from server.serving import _CLOSING_SECONDS
+from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
+from tests.deploy.deployment import CHART, ROOT, VALUES, Object, Render, run
+
+SETTINGS: dict[str, type[BaseSettings]] = {
+    "gateway": GatewaySettings,
+    "worker": WorkerSettings,
+    "expert": ExpertSettings,
+}
+WITHOUT_SCHEMA = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}  # of operators, not of Kubernetes
+MANIFESTS = ROOT / "deploy" / "kubernetes"
+
+
+@pytest.fixture(scope="session", params=VALUES)
+def objects(request: pytest.FixtureRequest, render: Render) -> list[Object]:
+    return render(VALUES[request.param])
+
+
+def component(thing: Object) -> str:
+    return str(thing["metadata"]["labels"]["app.kubernetes.io/component"])
+
+
+def pods(objects: list[Object]) -> dict[str, Object]:
+    """The pod template's spec by component."""
+    return {
+        component(thing): thing["spec"]["template"]["spec"]
+        for thing in objects
+        if "template" in thing.get("spec", {})
+    }
+
+
+def of_kind(objects: list[Object], kind: str) -> dict[str, Object]:
+    return {thing["metadata"]["name"]: thing for thing in objects if thing["kind"] == kind}
+
+
+def environment(container: Object) -> dict[str, str]:
+    return {entry["name"]: entry.get("value", "") for entry in container.get("env", ())}
+
+
+@pytest.mark.deploy
+@pytest.mark.parametrize("version", ["1.29", "1.33", "1.37"])
+def test_kubernetes_takes_it(render: Render, version: str, tools: Path, tmp_path: Path) -> None:
+    made = {yaml.safe_dump(thing): thing for values in VALUES.values() for thing in render(values)}
+    known = [text for text, thing in made.items() if thing["kind"] not in WITHOUT_SCHEMA]
+    assert len(known) > 30
+    file = tmp_path / "objects.yaml"
+    file.write_text("---\n".join(known))
+    run(tools / "kubernetes-validate", "--strict", "--kubernetes-version", version, file)
+
+
+@pytest.mark.deploy
+def test_names_are_unique(objects: list[Object]) -> None:
+    names = [(thing["kind"], thing["metadata"]["name"]) for thing in objects]
+    assert len(names) == len(set(names))
+    assert {kind for kind, _ in names} >= {"Deployment", "StatefulSet", "Service", "NetworkPolicy"}
+
+
+@pytest.mark.deploy
+def test_pods_are_restricted(objects: list[Object]) -> None:
+    """Kubernetes' Pod Security Standard `restricted`, a root file system that is read only, and limits."""
+    assert {"gateway", "worker"} <= set(pods(objects))
+    for pod in pods(objects).values():
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+        assert {kind for volume in pod["volumes"] for kind in volume} <= {
+            "name", "emptyDir", "persistentVolumeClaim", "secret",
+        }  # fmt: skip
+        for container in [*pod["containers"], *pod.get("initContainers", ())]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            for bound in ("requests", "limits"):
+                assert {"cpu", "memory"} <= set(container["resources"][bound])
+            assert "hostPort" not in json.dumps(container)
+            assert re.search(r"(:[\w.-]*\d|@sha256:[0-9a-f]{64})$", container["image"])
+
+
+@pytest.mark.deploy
+def test_volumes_and_mounts_match(objects: list[Object]) -> None:
+    for pod in pods(objects).values():
+        volumes = [volume["name"] for volume in pod["volumes"]]
+        containers = [*pod["containers"], *pod.get("initContainers", ())]
+        mounted = {mount["name"] for container in containers for mount in container["volumeMounts"]}
+        assert len(volumes) == len(set(volumes))
+        assert set(volumes) == mounted
+
+
+@pytest.mark.deploy
+def test_settings_load(objects: list[Object], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, pod in pods(objects).items():
+        [container] = pod["containers"]
+        given = {k: v for k, v in environment(container).items() if k.startswith("LLAMA_ADAPTER_")}
+        if name == "train":
+            assert given == {}
+            continue
+        settings = SETTINGS[name]
+        names = {k.removeprefix("LLAMA_ADAPTER_").lower() for k in given}
+        assert names <= set(settings.model_fields)
+        with monkeypatch.context() as patch:
+            for key, value in given.items():
+                patch.setenv(key, value or "memory://")
+            settings()
+        assert container["ports"][0]["containerPort"] == settings.model_fields["port"].default
+
+
+@pytest.mark.deploy
+def test_threads_are_those_that_the_limit_allows(objects: list[Object]) -> None:
+    for name in {"worker", "expert"} & set(pods(objects)):
+        [container] = pods(objects)[name]["containers"]
+        threads = environment(container)["LLAMA_ADAPTER_NUM_THREADS"]
+        assert threads == container["resources"]["limits"]["cpu"]
+
+
+@pytest.mark.deploy
+def test_probes_and_grace_periods_match_the_servers(objects: list[Object]) -> None:
+    for name, pod in pods(objects).items():
+        [container] = pod["containers"]
+        if name == "train":
+            continue
+        probes = {
+            kind: container[f"{kind}Probe"]["httpGet"]["path"]
+            for kind in ("startup", "readiness", "liveness")
+        }
+        assert probes == {"startup": "/health/live", "readiness": "/health/ready", "liveness": "/health/live"}
+        drain = float(environment(container).get("LLAMA_ADAPTER_DRAIN_SECONDS", _EXPERT_DRAIN_SECONDS))
+        hook = (
+            container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
+        )
+        assert hook[0] == "sleep"
+        assert (hook[1] == "0") == (name == "worker"), "the worker alone is behind no Service that balances"
+        assert pod["terminationGracePeriodSeconds"] > int(hook[1]) + drain + _CLOSING_SECONDS
+
+
+@pytest.mark.deploy
+def test_services_lead_to_pods_and_the_gateway_to_services(objects: list[Object]) -> None:
+    templates = {
+        component(thing): thing["spec"]["template"]["metadata"]["labels"]
+        for thing in objects
+        if "template" in thing.get("spec", {})
+    }
+    services = of_kind(objects, "Service")
+    for service in services.values():
+        assert service["spec"]["selector"].items() <= templates[component(service)].items()
+    [gateway] = pods(objects)["gateway"]["containers"]
+    workers = json.loads(environment(gateway)["LLAMA_ADAPTER_WORKER_URLS"])
+    [worker] = of_kind(objects, "StatefulSet").values()
+    scalers = [
+        *of_kind(objects, "HorizontalPodAutoscaler").values(),
+        *of_kind(objects, "ScaledObject").values(),
+    ]
+    bounds = [s["spec"] for s in scalers if s["spec"]["scaleTargetRef"]["name"] == worker["metadata"]["name"]]
+    most = (
+        bounds[0].get("maxReplicas") or bounds[0]["maxReplicaCount"] if bounds else worker["spec"]["replicas"]
+    )
+    name, domain = worker["metadata"]["name"], worker["spec"]["serviceName"]
+    assert workers == [f"http://{name}-{i}.{domain}:8001" for i in range(most)]
+    assert services[domain]["spec"]["clusterIP"] == "None"
+    for url in json.loads(environment(gateway).get("LLAMA_ADAPTER_EXPERT_URLS", "{}")).values():
+        assert re.fullmatch(r"http://(.*):8002", url)[1] in services  # type: ignore[index]
+
+
+@pytest.mark.deploy
+def test_nobody_but_the_gateway_reaches_workers_and_experts(objects: list[Object]) -> None:
+    policies = {component(p): p["spec"] for p in of_kind(objects, "NetworkPolicy").values()}
+    assert set(policies) == set(pods(objects))
+    for name, policy in policies.items():
+        assert policy["policyTypes"] == ["Ingress", "Egress"]
+        assert policy["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == name
+        if name == "train":
+            assert "ingress" not in policy
+        elif name != "gateway":
+            [rule] = policy["ingress"]
+            peers = [p["podSelector"]["matchLabels"] for p in rule["from"] if "podSelector" in p]
+            assert [peer["app.kubernetes.io/component"] for peer in peers] == ["gateway"]
+            assert all("namespaceSelector" in p for p in rule["from"] if "podSelector" not in p)
+            assert all("to" not in out for out in policy["egress"]), "names, and what extraEgress says"
+
+
+@pytest.mark.deploy
+def test_gpu_workers(render: Render) -> None:
+    for values in ("a100", "everything"):
+        pod = pods(render(VALUES[values]))["worker"]
+        [container] = pod["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+        assert environment(container)["LLAMA_ADAPTER_DEVICE"] == "cuda:0"
+        assert "llama-adapter-worker-cuda" in container["image"]
+        assert pod["tolerations"]
+    assert "tolerations" not in pods(render({}))["worker"]
+
+
+@pytest.mark.deploy
+def test_secrets_are_named_and_never_held(render: Render) -> None:
+    objects = render(VALUES["everything"])
+    assert of_kind(objects, "Secret") == {}
+    gateway = pods(objects)["gateway"]
+    assert [v["secret"]["secretName"] for v in gateway["volumes"] if "secret" in v] == ["keys"]
+    [store] = [e for e in gateway["containers"][0]["env"] if e["name"] == "LLAMA_ADAPTER_LIMITS_STORE"]
+    assert store["valueFrom"] == {"secretKeyRef": {"name": "redis", "key": "url"}}
+    [copy] = pods(objects)["worker"]["initContainers"]
+    assert copy["envFrom"] == [{"secretRef": {"name": "storage"}}]
+
+
+@pytest.mark.deploy
+def test_another_training_is_another_job(render: Render) -> None:
+    def job(recipe: str) -> Object:
+        train = {"enabled": True, "recipe": recipe, "runsClaim": "runs"}
+        [made] = of_kind(render({"train": train}), "Job").values()
+        return made
+
+    one, other = job("smollm2-text"), job("smollm2-caption")
+    assert one["metadata"]["name"] != other["metadata"]["name"]
+    assert pods([one])["train"]["containers"][0]["args"] == ["train", "smollm2-text", "resume=true"]
+
+
+@pytest.mark.deploy
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"train": {"enabled": True}}, "train.runsClaim"),
+        ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host"),
+        ({"worker": {"autoscaling": {"kind": "magic"}}}, "neither hpa nor keda"),
+        ({"adapters": {"claim": "a", "objectStorage": {"source": "b:c"}}}, "not both"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(render: Render, values: Object, said: str) -> None:
+    with pytest.raises(AssertionError, match=said):
+        render(values)
+
+
+@pytest.mark.deploy
+def test_monitoring_uses_the_one_set_of_rules(render: Render) -> None:
+    objects = render(VALUES["everything"])
+    [rule] = of_kind(objects, "PrometheusRule").values()
+    assert rule["spec"] == yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
+    [dashboard] = of_kind(objects, "ConfigMap").values()
+    assert json.loads(dashboard["data"]["llama-adapter.json"])["uid"] == "llama-adapter"
+    for monitor in of_kind(objects, "ServiceMonitor").values():
+        [endpoint] = monitor["spec"]["endpoints"]
+        assert endpoint["relabelings"] == [
+            {"targetLabel": "job", "replacement": f"llama-adapter-{component(monitor)}"}
+        ]
+
+
+@pytest.mark.deploy
+def test_manifests_are_current(tools: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "deploy"
+    shutil.copytree(ROOT / "deploy", copy)
+    run(tools / "python", copy / "render.py", "--manifests")
+    made = {path.name: path.read_text() for path in (copy / "kubernetes").iterdir()}
+    kept = {path.name: path.read_text() for path in MANIFESTS.iterdir()}
+    assert made == kept, "`make manifests` makes deploy/kubernetes anew"
+
+
+def kustomization() -> Any:
+    return yaml.safe_load((MANIFESTS / "kustomization.yaml").read_text())
+
+
+def test_kustomization_names_every_manifest() -> None:
+    files = {path.name for path in MANIFESTS.glob("*.yaml")} - {"kustomization.yaml"}
+    assert set(kustomization()["resources"]) == files
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_kustomize_builds() -> None:
+    built = [thing for thing in yaml.safe_load_all(run("kubectl", "kustomize", MANIFESTS)) if thing]
+    namespaced = [thing for thing in built if thing["kind"] != "Namespace"]
+    assert len(namespaced) >= 10
+    assert {thing["metadata"]["namespace"] for thing in namespaced} == {kustomization()["namespace"]}
