@@ -11,8 +11,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 DEPLOY := .venv-deploy
 TORCH := $(shell grep '^torch==' constraints.txt)
-FAST := not weights and not server and not clip and not gpu and not paddle and not clients and not node \
-  and not browser and not deploy
+FAST := not weights and not server and not clip and not gpu and not paddle and not clients and not node and not browser and not deploy
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
