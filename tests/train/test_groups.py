@@ -56,9 +56,10 @@ COUNTS = {
     "released-7b-finetune": (LLAMA_7B, _NORMS_7B + 32 * (2 * 4096 + 2 * 11008 + 4096)),
     "lora": (LLAMA_7B, 4_194_304),
     "smollm2-text": (SMOLLM2, 28 * 10 * 576 + 28 * 9 + _NORMS_SMOL + _SCALE_BIAS_SMOL),
+    "smollm2-math": (SMOLLM2, 28 * 10 * 576 + 28 * 9 + _NORMS_SMOL + _SCALE_BIAS_SMOL),
     "smollm2-caption": (
         SMOLLM2,
-        28 * 10 * 576 + 28 * 9 + 2 * 1752 + (1752 * 256 + 256) + (256 * 576 + 576),
+        28 * 10 * 576 + 28 * 9 + 2 * 1752 + (1752 * 384 + 384) + (384 * 576 + 576),
     ),
     "smollm2-visual": (
         SMOLLM2,
