@@ -82,7 +82,7 @@ def test_a_dropped_picture_is_read_and_the_answer_streams(
     chat.ask("What does this sign say?")
     expect(page.locator("article.question img")).to_be_visible()
     expect(page.locator(".experts dd").first).to_contain_text("CITY LIBRARY")
-    assert "CITY LIBRARY" in chat.answer()
+    assert "city library" in chat.answer().lower()
     assert page.evaluate("lengths => lengths.size", lengths) > 3
     assert page.locator(".experts dt").all_inner_texts()[0].startswith("ocr")
     measured = page.locator(".answer footer").inner_text()
@@ -192,7 +192,7 @@ def test_experts_are_switched(chat: Tab) -> None:
     chat.drop(SIGN)
     page.get_by_role("checkbox", name="ocr").uncheck()
     chat.ask("What does this sign say?")
-    assert "CITY LIBRARY" not in chat.answer()
+    assert "city library" not in chat.answer().lower()
     assert "ocr" not in chat.bodies[0]["experts"]
     assert not [name for name in page.locator(".experts dt").all_inner_texts() if name.startswith("ocr")]
 
@@ -353,7 +353,7 @@ def test_on_a_phone_and_in_the_dark(
     assert fits(page)
     page.get_by_label("Your message").fill("What does this sign say?")
     page.get_by_role("button", name="Send").tap()
-    assert "CITY LIBRARY" in tab.answer()
+    assert "city library" in tab.answer().lower()
     assert fits(page)
     shoot(page, "phone")
 

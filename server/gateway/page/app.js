@@ -120,6 +120,7 @@ function send() {
     becomeReady();
     return;
   }
+  tell("");
   byId("question").value = "";
   chat.send(text, pictures.take());
 }
