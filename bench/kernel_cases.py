@@ -1,0 +1,99 @@
+"""Random inputs of the GPU's kernels, and what they must give: for `kernels.py` and for the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.attention import causal_attention, prompt_attention
+
+
+@dataclass(frozen=True)
+class PagedCase:
+    """Sequences whose last `new[b]` of `lens[b]` positions are queries, and the prompts that they see.
+
+    Every field is an argument of the kernels. Blocks lie anywhere; what no sequence owns holds NaN, so
+    that reading it shows. The shapes' letters are those of `models/kernels/paged_decode.py`.
+    """
+
+    q_NHD: Tensor
+    k_PsGD: Tensor
+    v_PsGD: Tensor
+    blocks_BM: Tensor
+    starts: Tensor
+    lens_B: Tensor
+    prompt_k_SKGD: Tensor
+    prompt_v_SKGD: Tensor
+    slots_B: Tensor
+    prompt_lens_S: Tensor
+    gate_SH: Tensor
+
+    @classmethod
+    def random(
+        cls,
+        lens: Sequence[int],
+        new: Sequence[int],
+        prompt_lens: Sequence[int],
+        slots: Sequence[int],
+        *,
+        heads: tuple[int, int],
+        head_dim: int,
+        dtype: torch.dtype,
+        page: int = 16,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> PagedCase:
+        """`heads` are those of queries and of keys."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        def integers(values: Sequence[int] | Tensor) -> Tensor:
+            return torch.as_tensor(values, dtype=torch.int32).to(device)
+
+        (H, G), D, S, K = heads, head_dim, len(prompt_lens), max(prompt_lens)
+        counts = [-(-length // page) for length in lens]
+        P = sum(counts) + 1
+        order = torch.randperm(P, generator=torch.Generator().manual_seed(seed)).split([*counts, 1])
+        blocks_BM = torch.zeros(len(lens), max(counts), dtype=torch.int32)
+        k_PsGD, v_PsGD = randn(P, page, G, D), randn(P, page, G, D)
+        for b, (own, length) in enumerate(zip(order, lens, strict=False)):
+            blocks_BM[b, : len(own)] = own
+            if length % page:
+                k_PsGD[own[-1], length % page :] = v_PsGD[own[-1], length % page :] = torch.nan
+        k_PsGD[order[-1]] = v_PsGD[order[-1]] = torch.nan
+        prompt_k, prompt_v = randn(S, K, G, D), randn(S, K, G, D)
+        for slot, rows in enumerate(prompt_lens):
+            prompt_k[slot, rows:] = prompt_v[slot, rows:] = torch.nan
+        starts = torch.tensor([0, *new]).cumsum(0)
+        return cls(
+            randn(sum(new), H, D),
+            k_PsGD,
+            v_PsGD,
+            integers(blocks_BM),
+            integers(starts),
+            integers(lens),
+            prompt_k,
+            prompt_v,
+            integers(slots),
+            integers(prompt_lens),
+            torch.randn(S, H, generator=generator, device=device),
+        )
+
+    def plain(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The formula of `models.attention`, sequence by sequence; [N, H, D]."""
+        rows, starts = [], self.starts.tolist()
+        for b, (length, slot) in enumerate(zip(self.lens_B.tolist(), self.slots_B.tolist(), strict=True)):
+            q_THD = self.q_NHD[starts[b] : starts[b + 1]].to(dtype)
+            own = self.blocks_BM[b].long()
+            k_UGD, v_UGD = (x[own].flatten(0, 1)[:length].to(dtype) for x in (self.k_PsGD, self.v_PsGD))
+            out_THD = causal_attention(q_THD, k_UGD, v_UGD) if length else torch.zeros_like(q_THD)
+            K = int(self.prompt_lens_S[slot])
+            k_1KGD, v_1KGD = (x[slot, None, :K].to(dtype) for x in (self.prompt_k_SKGD, self.prompt_v_SKGD))
+            gate_1H = self.gate_SH[slot, None].to(dtype)
+            rows.append(out_THD + prompt_attention(q_THD[None], k_1KGD, v_1KGD, None, gate_1H)[0])
+        return torch.cat(rows)
