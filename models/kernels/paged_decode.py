@@ -10,19 +10,17 @@ M blocks of the longest sequence, S prompt slots, K prompt rows, X splits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from models.kernels.tiles import (
+    BLOCK_K,
     LOG2_E,
     SMALLEST_TILE,
     assert_paged,
     block_dim,
-    block_prompt,
     empty_tile,
     log_sum,
     mean,
@@ -35,31 +33,35 @@ _MOST_SPLITS = 64
 _PROGRAMS_PER_SM = 4  # enough loads under way on each multiprocessor to keep the memory busy
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_splits", "blocks_stride"],
+    do_not_specialize_on_alignment=["blocks_ptr", "lens_ptr", "slots_ptr"],
+)
 def _decode(
-    q_ptr: Any,
-    k_ptr: Any,
-    v_ptr: Any,
-    blocks_ptr: Any,
-    lens_ptr: Any,
-    prompt_k_ptr: Any,
-    prompt_v_ptr: Any,
-    slots_ptr: Any,
-    prompt_lens_ptr: Any,
-    gate_ptr: Any,
-    out_ptr: Any,
-    part_ptr: Any,
-    log_sum_ptr: Any,
-    scale: Any,
-    q_stride: Any,
-    blocks_stride: Any,
-    block_stride: Any,
-    slot_stride: Any,
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    blocks_ptr: tl.tensor,
+    lens_ptr: tl.tensor,
+    prompt_k_ptr: tl.tensor,
+    prompt_v_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    prompt_lens_ptr: tl.tensor,
+    gate_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    part_ptr: tl.tensor,
+    log_sum_ptr: tl.tensor,
+    scale: tl.tensor,
+    num_splits: tl.tensor,
+    q_stride: tl.tensor,
+    blocks_stride: tl.tensor,
+    block_stride: tl.tensor,
+    slot_stride: tl.tensor,
     G: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -73,9 +75,9 @@ def _decode(
     q_RD = tl.load(q_ptr + q_places, mask=there, other=0.0)
     acc_RD, top_R, sum_R = empty_tile(ROWS, BLOCK_D)
 
-    if split < SPLITS:
+    if split < num_splits:
         length = tl.load(lens_ptr + b)
-        part = tl.cdiv(length, SPLITS * BLOCK_T) * BLOCK_T
+        part = tl.cdiv(length, num_splits * BLOCK_T) * BLOCK_T
         end = tl.minimum(split * part + part, length)
         for first in range(split * part, end, BLOCK_T):
             t = first + tl.arange(0, BLOCK_T)
@@ -91,7 +93,7 @@ def _decode(
         slot = tl.load(slots_ptr + b)
         place = slot.to(tl.int64) * slot_stride + g * D
         num_rows = tl.load(prompt_lens_ptr + slot)
-        prompt_RD, prompt_top_R, prompt_sum_R = see_prompts(
+        prompt_RD, _top_R, prompt_sum_R = see_prompts(
             q_RD,
             prompt_k_ptr + place,
             prompt_v_ptr + place,
@@ -106,37 +108,39 @@ def _decode(
         gate_R = tl.load(gate_ptr + slot * (G * R) + heads, mask=r < R, other=0.0)
         out_RD += mean(prompt_RD, prompt_sum_R) * gate_R[:, None]
 
-    if SPLITS == 1:
+    if SPLIT:
+        row = b.to(tl.int64) * (G * R) + heads
+        places = (row * (num_splits + 1) + split)[:, None] * D + dims[None, :]
+        tl.store(part_ptr + places, out_RD, mask=there)
+        if split < num_splits:
+            tl.store(log_sum_ptr + row * num_splits + split, log_sum(top_R, sum_R), mask=r < R)
+    else:
         places = b.to(tl.int64) * (G * R * D) + heads[:, None] * D + dims[None, :]
         tl.store(out_ptr + places, out_RD, mask=there)
-    else:
-        row = b.to(tl.int64) * (G * R) + heads
-        places = (row * (SPLITS + 1) + split)[:, None] * D + dims[None, :]
-        tl.store(part_ptr + places, out_RD, mask=there)
-        if split < SPLITS:
-            tl.store(log_sum_ptr + row * SPLITS + split, log_sum(top_R, sum_R), mask=r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _add_up(
-    part_ptr: Any,
-    log_sum_ptr: Any,
-    out_ptr: Any,
+    part_ptr: tl.tensor,
+    log_sum_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_splits: tl.tensor,
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
     """One query head: the splits' means, weighted by their sums, and the prompts' part as it is."""
     row = tl.program_id(0).to(tl.int64)
-    x, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    log_sum_X = tl.load(log_sum_ptr + row * SPLITS + x)
+    x, dims = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_D)
+    log_sum_X = tl.load(log_sum_ptr + row * num_splits + x, mask=x < num_splits, other=float("-inf"))
     top = tl.max(log_sum_X, 0)
     weight_X = tl.exp2(log_sum_X - tl.where(top > float("-inf"), top, 0.0))  # no keys at all: no weights
     total = tl.sum(weight_X, 0)
-    parts = part_ptr + row * (SPLITS + 1) * D
-    part_XD = tl.load(parts + x[:, None] * D + dims[None, :], mask=(dims < D)[None, :], other=0.0)
+    parts = part_ptr + row * (num_splits + 1) * D
+    there = (x < num_splits)[:, None] & (dims < D)[None, :]
+    part_XD = tl.load(parts + x[:, None] * D + dims[None, :], mask=there, other=0.0)
     out_D = tl.sum(part_XD * weight_X[:, None], 0) / tl.where(total > 0, total, 1.0)
-    out_D += tl.load(parts + SPLITS * D + dims, mask=dims < D, other=0.0)
+    out_D += tl.load(parts + num_splits * D + dims, mask=dims < D, other=0.0)
     tl.store(out_ptr + row * D + dims, out_D, mask=dims < D)
 
 
@@ -156,9 +160,9 @@ def paged_decode(
     """Attention of one query per sequence, its own key and value already in the cache; [B, H, D] as q.
 
     Everything lies on the device, integers as int32. A sequence of length 0 sees its prompts alone.
-    `num_splits`, a power of two: default by the shapes.
+    `num_splits`, at most 64: default by the shapes.
     """
-    (B, H, D), (page, G), M, K = q_BHD.shape, k_PsGD.shape[1:3], blocks_BM.shape[1], prompt_k_SKGD.shape[1]
+    (B, H, D), (page, G), M = q_BHD.shape, k_PsGD.shape[1:3], blocks_BM.shape[1]
     assert_paged(
         q_BHD,
         k_PsGD,
@@ -173,6 +177,7 @@ def paged_decode(
     )
     assert lens_B.shape[0] == B
     X = num_splits or _num_splits(B * G, M * page, q_BHD.device)
+    assert 1 <= X <= _MOST_SPLITS
     out_BHD = q_BHD.new_empty(B, H, D)
     parts = X + 1 if X > 1 else 0  # the prompts' is the last
     part_BHXD = torch.empty(B, H, parts, D, dtype=torch.float32, device=q_BHD.device)
@@ -193,6 +198,7 @@ def paged_decode(
         part_BHXD,
         log_sum_BHX,
         D**-0.5 * LOG2_E,
+        X,
         q_BHD.stride(0),
         blocks_BM.stride(0),
         k_PsGD.stride(0),
@@ -201,29 +207,30 @@ def paged_decode(
         R=H // G,
         D=D,
         PAGE=page,
-        SPLITS=X,
+        SPLIT=X > 1,
         ROWS=max(SMALLEST_TILE, triton.next_power_of_2(H // G)),
         BLOCK_T=_block_keys(block_d, q_BHD.element_size()),
-        BLOCK_K=block_prompt(K),
+        BLOCK_K=BLOCK_K,
         BLOCK_D=block_d,
         num_warps=4,
         num_stages=2,
     )
     if parts:
-        _add_up[(B * H,)](part_BHXD, log_sum_BHX, out_BHD, D=D, SPLITS=X, BLOCK_D=block_d, num_warps=1)
+        _add_up[(B * H,)](
+            part_BHXD, log_sum_BHX, out_BHD, X, D=D, BLOCK_X=_MOST_SPLITS, BLOCK_D=block_d, num_warps=4
+        )
     return out_BHD
 
 
 def _num_splits(num_programs: int, longest: int, device: torch.device) -> int:
-    """A power of two, so that few variants are compiled, by what is known without asking the device."""
+    """By what is known without asking the device: a context's end is not, so the longest counts for all."""
     if device.type != "cuda":
         return 1
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = _PROGRAMS_PER_SM * multiprocessors // num_programs
-    most = min(wanted, longest // _SHORTEST_SPLIT, _MOST_SPLITS)
-    return 1 << (max(most, 1).bit_length() - 1)
+    return max(1, min(wanted, longest // _SHORTEST_SPLIT, _MOST_SPLITS))
 
 
 def _block_keys(block_d: int, width: int) -> int:
-    """Keys at once: 32 KiB of keys and values, twice since the next block is loaded meanwhile."""
+    """Keys at once: 16 KiB of them and as much of values, twice since the next block is loaded meanwhile."""
     return max(SMALLEST_TILE, min(128, 16384 // (block_d * width)))

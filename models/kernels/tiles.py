@@ -20,6 +20,7 @@ from torch import Tensor
 SUPPORTED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 LOG2_E = math.log2(math.e)
 LARGEST_HEAD = 256  # a block of keys and one of values must fit a multiprocessor's memory
+BLOCK_K = 32  # prompt rows at once: 10 and 20 are usual; one size, so that one variant is compiled
 SMALLEST_TILE = 16  # of each side of a product that tensor cores compute
 # The interpreter keeps bfloat16 as integers and would multiply those.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -28,11 +29,6 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def block_dim(head_dim: int) -> int:
     assert head_dim <= LARGEST_HEAD, f"head size {head_dim} is over {LARGEST_HEAD}"
     return max(SMALLEST_TILE, triton.next_power_of_2(head_dim))
-
-
-def block_prompt(num_rows: int) -> int:
-    """Prompt rows at once: 10 and 20 are usual, and one block of keys holds either."""
-    return min(32, max(SMALLEST_TILE, triton.next_power_of_2(num_rows)))
 
 
 def assert_heads(*tensors: Tensor) -> None:
@@ -52,7 +48,7 @@ def empty_tile(ROWS: tl.constexpr, BLOCK_D: tl.constexpr) -> Any:
 
 
 @triton.jit
-def product(a: Any, b: Any) -> Any:
+def product(a: tl.tensor, b: tl.tensor) -> Any:
     """a·b with sums in float32. "ieee": float32 as it is, where a GPU would take the 10 bits of TF32."""
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -61,7 +57,14 @@ def product(a: Any, b: Any) -> Any:
 
 @triton.jit
 def see(
-    q_MD: Any, k_TD: Any, v_TD: Any, seen_MT: Any, scale: Any, acc_MD: Any, top_M: Any, sum_M: Any
+    q_MD: tl.tensor,
+    k_TD: tl.tensor,
+    v_TD: tl.tensor,
+    seen_MT: tl.tensor,
+    scale: tl.tensor,
+    acc_MD: tl.tensor,
+    top_M: tl.tensor,
+    sum_M: tl.tensor,
 ) -> Any:
     """The tile after one more block of keys. Every row must have seen a key by the end of its first block."""
     scores_MT = product(q_MD, tl.trans(k_TD)) * scale
@@ -76,12 +79,12 @@ def see(
 
 @triton.jit
 def see_prompts(
-    q_MD: Any,
-    k_ptr: Any,
-    v_ptr: Any,
-    num_rows: Any,
-    row_stride: Any,
-    scale: Any,
+    q_MD: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    row_stride: tl.tensor,
+    scale: tl.tensor,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -102,13 +105,13 @@ def see_prompts(
 
 
 @triton.jit
-def mean(acc_MD: Any, sum_M: Any) -> Any:
+def mean(acc_MD: tl.tensor, sum_M: tl.tensor) -> Any:
     """The softmax's weighted mean of the values; zero of nothing."""
     return acc_MD / tl.where(sum_M > 0, sum_M, 1.0)[:, None]
 
 
 @triton.jit
-def log_sum(top_M: Any, sum_M: Any) -> Any:
+def log_sum(top_M: tl.tensor, sum_M: tl.tensor) -> Any:
     """log₂ Σ exp2(score); minus infinity of nothing."""
     return top_M + tl.log2(tl.where(sum_M > 0, sum_M, 1.0))
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from bench.kernel_cases import PagedCase
 
+from bench.kernel_cases import PagedCase
 from models.kernels import paged_cpu
 from models.kernels.paged_decode import _num_splits, paged_decode
 
@@ -111,25 +111,16 @@ def test_equals_the_kernel_of_the_cpu(device: str):
     torch.testing.assert_close(decode(case).cpu(), out, atol=1e-5, rtol=1e-5)
 
 
-def test_splits_are_a_power_of_two_by_the_shapes(device: str):
-    assert _num_splits(32, 1 << 14, torch.device("cpu")) == 1
-    if device == "cuda":
-        for programs in (1, 32, 1000, 100_000):
-            for longest in (16, 256, 5000, 1 << 17):
-                splits = _num_splits(programs, longest, torch.device("cuda"))
-                assert splits & (splits - 1) == 0
-                assert 1 <= splits <= max(1, longest // 256)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="splits are chosen for a GPU's multiprocessors")
+@pytest.mark.parametrize("programs", [1, 32, 1000, 100_000])
+def test_splits_are_never_too_short(programs: int):
+    assert _num_splits(programs, 16, torch.device("cuda")) == 1
+    for longest in (256, 5000, 1 << 17):
+        assert 1 <= _num_splits(programs, longest, torch.device("cuda")) <= longest // 256
 
 
-@pytest.mark.parametrize("wrong", ["lens_B", "gate_SH", "prompt_k_SKGD", "k_PsGD"])
+@pytest.mark.parametrize("wrong", ["lens_B", "gate_SH", "prompt_lens_S", "v_PsGD"])
 def test_wrong_shapes_are_our_bug(device: str, wrong: str):
     case = random_case(device)
     with pytest.raises(AssertionError):
-        decode(
-            PagedCase(
-                **(
-                    vars(case)
-                    | {wrong: getattr(case, wrong)[:, :1] if wrong != "lens_B" else case.lens_B[:2]}
-                )
-            )
-        )
+        decode(PagedCase(**(vars(case) | {wrong: getattr(case, wrong)[:-1]})))
