@@ -97,3 +97,76 @@ class PagedCase:
             gate_1H = self.gate_SH[slot, None].to(dtype)
             rows.append(out_THD + prompt_attention(q_THD[None], k_1KGD, v_1KGD, None, gate_1H)[0])
         return torch.cat(rows)
+
+
+@dataclass(frozen=True)
+class PackedCase:
+    """Whole sequences one after another, as a training pass has them, and a prompt slot for each."""
+
+    q_NHD: Tensor
+    k_NGD: Tensor
+    v_NGD: Tensor
+    prompt_k_SKGD: Tensor
+    prompt_v_SKGD: Tensor
+    gate_SH: Tensor
+    prompt_lens_S: Tensor
+    lens_B: tuple[int, ...]
+    slots_B: Tensor
+
+    @classmethod
+    def random(
+        cls,
+        lens: Sequence[int],
+        prompt_lens: Sequence[int],
+        slots: Sequence[int],
+        *,
+        heads: tuple[int, int],
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> PackedCase:
+        """`heads` are those of queries and of keys."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        (H, G), D, N, S, K = heads, head_dim, sum(lens), len(prompt_lens), max(prompt_lens)
+        return cls(
+            randn(N, H, D),
+            randn(N, G, D),
+            randn(N, G, D),
+            randn(S, K, G, D),
+            randn(S, K, G, D),
+            torch.randn(S, H, generator=generator, device=device),
+            torch.tensor(prompt_lens, dtype=torch.int32, device=device),
+            tuple(lens),
+            torch.tensor(slots, device=device),
+        )
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What has a gradient."""
+        return (
+            self.q_NHD,
+            self.k_NGD,
+            self.v_NGD,
+            self.prompt_k_SKGD,
+            self.prompt_v_SKGD,
+            self.gate_SH,
+        )
+
+    def plain(
+        self, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor
+    ) -> Tensor:
+        """The formula of `models.attention`, sequence by sequence, of these leaves; [N, H, D]."""
+        rows = []
+        parts = zip(q.split(self.lens_B), k.split(self.lens_B), v.split(self.lens_B), strict=True)
+        for slot, (q_THD, k_TGD, v_TGD) in zip(self.slots_B.tolist(), parts, strict=True):
+            K = int(self.prompt_lens_S[slot])
+            prompted_1THD = prompt_attention(
+                q_THD[None], prompt_k[slot, None, :K], prompt_v[slot, None, :K], None, gate[slot, None]
+            )
+            rows.append(causal_attention(q_THD, k_TGD, v_TGD) + prompted_1THD[0])
+        return torch.cat(rows)
