@@ -43,7 +43,7 @@ def _scale_bias(
     slots_ptr: tl.tensor,
     y_ptr: tl.tensor,
     x_stride: tl.tensor,
-    C: tl.constexpr,
+    C: tl.tensor,
     SCALED: tl.constexpr,
     BIASED: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -76,18 +76,17 @@ def slot_scale_bias(x_NC: Tensor, scale_SC: Tensor | None, bias_SC: Tensor | Non
     assert scale_SC is not None or bias_SC is not None
     _assert_fit(x_NC, slots_N, *(v for v in (scale_SC, bias_SC) if v is not None))
     y_NC = torch.empty(N, C, dtype=x_NC.dtype, device=x_NC.device)
-    block = min(_BLOCK, triton.next_power_of_2(C))
-    _scale_bias[(N, triton.cdiv(C, block))](
+    _scale_bias[(N, triton.cdiv(C, _BLOCK))](
         x_NC,
         x_NC if scale_SC is None else scale_SC,  # not read then
         x_NC if bias_SC is None else bias_SC,
         slots_N,
         y_NC,
         x_NC.stride(0),
-        C=C,
+        C,
         SCALED=scale_SC is not None,
         BIASED=bias_SC is not None,
-        BLOCK_C=block,
+        BLOCK_C=_BLOCK,
         num_warps=4,
     )
     return y_NC

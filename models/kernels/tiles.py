@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SUPPORTED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+from models.kernels.choice import TRITON_DTYPES, TRITON_HEAD_DIM
+
 LOG2_E = math.log2(math.e)
-LARGEST_HEAD = 256  # a block of keys and one of values must fit a multiprocessor's memory
 BLOCK_K = 32  # prompt rows at once: 10 and 20 are usual; one size, so that one variant is compiled
 SMALLEST_TILE = 16  # of each side of a product that tensor cores compute
 # The interpreter keeps bfloat16 as integers and would multiply those.
@@ -27,14 +27,14 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def block_dim(head_dim: int) -> int:
-    assert head_dim <= LARGEST_HEAD, f"head size {head_dim} is over {LARGEST_HEAD}"
-    return max(SMALLEST_TILE, triton.next_power_of_2(head_dim))
+    assert head_dim <= TRITON_HEAD_DIM
+    return max(SMALLEST_TILE, int(triton.next_power_of_2(head_dim)))
 
 
 def assert_heads(*tensors: Tensor) -> None:
     """Rows may be apart, as parts of a larger product are; a row's heads are one after another."""
     for x in tensors:
-        assert x.dtype in SUPPORTED_DTYPES, f"{x.dtype} is none of {SUPPORTED_DTYPES}"
+        assert x.dtype in TRITON_DTYPES
         assert x.stride(-1) == 1 or x.shape[-1] == 1, f"heads of strides {x.stride()}"
         assert x.stride(-2) == x.shape[-1] or x.shape[-2] == 1, f"heads of strides {x.stride()}"
 
