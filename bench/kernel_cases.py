@@ -170,3 +170,51 @@ class PackedCase:
             )
             rows.append(causal_attention(q_THD, k_TGD, v_TGD) + prompted_1THD[0])
         return torch.cat(rows)
+
+    def unfused(
+        self, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor
+    ) -> Tensor:
+        """The formula at once, where all sequences are of one length and see one slot."""
+        B, slots = len(self.lens_B), self.slots_B
+        q_BTHD, k_BTGD, v_BTGD = (x.unflatten(0, (B, -1)) for x in (q, k, v))
+        prompted = prompt_attention(q_BTHD, prompt_k[slots], prompt_v[slots], None, gate[slots])
+        return (_causal(q_BTHD, k_BTGD, v_BTGD) + prompted).flatten(0, 1)
+
+
+def unfused(
+    q_NHD: Tensor,
+    k_PsGD: Tensor,
+    v_PsGD: Tensor,
+    blocks_BM: Tensor,
+    length: int,
+    prompt_k_SKGD: Tensor,
+    prompt_v_SKGD: Tensor,
+    slots_B: Tensor,
+    prompt_lens_S: Tensor,
+    gate_SH: Tensor,
+) -> Tensor:
+    """Paged attention by the formula at once, where all sequences are of one length and have chunks alike.
+
+    What plain torch does: gathers the cache, writes all scores, and reads them again for each step.
+    """
+    q_BTHD = q_NHD.unflatten(0, (len(blocks_BM), -1))
+    k_BUGD, v_BUGD = (x[blocks_BM].flatten(1, 2)[:, :length] for x in (k_PsGD, v_PsGD))
+    slots_B = slots_B.long()
+    prompted = prompt_attention(
+        q_BTHD, prompt_k_SKGD[slots_B], prompt_v_SKGD[slots_B], prompt_lens_S[slots_B], gate_SH[slots_B]
+    )
+    return (_causal(q_BTHD, k_BUGD, v_BUGD) + prompted).flatten(0, 1)
+
+
+def _causal(q_BTHD: Tensor, k_BUGD: Tensor, v_BUGD: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√D)·v of the last T of U positions, softmax in float32; [B, T, H, D]."""
+    q_BHTD, k_BGUD, v_BGUD = (x.transpose(1, 2) for x in (q_BTHD, k_BUGD, v_BUGD))
+    (H, T, D), (G, U) = q_BHTD.shape[1:], k_BGUD.shape[1:3]
+    q_BGMD = q_BHTD.unflatten(1, (G, H // G)).flatten(2, 3)
+    scores_BGRTU = (q_BGMD @ k_BGUD.mT).float().mul(D**-0.5).unflatten(2, (-1, T))
+    if T > 1:
+        future = torch.ones(T, U, dtype=torch.bool, device=q_BTHD.device).triu(U - T + 1)
+        scores_BGRTU = scores_BGRTU.masked_fill(future, float("-inf"))
+    p_BGMU = scores_BGRTU.softmax(-1).to(v_BGUD.dtype).flatten(2, 3)
+    out_BHTD = (p_BGMU @ v_BGUD).unflatten(2, (-1, T)).flatten(1, 2)
+    return out_BHTD.transpose(1, 2)

@@ -23,9 +23,12 @@ from server.serving import StartupError
 from server.settings import WorkerSettings
 from server.worker.build import build_engine
 from server.worker.runner import Kernels, LoadedAdapter, Runner, StepItem
+from train import build as train_build
 from train.attention import PackedAttend
 from train.data.batches import Pass
+from train.errors import TrainError
 from train.forward import Forward
+from train.recipe import ComputeRecipe
 from train.triton_attention import TritonPackedAttend
 
 EVERY = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
@@ -158,3 +161,11 @@ def test_a_worker_that_must_have_them_does_not_start_without(tmp_path: Path, mon
     )
     with pytest.raises(StartupError, match=r"attention 'triton' cannot be used: the device is 'cpu'"):
         build_engine(settings)
+
+
+def test_a_training_that_must_have_them_does_not_start_without(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    base = random_base(CONFIGS["gqa"])
+    assert not train_build._use_triton(ComputeRecipe(), base)
+    with pytest.raises(TrainError, match=r"compute\.attention 'triton' cannot be used: the device is 'cpu'"):
+        train_build._use_triton(ComputeRecipe(attention="triton"), base)
