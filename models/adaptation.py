@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from models.adapter import Adapter, base_spec, linear_shape, lora_scaling
 from models.adapter_config import LINEARS, LinearName
-from models.llama import Head, Layer, Llama
+from models.llama import Head, Layer, Llama, rms_norm
 
 NORMS = ("attention_norm", "feed_forward_norm", "final_norm")
 
@@ -47,9 +47,9 @@ class _Adaptation(ABC):
     def low_rank(self, layer: int, name: LinearName | Head, x: Tensor) -> Tensor | None:
         """(alpha / R) · B A x, [N, out]; None where no adapter of the batch has it."""
 
-    def norm_weight(self, layer: int, name: str, weight_C: Tensor) -> Tensor:
+    def norm(self, layer: int, name: str, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
         own = self.vector(name, layer)
-        return weight_C if own is None else own
+        return rms_norm(x_NC, weight_C if own is None else own, eps)
 
     def before(self, layer: int, name: LinearName, x: Tensor) -> Tensor:
         scale = self.vector(f"scale_in.{name}", layer)
@@ -190,7 +190,15 @@ class BatchAdaptation(_Adaptation):
         return not self._keys
 
     def vector(self, key: str, layer: int) -> Tensor | None:
-        return self._bank.stacks[key][layer][self._index] if key in self._keys else None
+        stack_SC = self._stack(key, layer)
+        return None if stack_SC is None else stack_SC[self._index]
+
+    def scales_input(self, names: Sequence[LinearName]) -> bool:
+        return any(f"scale_in.{name}" in self._keys for name in names)
+
+    def _stack(self, key: str, layer: int) -> Tensor | None:
+        """All slots' vectors, [S, features]."""
+        return self._bank.stacks[key][layer] if key in self._keys else None
 
     def low_rank(self, layer: int, name: LinearName | Head, x: Tensor) -> Tensor | None:
         """All active slots' terms in two dense products, each token keeping its own slot's part."""

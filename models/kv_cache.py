@@ -50,7 +50,8 @@ class KVCache:
 class PromptCache:
     """Prompt keys, values and effective gates by slot; slot 0 is empty, for requests without prompts.
 
-    Grows in K when an adapter with longer prompts comes. `lens_LS` is numpy's, for it steers loops.
+    Grows in K when an adapter with longer prompts comes. `lens_LS` is numpy's, for it steers loops;
+    `device_lens_LS` is the same where the kernels of a GPU read it.
     """
 
     def __init__(self, config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -60,6 +61,7 @@ class PromptCache:
         self.v_LSKGD = torch.zeros_like(self.k_LSKGD)
         self.gate_LSH = torch.zeros(L, S, config.num_heads, dtype=torch.float32, device=device)
         self.lens_LS: Int32 = np.zeros((L, S), np.int32)
+        self.device_lens_LS = torch.zeros(L, S, dtype=torch.int32, device=device)
 
     @torch.no_grad()
     def place(self, slot: int, prompts: Prompts, row: int) -> None:
@@ -75,6 +77,7 @@ class PromptCache:
         self.v_LSKGD[:, slot, :K] = prompts.v_SLKGD[row]
         self.gate_LSH[:, slot] = prompts.gate_SLH[row]
         self.lens_LS[:, slot] = prompts.len_SL[row].cpu().numpy()
+        self.device_lens_LS[:, slot] = prompts.len_SL[row]
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,12 @@ class StepLayout:
 
 
 class PagedAttend:
-    """One step's attention over the paged cache: writes the new keys and values, then reads."""
+    """One step's attention over the paged cache: writes the new keys and values, then reads.
 
-    def __init__(self, cache: KVCache, prompts: PromptCache, layout: StepLayout) -> None:
+    `fused`: single queries by the CPU's own kernel, where the cache's numbers are such that it knows.
+    """
+
+    def __init__(self, cache: KVCache, prompts: PromptCache, layout: StepLayout, fused: bool = True) -> None:
         self._cache = cache
         self._prompts = prompts
         self._layout = layout
@@ -104,7 +110,7 @@ class PagedAttend:
             torch.from_numpy(blocks[: -(-length // cache.block_size)]).to(device)
             for blocks, length in zip(layout.blocks_BM, layout.lens_B, strict=True)
         ]
-        self._fused = device.type == "cpu" and cache.k_LPsGD.dtype in paged_cpu.SUPPORTED_DTYPES
+        self._fused = fused and device.type == "cpu" and cache.k_LPsGD.dtype in paged_cpu.SUPPORTED_DTYPES
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         layout = self._layout

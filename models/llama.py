@@ -37,8 +37,11 @@ class Attend(Protocol):
 class Adaptation(Protocol):
     """What the batch's adapters change in norms and linears; prompts are the `Attend`'s affair."""
 
-    def norm_weight(self, layer: int, name: str, weight_C: Tensor) -> Tensor:
-        """[C] or [N, C]; `name` is attention_norm, feed_forward_norm or final_norm (layer -1)."""
+    def norm(self, layer: int, name: str, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+        """`rms_norm` with the adapters' own weights in place of the base's, where they have any.
+
+        `name` is attention_norm, feed_forward_norm or final_norm (layer -1).
+        """
 
     def before(self, layer: int, name: LinearName, x: Tensor) -> Tensor:
         """The linear's input: x, or x·s for adapters that scale inputs."""
@@ -161,9 +164,9 @@ class Layer(nn.Module):
 
     def _norm(self, name: str, x_NC: Tensor, adaptation: Adaptation | None) -> Tensor:
         weight: Tensor = getattr(self, name)
-        if adaptation is not None:
-            weight = adaptation.norm_weight(self.index, name, weight)
-        return rms_norm(x_NC, weight, self.config.rms_norm_eps)
+        if adaptation is None:
+            return rms_norm(x_NC, weight, self.config.rms_norm_eps)
+        return adaptation.norm(self.index, name, x_NC, weight, self.config.rms_norm_eps)
 
     def _attention(
         self, h_NC: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, adaptation: Adaptation | None
@@ -232,8 +235,11 @@ class Llama(nn.Module):
 
     def logits(self, x_MC: Tensor, adaptation: Adaptation | None = None) -> Tensor:
         """[M, V] of M chosen rows of the hidden states; `adaptation` must be that of those rows."""
-        weight = self.norm if adaptation is None else adaptation.norm_weight(-1, "final_norm", self.norm)
-        h_MC = rms_norm(x_MC, weight, self.config.rms_norm_eps)
+        eps = self.config.rms_norm_eps
+        if adaptation is None:
+            h_MC = rms_norm(x_MC, self.norm, eps)
+        else:
+            h_MC = adaptation.norm(-1, "final_norm", x_MC, self.norm, eps)
         packed = self._packed_head
         y_MV = F.linear(h_MC, self.lm_head) if packed is None else packed_linear(h_MC, packed)
         return y_MV if adaptation is None else adaptation.after(-1, "head", h_MC, y_MV)

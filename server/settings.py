@@ -122,6 +122,11 @@ class WorkerSettings(_Settings):
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"
     )
     device: str = Field("cpu", description="of torch, such as cpu or cuda:0")
+    attention: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="auto: the device's own kernels, on a GPU those in Triton; torch: none; "
+        "triton: refuse to start without",
+    )
     num_threads: int = Field(0, ge=0, description="of torch; 0: one per core")
     max_model_len: int | None = Field(None, gt=0, description="default: the base's own context")
     block_size: int = Field(16, gt=0, description="tokens per block of the KV cache")

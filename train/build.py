@@ -15,6 +15,7 @@ from models.adapter import Adapter, base_spec
 from models.adapter_config import AdapterConfig, VisionConfig
 from models.checkpoints.base import load_base
 from models.checkpoints.native import load_adapter
+from models.kernels.choice import use_triton
 from models.llama import Llama
 from models.pull import resolve_base
 from models.tokenizer import load_tokenizer
@@ -29,7 +30,7 @@ from train.forward import Forward
 from train.groups import Groups
 from train.log import Log
 from train.processes import Processes, StopSignal
-from train.recipe import Recipe, recipe_text
+from train.recipe import ComputeRecipe, Recipe, recipe_text
 from train.standardize import standardize
 from train.trainer import HeldOut, Trainer
 
@@ -39,6 +40,7 @@ WHERE = (
     "resume",
     "output",
     "compute.device",
+    "compute.attention",
     "compute.pass_tokens",
     "compute.checkpointing",
     "compute.workers",
@@ -108,7 +110,9 @@ def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSigna
     images = Images(compute, vision, encoder, cache_dir, stop)
     stores = _stores(recipe, tokens, images.read_all, processes, stop, console)
     plan = _plan(recipe, stores)
-    forward = Forward(base, adapter, encoder, compute.features == "live", compute.checkpointing)
+    forward = Forward(
+        base, adapter, encoder, compute.features == "live", compute.checkpointing, _use_triton(compute, base)
+    )
     trainer = Trainer(recipe, adapter, groups, forward, processes, len(plan))
     if last is not None:
         trainer.restore(load_state(last))
@@ -209,6 +213,13 @@ def _check_config(source: Path, have: AdapterConfig, want: AdapterConfig) -> Non
         raise TrainError(
             f"{source}: is another kind of adapter than the recipe's: {', '.join(wrong[:5])} differ"
         )
+
+
+def _use_triton(compute: ComputeRecipe, base: Llama) -> bool:
+    try:
+        return use_triton(compute.attention, base.device, base.dtype, base.config.head_dim)
+    except ValueError as error:
+        raise TrainError(f"compute.{error}") from error
 
 
 def _encoder(vision: VisionConfig, device: torch.device) -> VisionEncoder:

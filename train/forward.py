@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from models.adaptation import OneAdapter
 from models.adapter import Adapter
 from models.attention import Prompts
-from models.llama import Layer, Llama
+from models.llama import Attend, Layer, Llama
 from models.vision.encoder import VisionEncoder, encode
 from train.attention import PackedAttend
 from train.data.batches import Pass
@@ -36,12 +36,19 @@ class Forward:
     """
 
     def __init__(
-        self, base: Llama, adapter: Adapter, encoder: VisionEncoder | None, live: bool, checkpointing: bool
+        self,
+        base: Llama,
+        adapter: Adapter,
+        encoder: VisionEncoder | None,
+        live: bool,
+        checkpointing: bool,
+        triton: bool = False,
     ) -> None:
         self._base = base
         self._adapter = adapter
         self._encoder = encoder
         self._live = live
+        self._triton = triton
         self._wrap: Callable[[Layer], Callable[..., Tensor]] | None = _recomputed if checkpointing else None
         self._black: Tensor | None = None
         vision = adapter.config.vision
@@ -80,7 +87,13 @@ class Forward:
         """Hidden states [M, C] where something is to be predicted."""
         base = self._base
         prompts, slots_B = self._prompts(batch)
-        attend = PackedAttend(batch.lens_B, prompts, slots_B, base.device)
+        attend: Attend
+        if self._triton:
+            from train.triton_attention import TritonPackedAttend  # not every machine has Triton
+
+            attend = TritonPackedAttend(batch.lens_B, prompts, slots_B, base.device)
+        else:
+            attend = PackedAttend(batch.lens_B, prompts, slots_B, base.device)
         adaptation = OneAdapter(self._adapter, base.dtype)
         hidden_NC = base(batch.tokens_N, batch.positions_N, attend, adaptation, self._wrap)
         return hidden_NC.index_select(0, batch.predicting_M), adaptation

@@ -172,6 +172,7 @@ class ComputeRecipe(Strict):
     """Where and how; only `augment` and `feature_noise` decide what is learnt, beyond rounding.
 
     dtype          of the frozen base and the activations; adapters and sums are float32
+    attention      `auto`: the Triton kernels on a GPU, torch elsewhere; `torch`; `triton`: not without them
     pass_tokens    tokens that one forward pass may hold; a step's rows are split to fit
     checkpointing  recompute activations instead of keeping them
     features       `cached`: each image is encoded once, on disk; `live`: in each step
@@ -183,6 +184,7 @@ class ComputeRecipe(Strict):
 
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["auto", "torch", "triton"] = "auto"
     max_tokens: int = Field(default=512, ge=2)
     pass_tokens: int = Field(default=4096, ge=2)
     checkpointing: bool = False

@@ -11,7 +11,9 @@ import torch
 from models.checkpoints.base import load_base
 from models.config import ModelConfig
 from models.errors import CheckpointError
+from models.kernels.choice import use_triton
 from models.kv_cache import KVCache
+from models.llama import Llama
 from models.pull import resolve_base
 from models.tokenizer import load_tokenizer
 from models.vision.images import ImageLimits
@@ -23,7 +25,7 @@ from server.worker.engine import NativeEngine
 from server.worker.frontend import Frontend
 from server.worker.grammar import GrammarCompiler
 from server.worker.messages import SamplingParams
-from server.worker.runner import Runner
+from server.worker.runner import Kernels, Runner
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import Prepared, StepLoop
 
@@ -54,6 +56,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         block_size=settings.block_size,
         max_hot_adapters=settings.max_hot_adapters,
         prompt_slots=settings.prompt_slots,
+        kernels=_kernels(settings, base),
     )
     loader = AdapterLoader(
         settings.base_id or _id(settings.base),
@@ -132,6 +135,15 @@ def _device(settings: WorkerSettings) -> torch.device:
         reason = str(error).splitlines()[0]
         raise StartupError(f"device {settings.device!r} cannot be used: {reason}") from error
     return device
+
+
+def _kernels(settings: WorkerSettings, base: Llama) -> Kernels:
+    try:
+        if use_triton(settings.attention, base.device, base.dtype, base.config.head_dim):
+            return "triton"
+    except ValueError as error:
+        raise StartupError(f"{error}.") from error
+    return "none" if settings.attention == "torch" else "cpu"
 
 
 def _dtype(settings: WorkerSettings) -> torch.dtype:

@@ -7,8 +7,10 @@ cache. It decides nothing about who runs.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,9 +20,11 @@ from models.adaptation import AdapterBank, BatchAdaptation
 from models.adapter import Adapter
 from models.attention import Prompts
 from models.kv_cache import KVCache, PagedAttend, PromptCache, StepLayout
-from models.llama import Llama
+from models.llama import Attend, Llama
 from models.vision.encoder import VisionEncoder
 from server.worker.adapter_slots import SlotTable
+
+Kernels = Literal["cpu", "triton", "none"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +57,8 @@ class StepItem:
 
 
 class Runner:
+    """`kernels` compute attention and adapters' vectors: the processor's, a GPU's, or none, plain torch."""
+
     def __init__(
         self,
         base: Llama,
@@ -62,6 +68,7 @@ class Runner:
         max_hot_adapters: int,
         prompt_slots: int,
         feature_cache_entries: int = 1024,
+        kernels: Kernels = "cpu",
     ) -> None:
         config = base.config
         self.base = base
@@ -73,6 +80,16 @@ class Runner:
         self.prompt_slots = SlotTable(prompt_slots)
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._feature_cache_entries = feature_cache_entries
+        self._attend: Callable[[KVCache, PromptCache, StepLayout], Attend]
+        self._attend = partial(PagedAttend, fused=kernels == "cpu")
+        self._batch_adaptation = BatchAdaptation
+        if kernels == "triton":
+            # Only here: not every machine has Triton.
+            from models.kernels.batch_adaptation import TritonBatchAdaptation
+            from models.kernels.paged_attend import TritonPagedAttend, compile_kernels
+
+            self._attend, self._batch_adaptation = TritonPagedAttend, TritonBatchAdaptation
+            compile_kernels(self.kv_cache, self.prompt_cache, config.num_heads)
 
     @torch.inference_mode()
     def run(self, items: Sequence[StepItem]) -> Tensor:
@@ -89,7 +106,7 @@ class Runner:
         )
         counts = [len(item.tokens) for item in items]
         adaptation = self._adaptation(adapter_slots, counts)
-        attend = PagedAttend(self.kv_cache, self.prompt_cache, layout)
+        attend = self._attend(self.kv_cache, self.prompt_cache, layout)
         hidden_NC = self.base(tokens_N, positions_N, attend, adaptation)
 
         wanted = [range(len(item.tokens))[item.wants_logits] for item in items]
@@ -163,7 +180,7 @@ class Runner:
         if not self.bank.keys_of(active):
             return None
         slots_N = torch.tensor(slots).repeat_interleave(torch.tensor(counts))
-        return BatchAdaptation(self.bank, slots_N.to(self.base.device), active)
+        return self._batch_adaptation(self.bank, slots_N.to(self.base.device), active)
 
     def _layout(self, items: Sequence[StepItem], prompt_slots: Sequence[int]) -> StepLayout:
         singles = [len(item.tokens) == 1 for item in items]

@@ -1,0 +1,93 @@
+"""One step's attention over the paged cache on a GPU, for `models.llama`: like `PagedAttend`, in Triton.
+
+Shapes: N tokens, B sequences, H query heads, G key/value heads, D head size, M blocks of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.kernels.paged_decode import paged_decode
+from models.kernels.paged_prefill import paged_prefill
+from models.kv_cache import Int32, KVCache, PromptCache, StepLayout
+
+
+class TritonPagedAttend:
+    """Writes the new keys and values, then reads: sequences of one token in one launch, chunks in another."""
+
+    def __init__(self, cache: KVCache, prompts: PromptCache, layout: StepLayout) -> None:
+        self._cache = cache
+        self._prompts = prompts
+        self._slots_N = layout.slots_N
+        self._num_single = layout.num_single
+        self._longest = int(np.diff(layout.starts).max())
+        arrays = (layout.lens_B, layout.prompt_slots_B, np.array(layout.starts, np.int32), layout.blocks_BM)
+        self._lens_B, self._prompt_slots_B, self._starts, self._blocks_BM = _upload(
+            arrays, cache.k_LPsGD.device
+        )
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        self._cache.write(layer, self._slots_N, k_NGD, v_NGD)
+        k_PsGD, v_PsGD = self._cache.k_LPsGD[layer], self._cache.v_LPsGD[layer]
+        p, single, lens_B = self._prompts, self._num_single, self._lens_B
+        prompt_k_SKGD, prompt_v_SKGD = p.k_LSKGD[layer], p.v_LSKGD[layer]
+        prompt_lens_S, gate_SH = p.device_lens_LS[layer], p.gate_LSH[layer]
+        if single:
+            out_BHD = paged_decode(
+                q_NHD[:single],
+                k_PsGD,
+                v_PsGD,
+                self._blocks_BM[:single],
+                lens_B[:single],
+                prompt_k_SKGD,
+                prompt_v_SKGD,
+                self._prompt_slots_B[:single],
+                prompt_lens_S,
+                gate_SH,
+            )
+            if single == len(lens_B):
+                return out_BHD
+        out_NHD = paged_prefill(
+            q_NHD,
+            k_PsGD,
+            v_PsGD,
+            self._blocks_BM[single:],
+            self._starts[single:],
+            lens_B[single:],
+            self._longest,
+            prompt_k_SKGD,
+            prompt_v_SKGD,
+            self._prompt_slots_B[single:],
+            prompt_lens_S,
+            gate_SH,
+        )
+        if single:
+            out_NHD[:single] = out_BHD
+        return out_NHD
+
+
+@torch.inference_mode()
+def compile_kernels(cache: KVCache, prompts: PromptCache, num_heads: int) -> None:
+    """Every variant that a step may need: compiling one takes seconds, which no request should wait for."""
+    k_PsGD, v_PsGD = cache.k_LPsGD[0], cache.v_LPsGD[0]
+    one, zero = k_PsGD.new_ones(1, dtype=torch.int32), k_PsGD.new_zeros(1, dtype=torch.int32)
+    starts = torch.cat([zero, one])
+    prompt = (prompts.k_LSKGD[0], prompts.v_LSKGD[0], zero, prompts.device_lens_LS[0], prompts.gate_LSH[0])
+    q_NHD = k_PsGD.new_zeros(1024, num_heads, k_PsGD.shape[-1])
+    for num_splits in (1, 2):
+        paged_decode(q_NHD[:1], k_PsGD, v_PsGD, zero[None], one, *prompt, num_splits)
+    for longest in (1, len(q_NHD)):
+        paged_prefill(q_NHD, k_PsGD, v_PsGD, zero[None], starts, one, longest, *prompt)
+
+
+def _upload(arrays: Sequence[Int32], device: torch.device) -> list[Tensor]:
+    """To the device in one copy that nobody waits for: it needs memory that the system may not move."""
+    flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
+    if device.type == "cuda":
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    parts = flat.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
