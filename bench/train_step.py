@@ -1,4 +1,4 @@
-"""A training step against PEFT and full fine-tuning: `python bench/train.py` (needs the extra `dev`).
+"""A training step against PEFT and full fine-tuning: `python bench/train_step.py` (needs the extra `dev`).
 
 The same base, tokens and targets for all; every contender is a process of its own, so that its peak memory
 is its own. First each runs alone in float32 and in bfloat16, and its better precision is kept; then all
@@ -224,7 +224,7 @@ def main(
     lens: Annotated[str, typer.Option(help="tokens of each sequence")] = "256,256,256,256",
     rounds: Annotated[int, typer.Option(min=5)] = 7,
     threads: Annotated[int, typer.Option(min=1, help="of each contender; they never step at once")] = 2,
-    output: Annotated[Path, typer.Option(help="a folder for train.json and train.md")] = Path("bench/out"),
+    output: Annotated[Path, typer.Option(help="a folder for train_step.json and train_step.md")] = Path("bench/out"),
 ) -> None:
     """Measure a training step of ours, PEFT's adaption_prompt and LoRA, and full fine-tuning."""
     base_path = resolve_base(base, default_cache_dir())
@@ -247,8 +247,8 @@ def main(
         "threads": threads,
         "torch": torch.__version__,
     }
-    (output / "train.json").write_text(json.dumps({**facts, "alone": alone, "best": best, **turns}, indent=2))
-    (output / "train.md").write_text(table + "\n", encoding="utf-8")
+    (output / "train_step.json").write_text(json.dumps({**facts, "alone": alone, "best": best, **turns}, indent=2))
+    (output / "train_step.md").write_text(table + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
