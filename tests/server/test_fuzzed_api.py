@@ -16,7 +16,7 @@ from tiny_base import write_adapter, write_tiny_base
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(240)]
 
-SECONDS = 50
+SECONDS = 75
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
     "unsupported_method,ignored_auth"
