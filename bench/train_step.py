@@ -218,13 +218,13 @@ def _table(best: dict[str, str], turns: dict[str, Any]) -> str:
 
 
 def main(
-    base: Annotated[
-        str, typer.Option(help="a base by id or folder, in Hugging Face's format")
-    ] = "smollm2-135m",
+    base: Annotated[str, typer.Option(help="by id, or a folder in Hugging Face's format")] = "smollm2-135m",
     lens: Annotated[str, typer.Option(help="tokens of each sequence")] = "256,256,256,256",
     rounds: Annotated[int, typer.Option(min=5)] = 7,
     threads: Annotated[int, typer.Option(min=1, help="of each contender; they never step at once")] = 2,
-    output: Annotated[Path, typer.Option(help="a folder for train_step.json and train_step.md")] = Path("bench/out"),
+    output: Annotated[Path, typer.Option(help="a folder for train_step.json and train_step.md")] = Path(
+        "bench/out"
+    ),
 ) -> None:
     """Measure a training step of ours, PEFT's adaption_prompt and LoRA, and full fine-tuning."""
     base_path = resolve_base(base, default_cache_dir())
@@ -247,7 +247,9 @@ def main(
         "threads": threads,
         "torch": torch.__version__,
     }
-    (output / "train_step.json").write_text(json.dumps({**facts, "alone": alone, "best": best, **turns}, indent=2))
+    (output / "train_step.json").write_text(
+        json.dumps({**facts, "alone": alone, "best": best, **turns}, indent=2)
+    )
     (output / "train_step.md").write_text(table + "\n", encoding="utf-8")
 
 
