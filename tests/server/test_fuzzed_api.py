@@ -16,7 +16,9 @@ from tiny_base import write_adapter, write_tiny_base
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(240)]
 
-SECONDS = 75
+SECONDS = 60
+# uvloop's word for a connection to a worker that was given up while it was being made.
+UVLOOP = "handle: <Handle Future.set_result>"
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
     "unsupported_method,ignored_auth"
@@ -53,7 +55,8 @@ def test_no_input_makes_a_server_error(tmp_path: Path) -> None:
         metrics = scrape(service.url)
         assert metrics["llama_adapter:request_success_total"] > 20, "no input got as far as the model"
         until(lambda: scrape(service.url)["llama_adapter:kv_cache_usage_perc"] == 0)
-        assert '"exception"' not in service.text
+        lines = [line for line in service.printed if '"exception"' in line and UVLOOP not in line]
+        assert not lines
 
 
 def told(service: Service) -> str:
