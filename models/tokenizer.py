@@ -55,7 +55,8 @@ class Tokenizer:
 
     `bos_id` is None where the base has none; `eos_ids` are all tokens that end an answer;
     `vocab_size` is the greatest id plus one, which the model's own vocabulary may exceed.
-    `special_texts` are the texts of all tokens that count in markup only.
+    `special_texts` are the texts of all tokens that count in markup only. No token has more than
+    `longest_token` bytes of text.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -81,6 +82,7 @@ class Tokenizer:
         for id, text in texts.items():
             if id not in hidden:
                 self._bytes[id] = added[id].content.encode() if id in added else decoder.bytes_of(text)
+        self.longest_token = max(map(len, (*self._bytes, *self.special_texts)), default=0)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of `text`, after BOS if the base's convention is to begin with it.
@@ -193,7 +195,9 @@ def _with_template_markers(spec: dict[str, Any], chat_template: str) -> dict[str
 def _encode(backend: Backend, text: str, offset: int) -> list[_Token]:
     """Tokens of one stretch of text that begins `offset` characters into the whole."""
     try:
-        encoding = backend.encode(text, add_special_tokens=False)
+        # A batch, since this library lets other threads run meanwhile only for batches: a megabyte of
+        # text takes a second, in which the process would answer nobody.
+        [encoding] = backend.encode_batch([text], add_special_tokens=False)
     except (UnicodeEncodeError, TypeError) as error:
         raise PromptError("the text holds half of a surrogate pair; send valid Unicode") from error
     return [
