@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from server.errors import ApiError, InvalidRequest, ServerFailure, TooLarge, Unavailable, from_wire
 from server.serving import Drain
@@ -157,11 +158,15 @@ def _add_error_handlers(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return await refuse(request, from_wire(error.status_code, message, "invalid_request_error"))
 
+    async def leave(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # to nobody: the client left in the middle of its body
+
     async def fail(request: Request, _: Exception) -> Response:
         return await refuse(request, ServerFailure("The worker failed; its log says why."))
 
     handlers: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
         ApiError: refuse,
+        ClientDisconnect: leave,
         HTTPException: refuse_route,
         Exception: fail,
     }

@@ -225,6 +225,19 @@ async def test_closed_connection_closes_the_generator(tmp_path: Path, events_bef
         await asyncio.wait_for(engine.closed.wait(), 5)
 
 
+async def test_a_client_may_leave_in_the_middle_of_its_body(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with served(ScriptedEngine(STORY), tmp_path) as worker:
+        _, writer = await asyncio.open_unix_connection(str(tmp_path / "w.sock"))
+        writer.write(b"POST /generate HTTP/1.1\r\nHost: w\r\nContent-Length: 1000\r\n\r\n" + body()[:50])
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        assert (await worker.client.post("/generate", content=body())).status_code == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize(
     ("content", "param"),
     [
