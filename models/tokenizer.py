@@ -16,6 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from models.checkpoints.vocabulary import read_vocabulary
@@ -92,7 +93,7 @@ class Tokenizer:
         """
         backend = self._parsing if parse_special else self._plain
         prefix = self._prefix(add_special_tokens=add_special_tokens)
-        return prefix + [token.id for token in _encode(backend, text, 0)]
+        return prefix + _encoding(backend, text).ids
 
     def encode_segments(self, segments: Iterable[Segment]) -> Encoded:
         """Token ids of the segments' text as a whole, with special tokens only where markup has them.
@@ -194,16 +195,22 @@ def _with_template_markers(spec: dict[str, Any], chat_template: str) -> dict[str
 
 def _encode(backend: Backend, text: str, offset: int) -> list[_Token]:
     """Tokens of one stretch of text that begins `offset` characters into the whole."""
-    try:
-        # A batch, since this library lets other threads run meanwhile only for batches: a megabyte of
-        # text takes a second, in which the process would answer nobody.
-        [encoding] = backend.encode_batch([text], add_special_tokens=False)
-    except (UnicodeEncodeError, TypeError) as error:
-        raise PromptError("the text holds half of a surrogate pair; send valid Unicode") from error
+    encoding = _encoding(backend, text)
     return [
         _Token(id, start + offset, end + offset)
         for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
     ]
+
+
+def _encoding(backend: Backend, text: str) -> Encoding:
+    """Raises PromptError for text that is not valid Unicode."""
+    try:
+        # A batch, since this library lets other threads run meanwhile only for batches: a megabyte of
+        # text takes a second, in which the process would answer nobody.
+        [encoding] = backend.encode_batch([text], add_special_tokens=False)
+        return encoding
+    except (UnicodeEncodeError, TypeError) as error:
+        raise PromptError("the text holds half of a surrogate pair; send valid Unicode") from error
 
 
 def _spans(texts: Iterable[tuple[str, bool]]) -> list[tuple[int, int]]:
