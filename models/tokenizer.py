@@ -16,6 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from models.checkpoints.vocabulary import read_vocabulary
@@ -55,7 +56,8 @@ class Tokenizer:
 
     `bos_id` is None where the base has none; `eos_ids` are all tokens that end an answer;
     `vocab_size` is the greatest id plus one, which the model's own vocabulary may exceed.
-    `special_texts` are the texts of all tokens that count in markup only.
+    `special_texts` are the texts of all tokens that count in markup only. No token has more than
+    `longest_token` bytes of text.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -81,6 +83,7 @@ class Tokenizer:
         for id, text in texts.items():
             if id not in hidden:
                 self._bytes[id] = added[id].content.encode() if id in added else decoder.bytes_of(text)
+        self.longest_token = max(map(len, (*self._bytes, *self.special_texts)), default=0)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of `text`, after BOS if the base's convention is to begin with it.
@@ -90,7 +93,7 @@ class Tokenizer:
         """
         backend = self._parsing if parse_special else self._plain
         prefix = self._prefix(add_special_tokens=add_special_tokens)
-        return prefix + [token.id for token in _encode(backend, text, 0)]
+        return prefix + _encoding(backend, text).ids
 
     def encode_segments(self, segments: Iterable[Segment]) -> Encoded:
         """Token ids of the segments' text as a whole, with special tokens only where markup has them.
@@ -192,14 +195,22 @@ def _with_template_markers(spec: dict[str, Any], chat_template: str) -> dict[str
 
 def _encode(backend: Backend, text: str, offset: int) -> list[_Token]:
     """Tokens of one stretch of text that begins `offset` characters into the whole."""
-    try:
-        encoding = backend.encode(text, add_special_tokens=False)
-    except (UnicodeEncodeError, TypeError) as error:
-        raise PromptError("the text holds half of a surrogate pair; send valid Unicode") from error
+    encoding = _encoding(backend, text)
     return [
         _Token(id, start + offset, end + offset)
         for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
     ]
+
+
+def _encoding(backend: Backend, text: str) -> Encoding:
+    """Raises PromptError for text that is not valid Unicode."""
+    try:
+        # A batch, since this library lets other threads run meanwhile only for batches: a megabyte of
+        # text takes a second, in which the process would answer nobody.
+        [encoding] = backend.encode_batch([text], add_special_tokens=False)
+        return encoding
+    except (UnicodeEncodeError, TypeError) as error:
+        raise PromptError("the text holds half of a surrogate pair; send valid Unicode") from error
 
 
 def _spans(texts: Iterable[tuple[str, bool]]) -> list[tuple[int, int]]:

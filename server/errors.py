@@ -30,6 +30,7 @@ class ApiError(Exception):
     status = 500
     type = "server_error"
     default_code: str | None = None
+    default_retry_after: float | None = None
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.code = code if code is not None else self.default_code
-        self.retry_after = retry_after
+        self.retry_after = retry_after if retry_after is not None else self.default_retry_after
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
@@ -112,6 +113,7 @@ class RateLimited(ApiError):
     status = 429
     type = "rate_limit_error"
     default_code = "rate_limit_exceeded"
+    default_retry_after = 1.0
 
 
 class ServerFailure(ApiError):
@@ -124,6 +126,7 @@ class Unavailable(ApiError):
     status = 503
     type = "server_error"
     default_code = "unavailable"
+    default_retry_after = 1.0
 
 
 class Timeout(ApiError):

@@ -139,6 +139,7 @@ def _set_threads(count: int, spins: int) -> None:
     It reads this once, when torch is first imported. What the user's environment says stays.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", str(spins))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: it needs no pool
     if count:
         os.environ.setdefault("OMP_NUM_THREADS", str(count))
 

@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -110,6 +111,7 @@ async def serve_app(app: ASGIApp, sock: socket.socket, drain: Drain, drain_secon
         timeout_graceful_shutdown=_CLOSING_SECONDS,
     )
     server = _Server(config)
+    asyncio.get_running_loop().set_exception_handler(_tell)
     leaving = asyncio.create_task(_leave(server, drain, drain_seconds))
     try:
         await server.serve(sockets=[sock])
@@ -118,6 +120,17 @@ async def serve_app(app: ASGIApp, sock: socket.socket, drain: Drain, drain_secon
     finally:
         leaving.cancel()
         sock.close()
+
+
+def _tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what a callback raised, but for one thing that is nobody's failure.
+
+    anyio's Unix sockets give a wait its result also where it was cancelled a moment before, such as when
+    a client leaves just as its worker says something.
+    """
+    late = isinstance(context.get("exception"), asyncio.InvalidStateError)
+    if not (late and "set_result" in context["message"]):
+        loop.default_exception_handler(context)
 
 
 async def _leave(server: uvicorn.Server, drain: Drain, drain_seconds: float) -> None:

@@ -84,6 +84,9 @@ class GatewaySettings(ImageLimits):
         "redis://host:6379/0 is shared",
     )
     max_body_bytes: int = Field(64 * MIB, gt=0, description="of one request")
+    max_body_values: int = Field(
+        256 * KIB, gt=0, description="JSON values in it, reckoned by its commas and brackets"
+    )
     body_seconds: float = Field(60.0, gt=0, description="for a request's body to arrive")
     max_concurrent_requests: int = Field(256, gt=0, description="over it: 429 with Retry-After")
     request_seconds: float = Field(600.0, gt=0, description="deadline of one request")
@@ -146,9 +149,7 @@ class WorkerSettings(_Settings):
         64 * KIB, gt=0, description="JSON of one request's response_format and tools, schemas and all"
     )
     grammar_cache_entries: int = Field(128, gt=0, description="compiled response formats and tools kept")
-    max_message_bytes: int = Field(
-        256 * MIB, gt=0, description="of one request to a worker, images as base64"
-    )
+    max_message_bytes: int = Field(256 * MIB, gt=0, description="of one request to a worker, with its images")
     max_image_bytes: int = Field(20 * MIB, gt=0, description="bytes of one encoded image")
     max_image_pixels: int = Field(40_000_000, gt=0, description="pixels, checked before decoding")
     drain_seconds: float = Field(30.0, ge=0, description="what runs may take this long after SIGTERM")

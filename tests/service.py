@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +56,11 @@ def serving(*arguments: str, command: Sequence[str] = COMMAND) -> Iterator[Servi
             service.url = ready[1]
             yield service
         finally:
+            children = psutil.Process(process.pid).children() if process.poll() is None else []
             process.kill()
+            for child in children:  # also one that a test has stopped, which cannot see its parent's end
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
             reader.join()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
+from server.cli import serve
 from server.gateway.keys import _Entry
 from server.gateway.limiter import RATE_HEADERS
 from server.gateway.metrics import GatewayMetrics
@@ -63,6 +65,18 @@ def test_every_setting(title: str, settings: type[BaseSettings]) -> None:
     ]
     wanted = f'docs/operations.md, "{title}" should have these rows:\n' + "\n".join(expected)
     assert rows(section(title)) == expected, wanted
+
+
+def test_every_setting_of_serve_alone() -> None:
+    models = (GatewaySettings, WorkerSettings, ExpertSettings)
+    shared = {name for model in models for name in model.model_fields}
+    expected = [
+        f"| `{name}` | `{flag(name)}` | `{parameter.default}` | {parameter.annotation.__metadata__[0].help} |"
+        for name, parameter in inspect.signature(serve).parameters.items()
+        if name not in shared and name != "supervised"  # not for people: how `serve` starts its own parts
+    ]
+    assert len(expected) == 2
+    assert rows(section("Settings of serve alone")) == expected
 
 
 def names_of(rendered: bytes) -> set[str]:

@@ -80,7 +80,7 @@ class Limiter:
         """One request of `caller`, counted; puts OpenAI's `x-ratelimit-*` into `headers`."""
         most = caller.quota.concurrency
         if most is not None and self._running[caller.name] >= most:
-            raise RateLimited(f"{most} requests of this key run already; try again.", retry_after=1)
+            raise RateLimited(f"{most} requests of this key run already; try again.")
         with _held(self._running, caller.name, 1):
             if caller.quota.requests:
                 await self._count_request(caller, caller.quota.requests, headers)

@@ -209,9 +209,9 @@ class Admission:
             await self._app(scope, receive, send)
             return
         if self._drain.draining:
-            raise Unavailable("The server is shutting down; try again.", retry_after=1)
+            raise Unavailable("The server is shutting down; try again.")
         if self._running >= self._limit:
-            raise RateLimited(f"{self._limit} requests run already; try again.", retry_after=1)
+            raise RateLimited(f"{self._limit} requests run already; try again.")
         self._running += 1
         try:
             await self._app(scope, receive, send)
@@ -279,7 +279,7 @@ def _why_ended(
     if gone.done():
         return ClientDisconnect()
     if expired.done():
-        return Unavailable("The server is shutting down; try again.", retry_after=1)
+        return Unavailable("The server is shutting down; try again.")
     return Timeout("The request's deadline has passed (request_seconds).")
 
 

@@ -21,7 +21,6 @@ from server.tracing import TELEMETRY
 from server.worker.adapter_state import AdapterState, RunTimeAdapters
 from server.worker.engine_api import Engine
 from server.worker.messages import (
-    GENERATE_REQUEST,
     MODELS,
     AdapterGates,
     Detokenized,
@@ -31,6 +30,7 @@ from server.worker.messages import (
     ModelInfo,
     Tokenized,
     TokenizeRequest,
+    read_generate_body,
 )
 from server.worker.metrics import WorkerMetrics
 from server.worker.streaming import EventStream
@@ -75,17 +75,17 @@ def _add_inference_routes(app: FastAPI, engine: Engine, drain: Drain, max_bytes:
 
     @app.post("/generate")
     async def generate(request: Request) -> Response:
-        body = await _parse(request, GENERATE_REQUEST, max_bytes)
+        body = await _parse(request, read_generate_body, max_bytes)
         _refuse_unready(engine, drain)
         return EventStream(engine.generate(body), metrics.observe(body.model), GenerationTrace(body), drain)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Tokenized:
-        return await engine.tokenize(await _parse(request, _TOKENIZE, max_bytes))
+        return await engine.tokenize(await _parse(request, _TOKENIZE.validate_json, max_bytes))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Detokenized:
-        return await engine.detokenize(await _parse(request, _DETOKENIZE, max_bytes))
+        return await engine.detokenize(await _parse(request, _DETOKENIZE.validate_json, max_bytes))
 
     @app.get("/metrics")
     async def scrape() -> Response:
@@ -103,7 +103,7 @@ def _add_adapter_routes(app: FastAPI, engine: Engine, adapters: RunTimeAdapters,
 
     @app.post("/adapters")
     async def load_adapter(request: Request) -> ModelInfo:
-        return await adapters.load(await _parse(request, _LOAD_ADAPTER, max_bytes))
+        return await adapters.load(await _parse(request, _LOAD_ADAPTER.validate_json, max_bytes))
 
     @app.delete("/adapters/{id}", status_code=204)
     async def unload_adapter(id: str) -> None:
@@ -132,25 +132,27 @@ def _add_watch_routes(app: FastAPI, engine: Engine, drain: Drain) -> None:
 
 def _refuse_unready(engine: Engine, drain: Drain) -> None:
     if drain.draining:
-        raise Unavailable("The worker is shutting down.", retry_after=1)
+        raise Unavailable("The worker is shutting down.")
     if not engine.healthy:
         raise Unavailable("The engine has stopped.", retry_after=5)
     if not engine.stats().ready:
-        raise Unavailable("The worker is not ready yet.", retry_after=1)
+        raise Unavailable("The worker is not ready yet.")
 
 
-async def _parse(request: Request, adapter: TypeAdapter[Message], max_bytes: int) -> Message:
+async def _parse(request: Request, read: Callable[[bytes], Message], max_bytes: int) -> Message:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
             raise TooLarge(f"The body is over {max_bytes} bytes; send less, or raise max_message_bytes.")
     try:
-        return adapter.validate_json(bytes(body))
+        return read(bytes(body))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InvalidRequest(f"{place or 'body'}: {first['msg']}", param=place or None) from None
+    except ValueError as error:
+        raise InvalidRequest(f"body: {error}") from None
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -161,16 +163,16 @@ def _add_error_handlers(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return await refuse(request, from_wire(error.status_code, message, "invalid_request_error"))
 
-    async def part(_: Request, __: ClientDisconnect) -> Response:
-        return Response(status_code=400)  # whoever asked left before the request was whole; nobody reads it
+    async def leave(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # to nobody: the client left in the middle of its body
 
     async def fail(request: Request, _: Exception) -> Response:
         return await refuse(request, ServerFailure("The worker failed; its log says why."))
 
     handlers: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
         ApiError: refuse,
+        ClientDisconnect: leave,
         HTTPException: refuse_route,
-        ClientDisconnect: part,
         Exception: fail,
     }
     for kind, handler in handlers.items():

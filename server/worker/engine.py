@@ -116,8 +116,7 @@ class NativeEngine:
             raise Unavailable("The engine stopped; the worker is restarting.", retry_after=5)
         if self._requests >= self._max_requests:
             raise RateLimited(
-                f"{self._requests} requests are running or waiting, as many as this worker takes.",
-                retry_after=1,
+                f"{self._requests} requests are running or waiting, as many as this worker takes."
             )
         model = self._frontend.find(self._models, request.model)
         timeout = request.timeout_seconds

@@ -6,7 +6,7 @@ Synchronous and without state of its own; called on threads beside the event loo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,12 +82,7 @@ class Frontend:
             self._scheduler.check_fits(len(token_ids), max_tokens)
         except SequenceRejected as error:
             param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
-            # It begins with OpenAI's words: LiteLLM and others tell this error by them, not by its code.
-            raise InvalidRequest(
-                f"This model's maximum context length is {self._scheduler.max_sequence_len} tokens: {error}.",
-                param=param,
-                code="context_length_exceeded",
-            ) from None
+            raise self._too_long(str(error), param) from None
         self._check_bias(params.logit_bias)
         return Prepared(
             request_id=request.request_id,
@@ -134,8 +129,27 @@ class Frontend:
             case ChatPrompt():
                 return self._encode_chat(model, prompt)
 
+    def _refuse_endless(self, texts: Iterable[str], param: str) -> None:
+        """Raise `InvalidRequest` for what is too long even if all its tokens are the longest there are.
+
+        To encode it first, and see how many they are, would take minutes.
+        """
+        longest = self._scheduler.max_sequence_len * self._tokenizer.longest_token
+        size = sum(map(len, texts))
+        if size > longest:
+            raise self._too_long(f"a text of {size} characters cannot fit", param)
+
+    def _too_long(self, why: str, param: str) -> InvalidRequest:
+        # It begins with OpenAI's words: LiteLLM and others tell this error by them, not by its code.
+        return InvalidRequest(
+            f"This model's maximum context length is {self._scheduler.max_sequence_len} tokens: {why}.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
     def _encode_text(self, prompt: TextPrompt) -> list[int]:
         """A raw prompt is its author's own: special tokens written in it count as such."""
+        self._refuse_endless((prompt.text,), "prompt")
         try:
             return self._tokenizer.encode(
                 prompt.text, add_special_tokens=prompt.add_special_tokens, parse_special=True
@@ -152,6 +166,7 @@ class Frontend:
                 self._tokenizer,
                 tools=prompt.tools,
             )
+            self._refuse_endless((segment.text for segment in rendered.segments), "messages")
             encoded = self._tokenizer.encode_segments(rendered.segments)
         except PromptError as error:
             raise InvalidRequest(str(error), param="messages") from error

@@ -1,17 +1,19 @@
 """What travels between gateway and worker: frozen dataclasses, owned by the worker, free of torch.
 
-A request goes as one JSON body, the answer comes back as one JSON event a line. `encode` and the
-`*_ADAPTER` objects below are the only (de)serialisers; bytes travel as base64.
+A request goes as a line of JSON, the answer comes back as one JSON event a line. What stands below the
+classes is all that (de)serialises them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-_CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", extra="forbid")
+_CONFIG = ConfigDict(extra="forbid")
+_PIECE = 2**20  # bytes of an image that are handed on at once
 
 FinishReason = Literal["stop", "length", "abort", "tool_calls"]
 
@@ -304,6 +306,39 @@ class EngineStats:
     draining: bool = False
 
 
-GENERATE_REQUEST: TypeAdapter[GenerateRequest] = TypeAdapter(GenerateRequest)
 EVENT: TypeAdapter[Started | Scheduled | PromptScored | Delta | Finished | Failed] = TypeAdapter(Event)
 MODELS: TypeAdapter[list[ModelInfo]] = TypeAdapter(list[ModelInfo])
+_GENERATE: TypeAdapter[GenerateRequest] = TypeAdapter(GenerateRequest)
+
+
+def generate_body(request: GenerateRequest) -> Iterator[bytes]:
+    """The body of `POST /generate`, in pieces: a line of JSON, then each image after a line with its size.
+
+    As base64 in the JSON an image of 20 MiB would hold the interpreter of either side for 25 ms.
+    """
+    yield _GENERATE.dump_json(request, exclude={"images"}) + b"\n"
+    for image in request.images:
+        yield b"%d\n" % len(image)
+        yield from (image[start : start + _PIECE] for start in range(0, len(image), _PIECE))
+
+
+def read_generate_body(body: bytes) -> GenerateRequest:
+    """Raises pydantic's `ValidationError` for what is wrong in the JSON, `ValueError` for the images."""
+    line, position = _line(body, 0)
+    request = _GENERATE.validate_json(line)
+    images = []
+    while position < len(body):
+        line, start = _line(body, position)
+        if not line.isdigit():
+            raise ValueError("an image must come after a line with its size in bytes")
+        position = start + int(line[:20])
+        if position > len(body):
+            raise ValueError("an image is shorter than its size says")
+        images.append(body[start:position])
+    return replace(request, images=tuple(images))
+
+
+def _line(body: bytes, start: int) -> tuple[bytes, int]:
+    """The line that begins at `start`, and where the next begins."""
+    end = body.find(b"\n", start)
+    return (body[start:], len(body)) if end < 0 else (body[start:end], end + 1)

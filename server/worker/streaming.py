@@ -50,7 +50,7 @@ class EventStream(Response):
             await asyncio.wait({produced, gone, expired}, return_when=asyncio.FIRST_COMPLETED)
             if expired.done() and not (produced.done() or gone.done()):
                 await _cancelled(produced)
-                error = Unavailable("The worker is shutting down.", retry_after=1)
+                error = Unavailable("The worker is shutting down.")
                 await self._fail(error, scope, receive, send)
         finally:
             await _cancelled(produced, gone, expired)

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 
 import pytest
 
+from server.serving import StartupError
 from server.telemetry import configure_logging, request_id
+from server.tracing import configure_tracing, span
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +48,18 @@ def test_exceptions_are_part_of_their_line(capsys: pytest.CaptureFixture[str]) -
 def test_an_unknown_level() -> None:
     with pytest.raises(ValueError, match="LOUD"):
         configure_logging("loud")
+
+
+def test_nothing_is_traced_unless_the_environment_names_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    configure_tracing("test")
+    with span("work") as current:
+        assert not current.is_recording()
+
+
+def test_a_collector_without_the_extra_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(StartupError, match=r"install llama-adapter-server\[otel\]"):
+        configure_tracing("test")

@@ -155,7 +155,7 @@ class WorkerPool:
         if usable:
             return usable
         if holders or not self.ready:
-            raise Unavailable("No worker is ready to serve this model; try again.", retry_after=1)
+            raise Unavailable("No worker is ready to serve this model; try again.")
         raise model_not_found(model)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -236,7 +236,7 @@ class WorkerPool:
     def _ready_workers(self) -> list[Worker]:
         workers = [worker for worker in self.workers if worker.ready]
         if not workers:
-            raise Unavailable("No worker is ready; try again.", retry_after=1)
+            raise Unavailable("No worker is ready; try again.")
         return workers
 
     async def _on_each(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from base64 import b64encode
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-import anyio.to_thread
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,7 +15,6 @@ from server.errors import ApiError, ServerFailure, Timeout, Unavailable, from_wi
 from server.telemetry import outgoing_headers
 from server.worker.messages import (
     EVENT,
-    GENERATE_REQUEST,
     MODELS,
     AdapterGates,
     Detokenized,
@@ -31,10 +28,10 @@ from server.worker.messages import (
     ModelInfo,
     Tokenized,
     TokenizeRequest,
+    generate_body,
 )
 
 _JSON = {"content-type": "application/json"}
-_BASE64_PIECE = 3 * 2**18  # a multiple of three encodes without padding
 _WRITE_SECONDS = 30.0
 _ADMIN_SECONDS = 120.0  # an adapter is read from a disk, and may be large
 
@@ -80,10 +77,9 @@ class WorkerClient:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """The request's events up to `Finished`; `Failed` is raised. Closing it aborts the request."""
-        content = await _encode(request)
         finished = False
         try:
-            async with self._stream(content) as response:
+            async with self._stream(request) as response:
                 if response.status_code != 200:
                     raise _error(response, await response.aread())
                 # Read to the end even after `Finished`: only then can the connection serve again.
@@ -98,7 +94,7 @@ class WorkerClient:
         except ValidationError as error:
             raise ServerFailure("A worker sent an event that cannot be understood.") from error
         if not finished:
-            raise Unreachable("A worker broke off before the answer was complete; try again.", retry_after=1)
+            raise Unreachable("A worker broke off before the answer was complete; try again.")
 
     async def ready(self, seconds: float) -> bool:
         """Whether the worker takes requests now."""
@@ -130,9 +126,8 @@ class WorkerClient:
     async def unload_adapter(self, id: str) -> None:
         await self._send("DELETE", f"/adapters/{quote(id, safe='')}", None, _ADMIN_SECONDS)
 
-    def _stream(self, content: bytes) -> AbstractAsyncContextManager[httpx.Response]:
-        headers = outgoing_headers() | _JSON
-        return self._http.stream("POST", "/generate", content=content, headers=headers)
+    def _stream(self, request: GenerateRequest) -> AbstractAsyncContextManager[httpx.Response]:
+        return self._http.stream("POST", "/generate", content=_pieces(request), headers=outgoing_headers())
 
     async def _ask(
         self,
@@ -166,24 +161,12 @@ def _raise_if_failed(event: Event) -> None:
     if isinstance(event, Failed):
         raise from_wire(event.status, event.message, event.error_type, event.code, event.param)
     if isinstance(event, Finished) and event.finish_reason == "abort":
-        raise Unavailable("The worker aborted the request; try again.", retry_after=1)
+        raise Unavailable("The worker aborted the request; try again.")
 
 
-async def _encode(request: GenerateRequest) -> bytes:
-    """What `GENERATE_REQUEST.dump_json` gives, with the images encoded piecewise and in a thread.
-
-    At once it would hold the interpreter for 150 ms with an image of 20 MiB.
-    """
-    if not request.images:
-        return GENERATE_REQUEST.dump_json(request)
-    head = GENERATE_REQUEST.dump_json(request, exclude={"images"})
-    images = await anyio.to_thread.run_sync(lambda: b",".join(map(_quoted_base64, request.images)))
-    return b'%s,"images":[%s]}' % (head[:-1], images)
-
-
-def _quoted_base64(data: bytes) -> bytes:
-    pieces = (b64encode(data[i : i + _BASE64_PIECE]) for i in range(0, len(data), _BASE64_PIECE))
-    return b'"%s"' % b"".join(pieces)
+async def _pieces(request: GenerateRequest) -> AsyncIterator[bytes]:
+    for piece in generate_body(request):
+        yield piece
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
@@ -199,7 +182,7 @@ async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
 def _unreachable(error: httpx.HTTPError) -> ApiError:
     if isinstance(error, httpx.ReadTimeout):
         return Timeout("The worker went silent; try again.")
-    return Unreachable("The worker cannot be reached or broke off; try again.", retry_after=1)
+    return Unreachable("The worker cannot be reached or broke off; try again.")
 
 
 def _error(response: httpx.Response, content: bytes) -> ApiError:

@@ -28,9 +28,9 @@ async def live() -> Response:
 @router.get("/health", **documented("A request can be answered now", Health, openapi_extra=_OPEN))
 async def ready(gateway: GatewayDep) -> Response:
     if gateway.drain.draining:
-        raise Unavailable("The server is shutting down.", retry_after=1)
+        raise Unavailable("The server is shutting down.")
     if not gateway.pool.ready:
-        raise Unavailable("No worker is ready yet.", retry_after=1)
+        raise Unavailable("No worker is ready yet.")
     return JSONResponse({"status": "ok"})
 
 

@@ -292,6 +292,7 @@ async def test_a_worker_lost_in_the_middle_is_said(gateway: Stack, worker: Scrip
     assert "[DONE]" not in chunks
     response = await gateway.chat()
     assert response.status_code in (500, 503)
+    assert ("retry-after" in response.headers) == (response.status_code == 503)
     assert response.json()["error"]["type"] == "server_error"
 
 

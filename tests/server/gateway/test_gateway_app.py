@@ -9,6 +9,7 @@ import logging
 import socket
 import subprocess
 import sys
+import time
 from typing import Any
 
 import httpx
@@ -209,6 +210,25 @@ async def test_a_body_over_the_limit(launch: Launch, worker: ScriptedWorker) -> 
     big = await gateway.http.post("/v1/chat/completions", content=b" " * 20_000_000, headers=headers)
     assert_error(big, 413, "request_too_large")
     assert len(worker.requests) == 1
+
+
+async def test_a_body_of_too_many_values(launch: Launch, worker: ScriptedWorker) -> None:
+    """What is small in bytes may be large to parse: it is refused before that."""
+    gateway = await launch(worker)
+    for crowded in (b"[]," * 4_000_000, b"{" * 5_000_000, b"0," * 5_000_000):
+        body = b'{"model": "base", "prompt": [' + crowded + b"0]}"
+        begun = time.process_time()  # the client's share is in it
+        response = await gateway.http.post(
+            "/v1/completions", content=body, headers={"content-type": "application/json"}
+        )
+        assert time.process_time() - begun < 1
+        assert "max_body_values" in assert_error(response, 413, "request_too_large")["message"]
+    narrow = await launch(worker, max_body_values=40)
+    ids = {"model": "base", "prompt": [1] * 30}
+    assert (await narrow.http.post("/v1/completions", json=ids)).status_code == 200
+    response = await narrow.http.post("/v1/completions", json=ids | {"prompt": [1] * 50})
+    assert_error(response, 413, "request_too_large")
+    assert worker.requests
 
 
 async def test_a_body_that_comes_too_slowly(launch: Launch, worker: ScriptedWorker) -> None:

@@ -21,7 +21,7 @@ from server.gateway.schemas import (
     DetokenizeBody,
     TokenizeBody,
 )
-from server.worker.messages import GENERATE_REQUEST, ChatPrompt, GenerateRequest
+from server.worker.messages import ChatPrompt, GenerateRequest, generate_body, read_generate_body
 
 USER = {"role": "user", "content": "Hi"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [USER]}
@@ -232,7 +232,7 @@ def test_any_json_is_understood_or_refused(messages: Any, fields: dict[str, Any]
         return
     prompt = ChatPrompt(tuple(message.for_worker() for message in body.messages))
     request = GenerateRequest("r", body.model, prompt, body.sampling())
-    assert GENERATE_REQUEST.validate_json(GENERATE_REQUEST.dump_json(request)) == request
+    assert read_generate_body(b"".join(generate_body(request))) == request
 
 
 @settings(deadline=None, max_examples=50)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest, NotFound, RateLimited, ServerFailure, Unavailable, model_not_found
-from server.gateway.clients.workers import _encode, _lines
-from server.worker.messages import GENERATE_REQUEST, Delta, GenerateRequest, Started, TextPrompt
+from server.gateway.clients.workers import _lines
+from server.worker.messages import Delta, Started
 from tests.server.gateway.scripted import (
     BASE,
     STATS,
@@ -167,19 +167,6 @@ async def test_a_worker_error_without_our_shape(launch: Launch, worker: Scripted
     response = await gateway.chat()
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.binary(max_size=40), max_size=3))
-async def test_encoding_equals_the_plain_serialiser(images: list[bytes]) -> None:
-    request = GenerateRequest("r", "m", TextPrompt('"images":[]}'), images=tuple(images), timeout_seconds=1.5)
-    assert GENERATE_REQUEST.validate_json(await _encode(request)) == request
-
-
-async def test_encoding_a_large_image() -> None:
-    image = bytes(range(256)) * 10_001  # not a multiple of a piece, nor of three
-    request = GenerateRequest("r", "m", TextPrompt("x"), images=(image,))
-    assert GENERATE_REQUEST.validate_json(await _encode(request)).images == (image,)
 
 
 @settings(deadline=None, max_examples=50)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from server.errors import ApiError, InvalidRequest, RateLimited, Unavailable, model_not_found
@@ -20,7 +23,6 @@ from server.settings import WorkerSettings
 from server.worker.app import create_app
 from server.worker.messages import (
     EVENT,
-    GENERATE_REQUEST,
     MODELS,
     AdapterGates,
     Delta,
@@ -38,6 +40,8 @@ from server.worker.messages import (
     Tokenized,
     TokenizeRequest,
     Usage,
+    generate_body,
+    read_generate_body,
 )
 
 GATES = AdapterGates(2, 3, ((0, 0, 0), (0.5, 0.25, 0)), (1,), "V1 text", 10, 1234, "a poet")
@@ -142,7 +146,7 @@ async def served(engine: ScriptedEngine, folder: Path, **settings: Any) -> Async
 
 def body(**changes: Any) -> bytes:
     fields: dict[str, Any] = {"request_id": "r", "model": "base", "prompt": TextPrompt("hi"), **changes}
-    return GENERATE_REQUEST.dump_json(GenerateRequest(**fields))
+    return b"".join(generate_body(GenerateRequest(**fields)))
 
 
 async def lines(response: httpx.Response) -> list[Event]:
@@ -230,6 +234,19 @@ async def test_closed_connection_closes_the_generator(tmp_path: Path, events_bef
         await asyncio.wait_for(engine.closed.wait(), 5)
 
 
+async def test_a_client_may_leave_in_the_middle_of_its_body(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with served(ScriptedEngine(STORY), tmp_path) as worker:
+        _, writer = await asyncio.open_unix_connection(str(tmp_path / "w.sock"))
+        writer.write(b"POST /generate HTTP/1.1\r\nHost: w\r\nContent-Length: 1000\r\n\r\n" + body()[:50])
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        assert (await worker.client.post("/generate", content=body())).status_code == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize(
     ("content", "param"),
     [
@@ -241,6 +258,12 @@ async def test_closed_connection_closes_the_generator(tmp_path: Path, events_bef
         (b'{"request_id": "r", "model": "m", "prompt": {"type": "text", "text": "x"}, "more": 1}', "more"),
         (b'{"request_id": "\\ud800", "model": "m", "prompt": {"type": "text", "text": "x"}}', None),
         (b"\xff\xfe", None),
+        (body() + b"5\nhell", None),
+        (body() + b"5\nhello!", None),
+        (body() + b"-1\nhello", None),
+        (body() + b"hello", None),
+        (body() + b"\n", None),
+        (body() + b"9" * 5000 + b"\nhello", None),
     ],
 )
 async def test_bad_bodies_are_400(tmp_path: Path, content: bytes, param: str | None) -> None:
@@ -248,6 +271,23 @@ async def test_bad_bodies_are_400(tmp_path: Path, content: bytes, param: str | N
         response = await worker.client.post("/generate", content=content)
         assert response.status_code == 400
         assert response.json()["error"]["param"] == param
+
+
+@hypothesis(deadline=None, max_examples=50)
+@given(
+    st.text(), st.lists(st.binary(max_size=40) | st.binary(min_size=1).map(lambda b: b * 9001), max_size=3)
+)
+def test_bodies_are_read_as_they_were_written(text: str, images: list[bytes]) -> None:
+    request = GenerateRequest("r", "m", TextPrompt(text), images=tuple(images), timeout_seconds=1.5)
+    assert read_generate_body(b"".join(generate_body(request))) == request
+
+
+@hypothesis(deadline=None, max_examples=100)
+@given(st.binary(max_size=60))
+def test_any_body_is_read_or_refused(rest: bytes) -> None:
+    for raw in (rest, body() + rest):
+        with suppress(ValueError):
+            assert b"".join(read_generate_body(raw).images) in raw
 
 
 async def test_body_over_the_limit_is_413(tmp_path: Path) -> None:
