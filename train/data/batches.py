@@ -143,20 +143,35 @@ def make_passes(
 def _make_pass(store: Store, rows: Sequence[int], read_image: ImageReader, seed: int | None) -> Pass:
     ids, generated = zip(*(store.tokens(row) for row in rows), strict=True)
     lens = tuple(len(row) for row in ids)
+    filler = _filler(lens)
     starts = np.concatenate([[0], np.cumsum(lens)])[:-1]
     written = np.concatenate(generated).copy()
     written[starts] = False  # nothing predicts a sequence's first token
     targets = np.flatnonzero(written)
-    tokens = torch.from_numpy(np.concatenate(ids).astype(np.int64))
+    tokens = torch.from_numpy(np.concatenate([*ids, *map(np.zeros, filler)]).astype(np.int64))
     chosen = [int(store.image_R[row]) for row in rows]
     images = sorted({image for image in chosen if image != NO_IMAGE})
+    chosen += chosen[-1:] * len(filler)
     read = [read_image(store, image, None if seed is None else seed + image) for image in images]
     return Pass(
         tokens_N=tokens,
-        positions_N=torch.cat([torch.arange(length) for length in lens]),
-        lens_B=lens,
+        positions_N=torch.cat([torch.arange(length) for length in (*lens, *filler)]),
+        lens_B=(*lens, *filler),
         predicting_M=torch.from_numpy(targets - 1),
         targets_M=tokens[torch.from_numpy(targets)],
         images=torch.stack(read) if read else None,
         image_B=tuple(images.index(image) if image != NO_IMAGE else -1 for image in chosen),
     )
+
+
+def _filler(lens: Sequence[int]) -> tuple[int, ...]:
+    """Lengths of sequences that predict nothing and make a pass's tokens a round number, 1/16 more at most.
+
+    oneDNN compiles a kernel for each number of rows and keeps its code: a thousand passes of as many
+    different sizes took a gigabyte.
+    """
+    total = sum(lens)
+    missing = -total % max(1, 1 << total.bit_length() - 1 >> 4)
+    longest = max(lens)
+    whole, rest = divmod(missing, longest)
+    return (longest,) * whole + (rest,) * (rest > 0)
