@@ -6,7 +6,7 @@ PORT ?= 8000
 ARGS ?=
 TARGETS ?= gateway worker expert train
 VERSION ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-TORCH_INDEX ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 DEPLOY := .venv-deploy
