@@ -6,7 +6,7 @@ PORT ?= 8000
 ARGS ?=
 TARGETS ?= gateway worker expert train
 VERSION ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-TORCH_INDEX ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 DEPLOY := .venv-deploy
@@ -15,7 +15,7 @@ FAST := not weights and not server and not clip and not gpu and not paddle and n
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
-.PHONY: help serve test test-paddle lint bench image manifests check-deploy clients chromium screenshots \
+.PHONY: help serve test test-paddle lint bench image manifests check-deploy rehearse-cluster clients chromium screenshots \
   constraints clean
 
 help:
@@ -62,6 +62,11 @@ image:
 # Containers, compose, Helm chart and manifests, as far as that goes without Docker and a cluster.
 check-deploy: .venv/.dev $(DEPLOY)/.ready
 	$(BIN)/pytest tests/deploy
+
+# Breaks a cluster of network namespaces under load; takes minutes, and root or user namespaces.
+rehearse-cluster: .venv/.dev
+	$(BIN)/llama-adapter pull smollm2-135m
+	$(BIN)/python -m deploy.rehearsal.cluster $(ARGS)
 
 manifests: $(DEPLOY)/.ready
 	$(DEPLOY)/bin/python deploy/render.py --manifests

@@ -7,8 +7,10 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
+from experts.caption import CaptionExpert
 from experts.contract import ExpertError, Reading
 from server.errors import ApiError
+from server.gateway.clients.pool import WorkerPool
 from server.worker.messages import (
     ChatMessage,
     ChatPrompt,
@@ -47,6 +49,12 @@ def caption_generator(
         return Reading("".join(delta.text for delta in deltas), confidence)
 
     return generate
+
+
+def caption_expert(pool: WorkerPool, min_confidence: float) -> CaptionExpert:
+    """The expert that asks the caption adapter of `pool`'s workers."""
+    generate = caption_generator(pool.model, pool.generate)
+    return CaptionExpert(generate, caption_version(pool.holdings), min_confidence)
 
 
 def caption_version(holdings_of: Callable[[str], Sequence[ModelInfo]]) -> Callable[[], str]:

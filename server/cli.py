@@ -48,7 +48,7 @@ Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
     WorkerSettings,
     ExpertSettings,
     first=("base", "adapters", "host", "port", "dtype", "device", "kv_cache_mib", "max_model_len"),
-    without=("uds", "worker_urls", "expert_urls"),
+    without=("uds", "worker_urls", "captions"),
 )
 def serve(
     *,

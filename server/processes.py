@@ -14,6 +14,7 @@ from typing import Any
 import uvloop
 from starlette.types import ASGIApp
 
+from experts.contract import Expert
 from server.serving import Drain, StartupError, bind, drain_on_signals, serve_app
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
 from server.shipped import with_folders, without_adapters
@@ -56,14 +57,21 @@ def run_service(settings: ServiceSettings) -> None:
 def run_gateway(settings: GatewaySettings) -> None:
     """The API over workers and expert services that run elsewhere."""
     from experts.http import HttpExpert
+    from server.captioning import caption_expert
     from server.gateway.app import create_app
+    from server.gateway.clients.pool import WorkerPool
 
     configure_logging(settings.log_level)
     configure_tracing("llama-adapter-gateway")
     urls = settings.expert_urls
-    experts = {name: HttpExpert(name, url, headers=outgoing_headers) for name, url in urls.items()}
+    experts: dict[str, Expert] = {
+        name: HttpExpert(name, url, headers=outgoing_headers) for name, url in urls.items()
+    }
+    pool = WorkerPool.of(settings)
+    if settings.captions:
+        experts.setdefault("caption", caption_expert(pool, settings.caption_min_confidence))
     drain = Drain()
-    app = create_app(settings, experts, drain)
+    app = create_app(settings, experts, drain, pool=pool)
     _run(_serve(app, settings.host, settings.port, None, drain, settings.drain_seconds))
 
 

@@ -64,6 +64,12 @@ class GatewaySettings(ImageLimits):
     )
     expert_pause_seconds: float = Field(10.0, gt=0, description="of that while; then one request tries it")
     expert_cache_entries: int = Field(1024, ge=0, description="readings kept by (expert, version, image)")
+    captions: bool = Field(
+        False, description="the workers' adapter `caption` is an expert, too; `serve` sees to that by itself"
+    )
+    caption_min_confidence: float = Field(
+        0.4, ge=0, le=1, description="below it, as the mean of a token, the adapter's caption is dropped"
+    )
     api_keys: tuple[Secret, ...] = Field((), description="without any, and without a keys file: all may call")
     admin_keys: tuple[Secret, ...] = Field(
         (), description="for /v1/adapters; without any those routes are closed"
@@ -165,9 +171,6 @@ class ExpertSettings(_Settings):
     uds: Path | None = Field(None, description="a Unix socket instead of host and port")
     max_image_bytes: int = Field(20 * MIB, gt=0, description="bytes of one encoded image")
     max_image_pixels: int = Field(40_000_000, gt=0, description="pixels, checked before decoding")
-    caption_min_confidence: float = Field(
-        0.4, ge=0, le=1, description="below it, as the mean of a token, `serve` drops the adapter's caption"
-    )
     classifier_min_confidence: float = Field(
         0.3, ge=0, le=1, description="below it the classifier says nothing"
     )

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from pydantic_settings import BaseSettings
 
-from experts.caption import CaptionExpert
 from experts.contract import Expert
 from experts.http import HttpExpert
-from server.captioning import CAPTION_ADAPTER, caption_generator, caption_version
+from server.captioning import CAPTION_ADAPTER, caption_expert
 from server.child import Child, ChildSpec
 from server.gateway.app import create_app
 from server.gateway.clients.pool import WorkerPool
@@ -121,14 +120,15 @@ async def serve(settings: ServiceSettings, announce: Callable[[str, str], None])
 
 
 def _experts(settings: ServiceSettings, folder: Path, pool: WorkerPool) -> dict[str, Expert]:
-    """The experts of the child, and captions by the workers where they have the adapter for them."""
+    """The experts of the child and elsewhere, and captions by the workers that have the adapter for them."""
     url = f"unix:{folder / 'experts.sock'}"
     names = settings.experts
-    experts: dict[str, Expert] = {name: HttpExpert(name, url, headers=outgoing_headers) for name in names}
+    urls = dict.fromkeys(names, url) | settings.gateway.expert_urls
+    experts: dict[str, Expert] = {
+        name: HttpExpert(name, at, headers=outgoing_headers) for name, at in urls.items()
+    }
     if CAPTION_ADAPTER in adapter_ids(settings.worker.adapters):
-        generate = caption_generator(pool.model, pool.generate)
-        least = settings.expert.caption_min_confidence
-        experts["caption"] = CaptionExpert(generate, caption_version(pool.holdings), least)
+        experts.setdefault("caption", caption_expert(pool, settings.gateway.caption_min_confidence))
     return experts
 
 

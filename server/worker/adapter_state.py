@@ -65,8 +65,13 @@ class AdapterState:
         with FileLock(f"{self.path}.lock", timeout=_LOCK_SECONDS):
             content = _CHANGES.dump_json(self._content() | {id: change}, indent=1)
             with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
-                file.write(content)
-            Path(file.name).replace(self.path)  # whoever reads sees all of the one or all of the other
+                try:
+                    file.write(content)
+                    file.flush()
+                    Path(file.name).replace(self.path)  # who reads sees all of the one or all of the other
+                except OSError:  # a full disk is not to be filled further, by a file for each try
+                    Path(file.name).unlink(missing_ok=True)
+                    raise
 
     def _stamp(self) -> tuple[int, int] | None:
         try:

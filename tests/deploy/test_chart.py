@@ -96,8 +96,10 @@ def test_pods_are_restricted(objects: list[Object]) -> None:
 
 @pytest.mark.deploy
 def test_volumes_and_mounts_match(objects: list[Object]) -> None:
-    for pod in pods(objects).values():
-        volumes = [volume["name"] for volume in pod["volumes"]]
+    [workers] = of_kind(objects, "StatefulSet").values()
+    claimed = [claim["metadata"]["name"] for claim in workers["spec"].get("volumeClaimTemplates", ())]
+    for name, pod in pods(objects).items():
+        volumes = [volume["name"] for volume in pod["volumes"]] + (claimed if name == "worker" else [])
         containers = [*pod["containers"], *pod.get("initContainers", ())]
         mounted = {mount["name"] for container in containers for mount in container["volumeMounts"]}
         assert len(volumes) == len(set(volumes))
@@ -217,6 +219,18 @@ def test_secrets_are_named_and_never_held(render: Render) -> None:
     assert store["valueFrom"] == {"secretKeyRef": {"name": "redis", "key": "url"}}
     [copy] = pods(objects)["worker"]["initContainers"]
     assert copy["envFrom"] == [{"secretRef": {"name": "storage"}}]
+
+
+@pytest.mark.deploy
+def test_run_time_adapters_are_remembered_where_there_is_a_volume(render: Render) -> None:
+    for values, size in ((VALUES["everything"], "64Mi"), ({}, None)):
+        [workers] = of_kind(render(values), "StatefulSet").values()
+        claims = workers["spec"].get("volumeClaimTemplates", ())
+        assert [claim["spec"]["resources"]["requests"]["storage"] for claim in claims] == [size] * bool(size)
+        [container] = workers["spec"]["template"]["spec"]["containers"]
+        assert environment(container).get("LLAMA_ADAPTER_ADAPTER_STATE") == (
+            "/state/adapters.json" if size else None
+        )
 
 
 @pytest.mark.deploy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +74,7 @@ def test_settings_load_and_fit_together(compose: Compose, monkeypatch: pytest.Mo
     assert services["worker"]["deploy"]["resources"]["limits"]["cpus"] == 2
     assert services["worker"]["environment"]["LLAMA_ADAPTER_NUM_THREADS"] == "2"
     assert gateway.api_keys == gateway.admin_keys == ()
+    assert gateway.captions
 
 
 def test_the_grace_period_leaves_time_to_drain(compose: Compose) -> None:
@@ -98,7 +100,8 @@ def test_variables_reach_their_places(compose: Compose, monkeypatch: pytest.Monk
     assert (loaded.base, loaded.num_threads) == ("/models/mine", 4)
     mounted = {volume["target"]: volume for volume in worker["volumes"]}
     assert mounted["/models"]["source"] == str(ROOT / "models")
-    assert all(volume["read_only"] for volume in mounted.values())
+    assert {target for target, volume in mounted.items() if not volume.get("read_only")} == {"/state"}
+    assert loaded.adapter_state.parent == Path("/state")
 
 
 def test_files_that_are_mounted_exist(compose: Compose) -> None:

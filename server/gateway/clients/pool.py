@@ -9,7 +9,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from server.errors import ApiError, Conflict, NotFound, Unavailable, model_not_found
+from server.errors import ApiError, Conflict, NotFound, Timeout, Unavailable, model_not_found
 from server.gateway.clients.routing import choose, prefix_key
 from server.gateway.clients.workers import Unreachable, WorkerClient
 from server.gateway.tasks import cancelled
@@ -23,6 +23,8 @@ from server.worker.messages import (
     GenerateRequest,
     LoadAdapterRequest,
     ModelInfo,
+    Scheduled,
+    Started,
     Tokenized,
     TokenizeRequest,
 )
@@ -30,6 +32,8 @@ from server.worker.messages import (
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+
+_SILENT_POLLS = 3  # in a row, until what waits for a worker's first token goes to another one
 
 
 @dataclass(eq=False, slots=True)
@@ -42,6 +46,8 @@ class Worker:
     stats: EngineStats | None = None
     in_flight: int = 0  # this gateway's own requests
     others: int = 0  # requests of anybody else, at the last poll
+    silent_polls: int = 0  # in a row that got no answer
+    _patience: set[asyncio.Timeout] = field(default_factory=set)
 
     @property
     def load(self) -> int:
@@ -62,14 +68,35 @@ class Worker:
                 self.stats = await self.client.stats(seconds)
                 self.others = max(0, self.stats.running + self.stats.waiting - self.in_flight)
             self.ready = ready
+            self.silent_polls = 0
         except ApiError as error:
             self.ready = False
-            log.warning(
-                "a worker cannot be polled", extra={"worker": self.client.url, "cause": error.message}
-            )
+            self.silent_polls += isinstance(error, (Unreachable, Timeout))
+            if was_ready:
+                log.warning(
+                    "a worker cannot be polled", extra={"worker": self.client.url, "cause": error.message}
+                )
         if self.ready != was_ready:
             word = "ready" if self.ready else "not ready"
             log.info("a worker is %s", word, extra={"worker": self.client.url})
+
+    async def next(self, events: AsyncGenerator[Event, None]) -> Event | None:
+        """The next event, None at the end. Raises `Unreachable` if the worker is given up meanwhile."""
+        try:
+            async with asyncio.timeout(None) as patience:
+                self._patience.add(patience)
+                try:
+                    return await anext(events, None)
+                finally:
+                    self._patience.discard(patience)
+        except TimeoutError as error:
+            raise Unreachable("The worker cannot be reached; try again.") from error
+
+    def give_up(self) -> None:
+        """End every `next` that waits."""
+        waiting, self._patience = self._patience, set()
+        for patience in waiting:
+            patience.reschedule(asyncio.get_running_loop().time())
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -108,6 +135,8 @@ class WorkerPool:
             await asyncio.sleep(self._poll_seconds)
             try:
                 await worker.poll(max(1.0, self._poll_seconds))
+                if worker.silent_polls >= _SILENT_POLLS and self.ready:
+                    worker.give_up()
             except Exception:
                 log.exception("polling a worker failed")
                 worker.ready = False
@@ -159,16 +188,24 @@ class WorkerPool:
         raise model_not_found(model)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """The events of the best worker; one that fails before its first event is replaced by the next."""
+        """The events of the best worker; one that fails before its first token is replaced by the next.
+
+        So is one that says nothing any more, while another may do better.
+        """
         tried: tuple[Worker, ...] = ()
+        told: set[type[Event]] = set()  # what precedes the first token is told once, whoever says it
         while True:
             worker = self._choose(request, tried)
             begun = False
             try:
                 with worker.counted():
                     async with aclosing(worker.client.generate(request)) as events:
+                        while not begun and (event := await worker.next(events)):
+                            begun = not isinstance(event, (Started, Scheduled))
+                            if begun or type(event) not in told:
+                                told.add(type(event))
+                                yield event
                         async for event in events:
-                            begun = True
                             yield event
                 return
             except ApiError as error:

@@ -97,11 +97,11 @@ class WorkerClient:
             raise Unreachable("A worker broke off before the answer was complete; try again.")
 
     async def ready(self, seconds: float) -> bool:
-        """Whether the worker takes requests now."""
+        """Whether the worker takes requests now. Raises `Unreachable` or `Timeout` where it does not say."""
         try:
             response = await self._http.get("/health/ready", timeout=seconds)
-        except httpx.HTTPError:
-            return False
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from error
         return response.status_code == 200
 
     async def models(self, seconds: float) -> list[ModelInfo]:

@@ -67,6 +67,7 @@ class ScriptedWorker:
     refusal: ApiError | None = None
     loading_refusal: ApiError | None = None
     is_ready: bool = True
+    is_silent: bool = False  # to polls
     stats: EngineStats = STATS
     requests: list[GenerateRequest] = field(default_factory=list)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -110,8 +111,10 @@ class ScriptedWorker:
     async def _stats(self, _: Request) -> Response:
         return JSONResponse({name: getattr(self.stats, name) for name in EngineStats.__slots__})
 
-    async def _ready(self, _: Request) -> Response:
+    async def _ready(self, request: Request) -> Response:
         self.polls += 1
+        while self.is_silent and not await request.is_disconnected():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
         return Response(status_code=200 if self.is_ready else 503)
 
     async def _tokenize(self, request: Request) -> Response:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from server.errors import InvalidRequest, NotFound, RateLimited, ServerFailure, Unavailable, model_not_found
 from server.gateway.clients.workers import _lines
-from server.worker.messages import Delta, Started
+from server.worker.messages import Delta, Scheduled, Started
 from tests.server.gateway.scripted import (
     BASE,
     STATS,
@@ -18,6 +18,7 @@ from tests.server.gateway.scripted import (
     Died,
     Launch,
     ScriptedWorker,
+    story,
     until,
     with_load,
 )
@@ -113,7 +114,71 @@ async def test_a_worker_that_dies_before_its_first_event_is_replaced(launch: Lau
     assert len(dying.requests) == 1
 
 
-async def test_nothing_is_retried_after_the_first_event(launch: Launch) -> None:
+async def test_a_worker_that_dies_before_its_first_token_is_replaced(launch: Launch) -> None:
+    async def script(_: object):
+        yield Started(5)
+        yield Scheduled(0.1)
+        raise Died
+
+    dying = ScriptedWorker(stats=with_load(STATS, 0), script=script)
+    healthy = ScriptedWorker(stats=with_load(STATS, 50))
+    gateway = await launch(dying, healthy)
+    answer = (await gateway.chat()).json()
+    assert answer["choices"][0]["message"]["content"] == "Hello world"
+    assert answer["usage"]["prompt_tokens"] == 5
+    assert len(dying.requests) == 1
+
+
+async def test_a_stream_that_moves_before_its_first_token_begins_once(launch: Launch) -> None:
+    async def script(_: object):
+        yield Started(5)
+        raise Died
+
+    dying = ScriptedWorker(stats=with_load(STATS, 0), script=script)
+    gateway = await launch(dying, ScriptedWorker(stats=with_load(STATS, 50)))
+    *chunks, done = await gateway.chunks()
+    assert done == "[DONE]"
+    assert len(dying.requests) == 1
+    assert [c["choices"][0]["delta"].get("role") for c in chunks].count("assistant") == 1
+
+
+async def test_what_waits_for_a_worker_that_went_silent_moves(launch: Launch) -> None:
+    async def script(_: object):
+        yield Started(5)
+        await asyncio.Event().wait()
+
+    silent = ScriptedWorker(stats=with_load(STATS, 0), script=script)
+    healthy = ScriptedWorker(stats=with_load(STATS, 50))
+    gateway = await launch(silent, healthy)
+    asked = asyncio.create_task(gateway.chat())
+    await until(lambda: bool(silent.requests))
+    silent.is_silent = True
+    assert (await asked).status_code == 200
+    assert len(healthy.requests) == 1
+    assert silent.polls >= 4  # one answered, three not
+
+
+async def test_nobody_is_given_up_where_nobody_does_better(launch: Launch) -> None:
+    go_on = asyncio.Event()
+
+    async def script(_: object):
+        yield Started(5)
+        await go_on.wait()
+        for event in story("late")[1:]:
+            yield event
+
+    alone = ScriptedWorker(script=script)
+    gateway = await launch(alone)
+    asked = asyncio.create_task(gateway.chat())
+    await until(lambda: bool(alone.requests))
+    alone.is_silent = True
+    polls = alone.polls
+    await until(lambda: alone.polls >= polls + 4, seconds=10)
+    go_on.set()
+    assert (await asked).json()["choices"][0]["message"]["content"] == "late"
+
+
+async def test_nothing_is_retried_after_the_first_token(launch: Launch) -> None:
     async def script(_: object):
         yield Started(1)
         yield Delta("x", (1,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -194,6 +195,20 @@ def test_nothing_is_lost_between_workers_that_write_at_once(state: Path) -> None
         list(pool.map(lambda item: AdapterState(state).record(*item), changes.items()))
     assert AdapterState(state).read() == changes
     assert {path.name for path in state.parent.iterdir()} <= {"state.json", "state.json.lock"}
+
+
+def test_a_full_disk_is_not_filled_further(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    AdapterState(state).record("poet", Change(1, "poet"))
+    before = set(state.parent.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            AdapterState(state).record("other", Change(1, "other"))
+    assert set(state.parent.iterdir()) == before
+    assert set(AdapterState(state).read()) == {"poet"}
 
 
 def test_without_a_file_nothing_is_kept() -> None:
