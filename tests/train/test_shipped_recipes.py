@@ -95,8 +95,7 @@ def shrunk(recipe: Recipe, tiny: Path, tmp_path: Path) -> list[str]:
         }
         if vision.projector == "query_blocks":
             overrides |= {"adapter.vision.num_blocks": 1, "adapter.vision.num_heads": 4}
-        if vision.fusion == "add":
-            overrides["adapter.vision.layers"] = "last 3"
+        overrides["adapter.vision.layers"] = "last 3" if vision.fusion == "add" else "first 1"
     for name, source in recipe.data.items():
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)

@@ -53,8 +53,6 @@ def shrunk(study: Study, base: Path, instructions: Path, captions: Path) -> list
             "data.captions.images": captions.parent,
             "data.captions.holdout": 0.3,
             "adapter.vision.hidden_size": 32,
-            "adapter.vision.num_blocks": 1,
-            "adapter.vision.num_heads": 4,
         }
     else:
         overrides["optimizer.max_steps"] = 4
