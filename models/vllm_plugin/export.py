@@ -1,0 +1,124 @@
+"""Writes an adapter as the LoRA folder that vLLM's own manager loads (`carriers`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.adaptation import vectors
+from models.adapter import Adapter
+from models.vllm_plugin.carriers import (
+    FINAL,
+    GATE,
+    LENGTH,
+    PROMPT,
+    ROWS,
+    SEES,
+    VECTORS,
+    Span,
+    columns,
+    final_vectors,
+    is_tuned,
+    layer_vectors,
+)
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def export_adapter(adapter: Adapter, folder: Path) -> None:
+    """Write `folder`, of an adapter that `check_carried` lets pass. It is whole, or not there.
+
+    A folder that exists is left alone: name it by what is in it.
+    """
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        save_file(carried(adapter), beside / _WEIGHTS)
+        (beside / _CONFIG).write_text(json.dumps(_peft_config()), encoding="utf-8")
+        beside.chmod(0o755)
+        beside.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # somebody else was quicker
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@torch.no_grad()
+def carried(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors of the carriers by PEFT's names, float32."""
+    config, tensors = adapter.config, {}
+    gates_LH = adapter.gates().float()
+    for layer in range(config.base.num_layers):
+        name = f"model.layers.{layer}.self_attn.{PROMPT}"
+        tensors |= _factors(name, _prompt_rows(adapter, layer), _prompt_facts(adapter, layer, gates_LH[layer]))
+    if is_tuned(config):
+        own = {key: value.float() for key, value in vectors(adapter).items()}
+        for layer in range(config.base.num_layers):
+            packed = _pack(_layer_parts(own, layer), layer_vectors(config.base))
+            tensors |= _factors(f"model.layers.{layer}.{VECTORS}", packed, torch.zeros(1, ROWS))
+        parts = {"has_norm": torch.ones(1), "final_norm": own["final_norm"][0]} if config.final_norm else {}
+        packed = _pack(parts, final_vectors(config.base))
+        tensors |= _factors(f"model.{FINAL}", packed, torch.zeros(1, ROWS))
+    return tensors
+
+
+def _peft_config() -> dict[str, object]:
+    """With alpha equal to the rank, vLLM scales nothing."""
+    return {"peft_type": "LORA", "r": ROWS, "lora_alpha": ROWS, "target_modules": [PROMPT, VECTORS, FINAL]}
+
+
+def _factors(module: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    prefix = f"base_model.model.{module}"
+    return {f"{prefix}.lora_A.weight": a.contiguous(), f"{prefix}.lora_B.weight": b.contiguous()}
+
+
+def _prompt_rows(adapter: Adapter, layer: int) -> Tensor:
+    """Static prompt rows [R, C]; zeros where the layer has none."""
+    prompt = adapter.config.prompt
+    if prompt is None or layer not in prompt.layers:
+        return torch.zeros(ROWS, adapter.config.base.hidden_size)
+    return F.pad(adapter.prompt[prompt.layers.index(layer)].float(), (0, 0, 0, ROWS - prompt.length))
+
+
+def _prompt_facts(adapter: Adapter, layer: int, gates_H: Tensor) -> Tensor:
+    """B of the prompt carrier, [H, R]."""
+    vision = adapter.config.vision
+    facts = torch.zeros(len(gates_H), ROWS)
+    facts[:, GATE] = gates_H
+    facts[0, LENGTH] = adapter.config.max_prompt_len
+    facts[0, SEES] = float(vision is not None and layer in vision.layers)
+    return facts
+
+
+def _layer_parts(own: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    parts = {}
+    for key, value_LF in own.items():
+        if key == "final_norm":
+            continue
+        value = value_LF[layer]
+        if key.startswith("scale_out."):
+            parts[key.replace("scale_out", "scale")] = value - 1
+        else:
+            parts[key] = value
+    if "attention_norm" in own:
+        parts["has_norms"] = torch.ones(1)
+    return parts
+
+
+def _pack(parts: dict[str, Tensor], spans: dict[str, Span]) -> Tensor:
+    """The parts at their places, [R, columns]."""
+    flat = torch.zeros(ROWS * columns(spans))
+    for name, value in parts.items():
+        start, end = spans[name]
+        flat[start:end] = value
+    return flat.view(ROWS, -1)

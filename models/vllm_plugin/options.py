@@ -1,0 +1,43 @@
+"""How vLLM must be started for the plugin: options of `vllm.LLM` and of `AsyncEngineArgs` alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from models.config import ModelConfig
+from models.errors import CheckpointError
+from models.vllm_plugin import TEXT_ARCHITECTURE
+from models.vllm_plugin.carriers import FINAL, PROMPT, ROWS, VECTORS
+
+
+def engine_options(
+    base: Path, config: ModelConfig, *, tuned: bool, max_model_len: int, max_adapters: int
+) -> dict[str, Any]:
+    """Options for a base in a Hugging Face folder. `tuned` makes room for norms, biases and scales.
+
+    `max_model_len` counts text alone; `max_adapters` are those that one step may mix. Raises
+    CheckpointError for a base in another format.
+    """
+    if not (base / "config.json").is_file():
+        raise CheckpointError(
+            f"{base}: vLLM reads Hugging Face folders only; convert the base, or use --engine native"
+        )
+    return {
+        "model": str(base),
+        "skip_tokenizer_init": True,  # tokens and templates are ours
+        "generation_config": "vllm",  # and so are all parameters
+        "hf_overrides": {"architectures": [TEXT_ARCHITECTURE], "llama_adapter": {"tuned": tuned}},
+        "max_model_len": max_model_len + ROWS,
+        "block_size": ROWS,
+        "enable_lora": True,
+        "max_loras": max_adapters,
+        "max_cpu_loras": max_adapters,
+        "max_lora_rank": ROWS,
+        "lora_target_modules": [PROMPT, *((VECTORS, FINAL) if tuned else ())],
+    }
+
+
+def placeholders(config: ModelConfig) -> list[int]:
+    """What each prompt begins with. vLLM's penalties take an id past the vocabulary for padding."""
+    return [config.vocab_size] * ROWS
