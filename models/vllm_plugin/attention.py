@@ -8,6 +8,7 @@ shifted past the prompt; of the prompt, its blocks and as many keys as the reque
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -110,9 +111,7 @@ def _lens_buffer(vllm_config: Any, device: torch.device) -> Tensor:
 
 
 def _backend(name: str, platform: type[AttentionBackend], builder: type) -> type[AttentionBackend]:
-    return type(
-        f"{name}{platform.__name__}", (platform,), {"get_builder_cls": staticmethod(lambda: builder)}
-    )
+    return type(f"{name}{platform.__name__}", (platform,), {"get_builder_cls": staticmethod(lambda: builder)})
 
 
 def _apart(
@@ -125,7 +124,7 @@ def _apart(
     """
     starts = common.query_start_loc[: common.num_reqs + 1].tolist()
     lens = common.seq_lens[: common.num_reqs].tolist()
-    counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    counts = [end - start for start, end in itertools.pairwise(starts)]
     if all(length - count >= ROWS for length, count in zip(lens, counts, strict=True)):
         return shifted
     new_starts, new_lens, tables = [0], [], []

@@ -56,11 +56,12 @@ def export_adapter(adapter: Adapter, folder: Path) -> None:
 @torch.no_grad()
 def carried(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors of the carriers by PEFT's names, float32."""
-    config, tensors = adapter.config, {}
-    gates_LH = adapter.gates().float()
+    config, gates_LH = adapter.config, adapter.gates().float()
+    tensors: dict[str, Tensor] = {}
     for layer in range(config.base.num_layers):
         name = f"model.layers.{layer}.self_attn.{PROMPT}"
-        tensors |= _factors(name, _prompt_rows(adapter, layer), _prompt_facts(adapter, layer, gates_LH[layer]))
+        facts = _prompt_facts(adapter, layer, gates_LH[layer])
+        tensors |= _factors(name, _prompt_rows(adapter, layer), facts)
     if is_tuned(config):
         own = {key: value.float() for key, value in vectors(adapter).items()}
         for layer in range(config.base.num_layers):

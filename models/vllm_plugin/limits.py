@@ -13,7 +13,7 @@ class UnsupportedByPlugin(ModelError):
 
 
 def check_config(vllm_config: Any) -> None:
-    """Raise UnsupportedByPlugin, with what to change, for a vLLM configuration that would compute nonsense."""
+    """Raise UnsupportedByPlugin, with what to change, where vLLM would compute nonsense."""
     parallel, lora, cache = vllm_config.parallel_config, vllm_config.lora_config, vllm_config.cache_config
     for refused, sentence in (
         (

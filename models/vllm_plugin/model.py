@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
@@ -64,7 +64,7 @@ class Step:
     visual_NC: Tensor | None
 
 
-class AdapterAttention(LlamaAttention):  # type: ignore[misc]
+class AdapterAttention(LlamaAttention):
     """`self.attn` over the text, `self.prompt_attn` over the prompt, both on one cache."""
 
     def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
@@ -75,8 +75,8 @@ class AdapterAttention(LlamaAttention):  # type: ignore[misc]
             "cache_config": kwargs.get("cache_config"),
             "quant_config": kwargs.get("quant_config"),
         }
-        platform = layers.pop(self.attn.layer_name).attn_backend
-        self.attn = Attention(
+        platform = layers.pop(f"{prefix}.attn").attn_backend
+        self.attn: Any = Attention(
             self.num_heads,
             self.head_dim,
             self.scaling,
@@ -134,7 +134,8 @@ class AdapterAttention(LlamaAttention):  # type: ignore[misc]
         """g · softmax(q·k_aᵀ/√D)·v_a, [N, h·D]."""
         gate_Nh = gates(self.carrier, step.slot_N, own_N1, self.own_heads)
         out_NhD = self.prompt_attn(q, None, None).unflatten(-1, (self.num_heads, self.head_dim))
-        return (out_NhD * gate_Nh[..., None]).flatten(-2)
+        part: Tensor = (out_NhD * gate_Nh[..., None]).flatten(-2)
+        return part
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Tuned:
         return rows * self.step.own_N1
 
 
-class AdapterLayer(LlamaDecoderLayer):  # type: ignore[misc]
+class AdapterLayer(LlamaDecoderLayer):
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
         super().__init__(vllm_config, prefix, config, AdapterAttention)
         config = config or vllm_config.model_config.hf_config
@@ -194,7 +195,7 @@ class AdapterLayer(LlamaDecoderLayer):  # type: ignore[misc]
         return self.mlp(h) if tuned is None else self._mlp(h, tuned), residual
 
     def _norm(
-        self, name: str, module: nn.Module, h: Tensor, residual: Tensor | None, tuned: Tuned | None
+        self, name: str, module: Any, h: Tensor, residual: Tensor | None, tuned: Tuned | None
     ) -> tuple[Tensor, Tensor]:
         """The norm of h + residual, and that sum."""
         h, residual = (module(h), h) if residual is None else module(h, residual)
@@ -211,7 +212,7 @@ class AdapterLayer(LlamaDecoderLayer):  # type: ignore[misc]
         return tuned.after("w2", down)
 
 
-class AdapterModel(LlamaModel):  # type: ignore[misc]
+class AdapterModel(LlamaModel):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layer_type: type = AdapterLayer) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
         self.tuned = self.config.llama_adapter["tuned"]
@@ -222,8 +223,8 @@ class AdapterModel(LlamaModel):  # type: ignore[misc]
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Placeholders have an id of their own, the first beyond the vocabulary, and no embedding."""
         known_N = input_ids < self.vocab_size
-        embedded: Tensor = self.embed_tokens(input_ids.where(known_N, 0))
-        return embedded * known_N[..., None]
+        embedded: Tensor = self.embed_tokens(input_ids.where(known_N, 0)) * known_N[..., None]
+        return embedded
 
     def forward(
         self,
@@ -233,8 +234,11 @@ class AdapterModel(LlamaModel):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        step = self._step(positions, None if inputs_embeds is None else hidden)
+        if inputs_embeds is None:
+            assert input_ids is not None
+            hidden, step = self.embed_input_ids(input_ids), self._step(positions, None)
+        else:
+            hidden, step = inputs_embeds, self._step(positions, inputs_embeds)
         residual = None
         positions = (positions - ROWS).clamp(min=0)
         for layer in self.layers:
@@ -260,7 +264,7 @@ class AdapterModel(LlamaModel):  # type: ignore[misc]
         )
 
 
-class LlamaAdapterForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+class LlamaAdapterForCausalLM(LlamaForCausalLM):
     """The model class that the plugin registers, for adapters of text."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

@@ -49,3 +49,29 @@ def test_a_mixed_batch_is_as_in_the_native_engine_and_cached_the_second_time(dep
     again = deployment.ask(llm, requests)
     check(deployment, requests, again)
     assert sum(answer.cached for answer in again) > 0
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_chunks_that_cut_the_placeholders_apart_change_nothing(
+    deployment: Deployment, prefix_caching: bool
+) -> None:
+    llm = deployment.vllm(max_num_batched_tokens=20, max_num_seqs=4, enable_prefix_caching=prefix_caching)
+    requests = mixed(3)
+    for _ in range(2):
+        found = deployment.ask(llm, requests)
+        check(deployment, requests, found)
+    assert (sum(answer.cached for answer in found) > 0) == prefix_caching
+
+
+def test_preempted_requests_start_again_and_end_alike(deployment: Deployment) -> None:
+    llm = deployment.vllm(num_gpu_blocks_override=14)
+    requests = [Asked(request.tokens[:20], request.adapter, max_tokens=60) for request in mixed(4)]
+    check(deployment, requests, deployment.ask(llm, requests))
+    preemptions = {metric.name: metric for metric in llm.get_metrics()}["vllm:num_preemptions"]
+    assert preemptions.value > 0  # type: ignore[union-attr]
+
+
+def test_more_adapters_than_slots_take_turns(deployment: Deployment) -> None:
+    llm = deployment.vllm(max_loras=1, max_cpu_loras=1)
+    requests = mixed(5)
+    check(deployment, requests, deployment.ask(llm, requests))

@@ -79,9 +79,7 @@ class Deployment:
 
     def vllm(self, **changes: Any) -> LLM:
         register()
-        options = engine_options(
-            self.path, self.base.config, tuned=True, max_model_len=256, max_adapters=4
-        )
+        options = engine_options(self.path, self.base.config, tuned=True, max_model_len=256, max_adapters=4)
         return LLM(**options | LIMITS | changes)
 
     def ask(self, llm: LLM, requests: Sequence[Asked]) -> list[Answer]:
@@ -138,9 +136,7 @@ class Deployment:
         return [logprobs[first + i, token].item() for i, token in enumerate(generated)]
 
 
-def answers(
-    llm: LLM, prompts: list[Any], requests: Sequence[Asked], loras: Any = None
-) -> list[Answer]:
+def answers(llm: LLM, prompts: list[Any], requests: Sequence[Asked], loras: Any = None) -> list[Answer]:
     params = [
         VllmParams(temperature=0, max_tokens=r.max_tokens, logprobs=0, detokenize=False, ignore_eos=True)
         for r in requests
@@ -151,9 +147,7 @@ def answers(
             list(output.outputs[0].token_ids),
             [
                 step[token].logprob
-                for token, step in zip(
-                    output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True
-                )
+                for token, step in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
             ],
             max((output.num_cached_tokens or 0) - ROWS, 0),
         )
