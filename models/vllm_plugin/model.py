@@ -252,20 +252,23 @@ class AdapterModel(LlamaModel):
     def _step(self, positions_N: Tensor, visual_NC: Tensor | None) -> Step:
         slots_N = token_slots(self.layers[0].self_attn.carrier)[: positions_N.shape[0]]
         own_N = slots_N >= 0
-        placeholder_N = positions_N < ROWS
+        placeholder_N1 = positions_N[:, None] < ROWS
         # Asking a GPU would wait for it; and what a CUDA graph holds must not depend on the answer.
         asks = positions_N.device.type == "cpu"
+        has_prompts = not asks or bool(placeholder_N1.any())
+        if visual_NC is not None:  # a copy: the layers add up their residuals in the original's place
+            visual_NC = visual_NC.where(placeholder_N1, 0) if has_prompts else None
         return Step(
             slot_N=slots_N.clamp(min=0),
             own_N1=own_N[:, None] if not asks or own_N.any() else None,
-            placeholder_N1=placeholder_N[:, None] if not asks or placeholder_N.any() else None,
+            placeholder_N1=placeholder_N1 if has_prompts else None,
             row_N=positions_N.clamp(max=ROWS - 1),
             visual_NC=visual_NC,
         )
 
 
 class LlamaAdapterForCausalLM(LlamaForCausalLM):
-    """The model class that the plugin registers, for adapters of text."""
+    """The model class that the plugin registers."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_config(vllm_config)

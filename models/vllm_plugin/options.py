@@ -12,9 +12,10 @@ from models.vllm_plugin.carriers import FINAL, PROMPT, ROWS, VECTORS
 
 
 def engine_options(
-    base: Path, config: ModelConfig, *, tuned: bool, max_model_len: int, max_adapters: int
+    base: Path, config: ModelConfig, *, tuned: bool, sight: bool, max_model_len: int, max_adapters: int
 ) -> dict[str, Any]:
-    """Options for a base in a Hugging Face folder. `tuned` makes room for norms, biases and scales.
+    """Options for a base in a Hugging Face folder. `tuned` makes room for norms, biases and scales, `sight`
+    for images.
 
     `max_model_len` counts text alone; `max_adapters` are those that one step may mix. Raises
     CheckpointError for a base in another format.
@@ -27,9 +28,15 @@ def engine_options(
         "model": str(base),
         "skip_tokenizer_init": True,  # tokens and templates are ours
         "generation_config": "vllm",  # and so are all parameters
-        "hf_overrides": {"architectures": [TEXT_ARCHITECTURE], "llama_adapter": {"tuned": tuned}},
+        "hf_overrides": {
+            "architectures": [TEXT_ARCHITECTURE],
+            "max_position_embeddings": config.max_position_embeddings + ROWS,
+            "llama_adapter": {"tuned": tuned},
+        },
+        "enable_prompt_embeds": sight,
         "max_model_len": max_model_len + ROWS,
         "block_size": ROWS,
+        "async_scheduling": False,  # its token lists run ahead of what was sampled, which grammars follow
         "enable_lora": True,
         "max_loras": max_adapters,
         "max_cpu_loras": max_adapters,
@@ -38,6 +45,9 @@ def engine_options(
     }
 
 
-def placeholders(config: ModelConfig) -> list[int]:
-    """What each prompt begins with. vLLM's penalties take an id past the vocabulary for padding."""
-    return [config.vocab_size] * ROWS
+def placeholders(config: ModelConfig, *, scored: bool = False) -> list[int]:
+    """What each prompt begins with. vLLM's penalties take an id past the vocabulary for padding.
+
+    `scored`: for a prompt whose tokens' log-probabilities are asked for, which vLLM looks up by id.
+    """
+    return [0 if scored else config.vocab_size] * ROWS

@@ -79,7 +79,9 @@ class Deployment:
 
     def vllm(self, **changes: Any) -> LLM:
         register()
-        options = engine_options(self.path, self.base.config, tuned=True, max_model_len=256, max_adapters=4)
+        options = engine_options(
+            self.path, self.base.config, tuned=True, sight=False, max_model_len=256, max_adapters=4
+        )
         return LLM(**options | LIMITS | changes)
 
     def ask(self, llm: LLM, requests: Sequence[Asked]) -> list[Answer]:
