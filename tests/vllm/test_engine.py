@@ -30,6 +30,7 @@ from server.worker.messages import (
     Event,
     Finished,
     GenerateRequest,
+    Grammar,
     Prompt,
     PromptScored,
     SamplingParams,
@@ -37,6 +38,7 @@ from server.worker.messages import (
     Started,
     TextPrompt,
     TokenPrompt,
+    ToolSchema,
 )
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
@@ -243,3 +245,39 @@ async def test_an_adapter_that_vllm_cannot_carry_is_refused(
     with pytest.raises(InvalidRequest, match="it has LoRA terms"):
         await started[0].load_adapter("lora", "lora")
     assert "lora" not in [model.id for model in started[0].models()]
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+TOOL = ToolSchema("look_up", {"type": "object", "properties": {"q": {"type": "string", "maxLength": 4}}})
+
+
+@pytest.mark.parametrize(
+    "grammar", [Grammar("json_schema", SCHEMA), Grammar("tool_calls", tools=(TOOL,), parallel_calls=False)]
+)
+async def test_a_grammar_is_kept_to_beside_requests_without_one(
+    started: tuple[Engine, Engine], grammar: Grammar
+) -> None:
+    kinds = ("v1", "tiny", "sees")
+    constrained = [
+        ask("An answer in JSON", kind, max_tokens=60, ignore_eos=False, grammar=grammar, logprobs=0)
+        for kind in kinds
+    ]
+    free = [ask("An answer", kind, max_tokens=25) for kind in kinds]
+    mixed = await asyncio.gather(*(events_of(started[0], request) for request in (*constrained, *free)))
+    for request, events in zip((*constrained, *free), mixed, strict=True):
+        native = await events_of(started[1], request)
+        assert shown(events) == shown(native)
+        assert end_of(events).finish_reason == end_of(native).finish_reason
+
+
+def shown(events: list[Event]) -> tuple[str, list[object]]:
+    calls = [call for event in events if isinstance(event, Delta) for call in event.tool_calls]
+    return text_of(events), [(c.index, c.name) for c in calls if c.name] + [
+        "".join(c.arguments for c in calls)
+    ]
+
+
+async def test_a_grammar_that_cannot_be_followed_is_refused(started: tuple[Engine, Engine]) -> None:
+    request = ask("a", ignore_eos=False, grammar=Grammar("json_schema", {"not": {"type": "string"}}))
+    with pytest.raises(InvalidRequest, match="response_format"):
+        await events_of(started[0], request)
