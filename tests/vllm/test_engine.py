@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from adapter_files import reference_7b, save_sample
 from PIL import Image
 from support import random_adapter
-from tiny_base import adapter_config, write_adapter, write_tiny_base
+from tiny_base import adapter_config, tiny_config, write_adapter, write_tiny_base
 from vllm_support import HEAD_DIM, TOLERANCE
 
 from models.adapter_config import LoraConfig
 from models.checkpoints.native import save_adapter
+from models.vision.efficientnet import EfficientNetLite0
 from server.errors import ApiError, InvalidRequest, NotFound, Timeout
 from server.settings import WorkerSettings
 from server.worker.build import build
@@ -50,10 +52,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_base(folder / "tiny", head_dim=HEAD_DIM)
     for seed, (name, kind) in enumerate((("v1", "v1"), ("v2", "v2"), ("sees", "sight"), ("other", "v1"))):
         write_adapter(folder / "adapters" / name, kind, seed, HEAD_DIM)
+    tokens = {"encoder": "efficientnet-lite0", "F": EfficientNetLite0.token_dim}
+    save_sample(reference_7b(tiny_config(head_dim=HEAD_DIM), **tokens), folder / "adapters" / "7b.pth")
     return folder
 
 
 def settings(folder: Path, engine: str) -> WorkerSettings:
+    adapters = folder / "adapters"
     return WorkerSettings(
         engine=engine,  # type: ignore[arg-type]
         base=str(folder / "tiny"),
@@ -61,8 +66,11 @@ def settings(folder: Path, engine: str) -> WorkerSettings:
         kv_cache_mib=16,
         max_num_seqs=8,
         max_hot_adapters=4,
-        adapters=tuple(f"{name}={folder / 'adapters' / name}" for name in ("v1", "v2", "sees")),
-        adapter_root=folder / "adapters",
+        adapters=(
+            *(f"{name}={adapters / name}" for name in ("v1", "v2", "sees")),
+            f"7b={adapters / '7b.pth'},encoder=efficientnet-lite0",
+        ),
+        adapter_root=adapters,
         shipped_adapters=False,
     )
 
@@ -131,6 +139,8 @@ REQUESTS = {
     "a picture": ask("What is this?", "sees", "red", logprobs=1),
     "another picture": ask("What is this?", "sees", "navy", logprobs=1),
     "no picture": ask("What is this?", "sees", logprobs=1),
+    "released form": ask("What is this?", "7b", "red", logprobs=1),
+    "released form without picture": ask("What is this?", "7b", logprobs=1),
     "scored without picture": ask(TextPrompt("the quick"), "sees", prompt_logprobs=0, max_tokens=1),
     "scored with picture": ask(TextPrompt("the quick"), "sees", "red", prompt_logprobs=0, max_tokens=1),
     "penalised with picture": ask("a a a", "sees", "red", repetition_penalty=1.5),
@@ -172,7 +182,7 @@ async def test_a_stop_string_ends_the_answer_and_vllms_request(started: tuple[En
 
 
 async def test_requests_at_once_are_mixed(started: tuple[Engine, Engine]) -> None:
-    kinds = [("tiny", None), ("v1", None), ("v2", None), ("sees", "red"), ("sees", "navy"), ("sees", None)]
+    kinds = [("tiny", None), ("v1", None), ("v2", None), ("sees", "red"), ("sees", "navy"), ("7b", "red")]
     requests = [ask(f"Number {i}", *kinds[i % len(kinds)], max_tokens=20) for i in range(12)]
     mixed = await asyncio.gather(*(events_of(started[0], request) for request in requests))
     for request, events in zip(requests, mixed, strict=True):

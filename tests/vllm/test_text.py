@@ -26,11 +26,13 @@ def mixed(seed: int, count: int = 8) -> list[Asked]:
     ]
 
 
-def check(deployment: Deployment, requests: list[Asked], found: list[Answer]) -> None:
+def check(
+    deployment: Deployment, requests: list[Asked], found: list[Answer], tolerance: float = TOLERANCE
+) -> None:
     for request, ours, native in zip(requests, found, deployment.native(requests), strict=True):
         assert ours.tokens == native.tokens, request
-        assert ours.logprobs == pytest.approx(native.logprobs, abs=TOLERANCE)
-        assert ours.logprobs == pytest.approx(deployment.exact(request, ours.tokens), abs=TOLERANCE)
+        assert ours.logprobs == pytest.approx(native.logprobs, abs=tolerance)
+        assert ours.logprobs == pytest.approx(deployment.exact(request, ours.tokens), abs=tolerance)
 
 
 def test_base_requests_are_exactly_those_of_bare_vllm(deployment: Deployment) -> None:
