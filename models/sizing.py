@@ -1,4 +1,4 @@
-"""What a base and its adapters take of a device's memory and bandwidth, computed from shapes. No torch here.
+"""What a base and its adapters take of a device's memory and bandwidth, computed from shapes.
 
 Shapes: L layers, C hidden size, H query heads, G key/value heads, D head size, I feed-forward size,
 V vocabulary, K prompt rows.
@@ -12,6 +12,7 @@ from typing import Literal
 
 from models.adapter_config import AdapterConfig, LinearName
 from models.config import ModelConfig
+from models.vllm_plugin.carriers import ROWS, Room
 
 GIB = 1024**3
 
@@ -113,15 +114,19 @@ def native_adapter_bytes(base: ModelConfig, config: AdapterConfig, width: int) -
     return vector_parameters(base, config) * width + (prompt_slot_bytes(base, rows, width) if rows else 0)
 
 
-def vllm_slot_bytes(base: ModelConfig, width: int, *, tuned: bool, placeholders: int = 32) -> int:
+def vllm_slot_bytes(base: ModelConfig, width: int, room: Room) -> int:
     """One of vLLM's adapter slots, whatever is in it; its prompt's keys and values lie in KV blocks."""
-    C, R = base.hidden_size, placeholders
-    prompts = base.num_layers * (R * C + base.num_heads * R)
-    if not tuned:
-        return prompts * width
-    layer = 1 + 2 * C + 2 * sum(sizes[0] for sizes in linear_sizes(base).values())
-    vectors = base.num_layers * (_padded(layer, R) + R) + _padded(1 + C, R) + R
-    return (prompts + vectors) * width
+    C, R, sizes = base.hidden_size, ROWS, linear_sizes(base).values()
+    layer = R * C + base.num_heads * R
+    outside = 0
+    if room.vectors:
+        numbers = 1 + 2 * C + 2 * sum(out for out, _ in sizes)
+        numbers += sum(into for _, into in sizes) if room.input_scales else 0
+        layer += _padded(numbers, R) + R
+        outside = _padded(1 + C, R) + R
+    if room.low_rank:
+        layer += R * sum(out + into for out, into in sizes)
+    return (base.num_layers * layer + outside) * width
 
 
 def _padded(numbers: int, rows: int) -> int:
@@ -176,12 +181,9 @@ def plan(
     if engine == "native":
         adapter = native_adapter_bytes(base, config, width)
         image = prompt_slot_bytes(base, config.max_prompt_len, width)
-        own_rows = 0
     else:
-        tuned = vector_parameters(base, config) > 0
-        adapter, own_rows = vllm_slot_bytes(base, width, tuned=tuned), 32
-        image = own_rows * kv_per_token
-        adapter += image  # the block of its placeholders
+        image = ROWS * kv_per_token  # the block of the placeholders, of which each adapter has one too
+        adapter = vllm_slot_bytes(base, width, Room.needed([config])) + image
     kv_of_load = load.sequences * load.context * kv_per_token
     needed = weights + kv_of_load + load.adapters * adapter
     devices = 1

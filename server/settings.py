@@ -129,8 +129,8 @@ class WorkerSettings(_Settings):
     )
     vllm_adapters: Literal["auto", "prompts", "all"] = Field(
         "auto",
-        description="what vLLM makes room for: prompts alone; all: norms, biases, scales and images too; "
-        "auto: what the adapters given at the start need",
+        description="what vLLM makes room for: prompts alone; all: norms, biases, scales, low-rank terms and "
+        "images too; auto: what the adapters given at the start need",
     )
     tensor_parallel: int = Field(1, gt=0, description="devices that share one model, under vLLM")
     device: str = Field("cpu", description="of torch, such as cpu or cuda:0; vLLM has its build's")

@@ -11,7 +11,7 @@ R placeholders, F numbers of a layer's vectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from vllm.model_executor.models.llama import (
     LlamaModel,
 )
 
-from models.adapter_config import LINEARS, BaseSpec, LinearName
+from models.adapter_config import BaseSpec
 from models.vllm_plugin.attention import (
     gates,
     prompt_backend,
@@ -38,10 +38,12 @@ from models.vllm_plugin.attention import (
 )
 from models.vllm_plugin.carriers import (
     FINAL,
+    LOW_RANK,
     PROMPT,
     ROWS,
     SEES,
     VECTORS,
+    Room,
     Span,
     columns,
     final_vectors,
@@ -99,6 +101,7 @@ class AdapterAttention(LlamaAttention):
             self.hidden_size, self.total_num_heads, bias=False, prefix=f"{prefix}.{PROMPT}"
         )
         self.add_module(PROMPT, carrier)
+        self.low_rank = Room(**config.llama_adapter).low_rank
         first = get_tensor_model_parallel_rank() * self.num_heads
         self.own_heads = slice(first, first + self.num_heads)
 
@@ -110,16 +113,25 @@ class AdapterAttention(LlamaAttention):
         x_NC = hidden_states
         if step.placeholder_N1 is not None:
             x_NC = torch.where(step.placeholder_N1, self._prompt_rows(step), x_NC)
-        qkv, _ = self.qkv_proj(x_NC)
-        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        if tuned is not None:
-            q, k, v = (tuned.after(name, y) for name, y in (("wq", q), ("wk", k), ("wv", v)))
+        if tuned is None:
+            q, k, v = self._qkv(x_NC, step)
+        else:
+            q, k, v = tuned.linears(("wq", "wk", "wv"), x_NC, lambda x: self._qkv(x, step))
         q, k = self.rotary_emb(positions, q, k)
         out = self.attn(q, k, v)
         if step.own_N1 is not None:
             out = out + self._prompts_part(q, step, step.own_N1)
-        out, _ = self.o_proj(out)
+        out, _ = self.o_proj(out if tuned is None else tuned.before("wo", out))
         return out if tuned is None else tuned.after("wo", out)
+
+    def _qkv(self, x_NC: Tensor, step: Step) -> Sequence[Tensor]:
+        qkv, _ = self.qkv_proj(x_NC)
+        if self.low_rank and step.placeholder_N1 is not None:
+            plain, _ = self.qkv_proj.base_layer(x_NC)
+            acts_N1 = self.carrier.lora_b_stacked[0][step.slot_N, 0, 0, LOW_RANK, None] > 0
+            qkv = torch.where(step.placeholder_N1 & ~acts_N1, plain, qkv)
+        parts: Sequence[Tensor] = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        return parts
 
     def _prompt_rows(self, step: Step) -> Tensor:
         """The raw prompt rows [N, C], which bypass the attention norm."""
@@ -144,15 +156,28 @@ class Tuned:
 
     flat_SF: Tensor
     spans: dict[str, Span]
-    shares: dict[str, Span]  # of a tensor-parallel rank, in bias.* and scale.*
+    shares: dict[str, Span]  # of a tensor-parallel rank, in biases and scales
     step: Step
+
+    def linears(
+        self, names: Sequence[str], x: Tensor, compute: Callable[[Tensor], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """Several linears on one input, which `compute` does at once: apart where inputs are scaled."""
+        if f"scale_in.{names[0]}" in self.shares:
+            ys: Sequence[Tensor] = [compute(self.before(name, x))[i] for i, name in enumerate(names)]
+        else:
+            ys = compute(x)
+        return [self.after(name, y) for name, y in zip(names, ys, strict=True)]
+
+    def before(self, name: str, x: Tensor) -> Tensor:
+        """x ⊙ s, [N, in]; exactly x for tokens whose adapter scales no inputs."""
+        share = self.shares.get(f"scale_in.{name}")
+        return x if share is None else torch.addcmul(x, x, self._rows(*share))
 
     def after(self, name: str, y: Tensor) -> Tensor:
         """s ⊙ (y + b), [N, out]; exactly y for tokens whose adapter has neither."""
-        bias = self._rows(*self.shares[f"bias.{name}"])
-        scale_less_1 = self._rows(*self.shares[f"scale.{name}"])
-        y = y + bias
-        return torch.addcmul(y, y, scale_less_1)
+        y = y + self._rows(*self.shares[f"bias.{name}"])
+        return torch.addcmul(y, y, self._rows(*self.shares[f"scale_out.{name}"]))
 
     def norm(self, name: str, flag: str, base_NC: Tensor, residual_NC: Tensor, eps: float) -> Tensor:
         """The residual's norm by the adapter's own weights; `base_NC` for tokens without their own."""
@@ -172,15 +197,12 @@ class AdapterLayer(LlamaDecoderLayer):
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
         super().__init__(vllm_config, prefix, config, AdapterAttention)
         config = config or vllm_config.model_config.hf_config
-        self.tuned = config.llama_adapter["tuned"]
+        room = Room(**config.llama_adapter)
+        self.tuned = room.vectors
         if self.tuned:
             spec = base_spec(config)
-            self.spans = layer_vectors(spec)
-            self.shares = {
-                f"{kind}.{name}": _share(self.spans[f"{kind}.{name}"], name, spec)
-                for kind in ("bias", "scale")
-                for name in LINEARS
-            }
+            self.spans = layer_vectors(spec, input_scales=room.input_scales)
+            self.shares = {key: _share(key, span, spec) for key, span in self.spans.items() if "." in key}
             self.add_module(VECTORS, _vector_carrier(self.spans, f"{prefix}.{VECTORS}"))
 
     def forward(
@@ -204,18 +226,16 @@ class AdapterLayer(LlamaDecoderLayer):
         return h, residual
 
     def _mlp(self, x: Tensor, tuned: Tuned) -> Tensor:
-        gate_up, _ = self.mlp.gate_up_proj(x)
-        gate, up = gate_up.chunk(2, dim=-1)
-        down, _ = self.mlp.down_proj(
-            self.mlp.act_fn(torch.cat((tuned.after("w1", gate), tuned.after("w3", up)), dim=-1))
-        )
+        gate_up = tuned.linears(("w1", "w3"), x, lambda x: self.mlp.gate_up_proj(x)[0].chunk(2, dim=-1))
+        hidden = self.mlp.act_fn(torch.cat(gate_up, dim=-1))
+        down, _ = self.mlp.down_proj(tuned.before("w2", hidden))
         return tuned.after("w2", down)
 
 
 class AdapterModel(LlamaModel):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layer_type: type = AdapterLayer) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
-        self.tuned = self.config.llama_adapter["tuned"]
+        self.tuned = Room(**self.config.llama_adapter).vectors
         if self.tuned:
             self.spans = final_vectors(base_spec(self.config))
             self.add_module(FINAL, _vector_carrier(self.spans, f"{prefix}.{FINAL}"))
@@ -307,12 +327,13 @@ def _flat(carrier: Any) -> Tensor:
     return flat_SF
 
 
-def _share(span: Span, name: LinearName, base: BaseSpec) -> Span:
-    """The part of a linear's outputs that this tensor-parallel rank computes."""
+def _share(key: str, span: Span, base: BaseSpec) -> Span:
+    """The part of a linear's vector that belongs to what this tensor-parallel rank computes."""
     rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     start, end = span
-    if name in ("wo", "w2"):  # their outputs are summed over the ranks
-        return span
+    kind, name = key.split(".")
+    if (kind == "scale_in") != (name in ("wo", "w2")):
+        return span  # inputs that every rank has, and outputs that are summed over the ranks
     if name in ("wk", "wv") and base.num_kv_heads < world:  # a head is on several ranks
         parts, part = base.num_kv_heads, rank * base.num_kv_heads // world
     else:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.vllm_plugin import TEXT_ARCHITECTURE
-from models.vllm_plugin.carriers import FINAL, PROMPT, ROWS, VECTORS
+from models.vllm_plugin.carriers import FINAL, LINEAR_MODULES, PROMPT, ROWS, VECTORS, Room
 
 
 def engine_options(
-    base: Path, config: ModelConfig, *, tuned: bool, sight: bool, max_model_len: int, max_adapters: int
+    base: Path, config: ModelConfig, *, room: Room, max_model_len: int, max_adapters: int
 ) -> dict[str, Any]:
-    """Options for a base in a Hugging Face folder. `tuned` makes room for norms, biases and scales, `sight`
-    for images.
+    """Options for a base in a Hugging Face folder.
 
     `max_model_len` counts text alone; `max_adapters` are those that one step may mix. Raises
     CheckpointError for a base in another format.
@@ -31,9 +31,9 @@ def engine_options(
         "hf_overrides": {
             "architectures": [TEXT_ARCHITECTURE],
             "max_position_embeddings": config.max_position_embeddings + ROWS,
-            "llama_adapter": {"tuned": tuned},
+            "llama_adapter": asdict(room),
         },
-        "enable_prompt_embeds": sight,
+        "enable_prompt_embeds": room.images,
         "max_model_len": max_model_len + ROWS,
         "block_size": ROWS,
         "async_scheduling": False,  # its token lists run ahead of what was sampled, which grammars follow
@@ -41,7 +41,11 @@ def engine_options(
         "max_loras": max_adapters,
         "max_cpu_loras": max_adapters,
         "max_lora_rank": ROWS,
-        "lora_target_modules": [PROMPT, *((VECTORS, FINAL) if tuned else ())],
+        "lora_target_modules": [
+            PROMPT,
+            *((VECTORS, FINAL) if room.vectors else ()),
+            *(LINEAR_MODULES if room.low_rank else ()),
+        ],
     }
 
 

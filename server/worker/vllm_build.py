@@ -17,7 +17,7 @@ from models.fingerprint import fingerprint
 from models.pull import resolve_base
 from models.tokenizer import load_tokenizer
 from models.vision.images import ImageLimits
-from models.vllm_plugin.carriers import ROWS, is_tuned
+from models.vllm_plugin.carriers import EVERYTHING, ROWS, Room
 from models.vllm_plugin.options import engine_options
 from server.serving import StartupError
 from server.settings import MIB, WorkerSettings
@@ -71,18 +71,16 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
         adapter_root=settings.adapter_root,
     )
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
-    tuned, sight = _room_for(settings, models)
+    room = _room_for(settings, models)
     options = engine_options(
         path,
         config,
-        tuned=tuned,
-        sight=sight,
+        room=room,
         max_model_len=max_model_len,
         max_adapters=settings.max_hot_adapters,
     )
     vllm = _start(options | _limits(settings), config, sorted(tokenizer.eos_ids))
     log.info("vLLM serves %s after %.1f s", path, time.monotonic() - began)
-    room = ContextRoom(max_model_len)
     images = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     grammars = GrammarCompiler(
         tokenizer,
@@ -92,12 +90,11 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
     )
     return VllmEngine(
         vllm,
-        Frontend(tokenizer, room, config.vocab_size, images, grammars),
+        Frontend(tokenizer, ContextRoom(max_model_len), config.vocab_size, images, grammars),
         tokenizer,
         loader,
         models,
-        tuned=tuned,
-        sight=sight,
+        room=room,
         max_requests=settings.max_num_seqs + settings.max_waiting,
     )
 
@@ -124,12 +121,9 @@ def _limits(settings: WorkerSettings) -> dict[str, Any]:
     }
 
 
-def _room_for(settings: WorkerSettings, models: list[ServedModel]) -> tuple[bool, bool]:
-    """Whether the adapters need norms, biases and scales, and whether they need images."""
-    if settings.vllm_adapters != "auto":
-        return (settings.vllm_adapters == "all",) * 2
+def _room_for(settings: WorkerSettings, models: list[ServedModel]) -> Room:
     configs = [model.adapter.adapter.config for model in models if model.adapter]
-    return any(map(is_tuned, configs)), any(config.vision is not None for config in configs)
+    return {"auto": Room.needed(configs), "prompts": Room(), "all": EVERYTHING}[settings.vllm_adapters]
 
 
 def _fingerprint(checkpoint: BaseCheckpoint) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.errors import ModelError
 from models.tokenizer import Tokenizer
-from models.vllm_plugin.carriers import check_carried
+from models.vllm_plugin.carriers import Room, check_carried
 from models.vllm_plugin.export import export_adapter
 from models.vllm_plugin.sight import visual_rows
 from server.errors import InvalidRequest, NotFound, RateLimited, ServerFailure, Timeout, Unavailable
@@ -78,17 +78,16 @@ class VllmEngine:
         loader: AdapterLoader,
         models: list[ServedModel],
         *,
-        tuned: bool,
-        sight: bool,
+        room: Room,
         max_requests: int,
     ) -> None:
-        """`models`: the base first. `tuned` and `sight` are what vLLM was started with room for."""
+        """`models`: the base first. `room` is what vLLM was started with."""
         self._vllm = vllm
         self._frontend = frontend
         self._tokenizer = tokenizer
         self._loader = loader
         self._models = {model.info.id: model for model in models}
-        self._room_for = {"tuned": tuned, "sight": sight}
+        self._room = room
         self._max_requests = max_requests
         self._requests = 0
         self._users: Counter[tuple[str, int]] = Counter()  # requests by adapter version
@@ -194,9 +193,9 @@ class VllmEngine:
         if model.adapter is None:
             return
         adapter, (id, version) = model.adapter.adapter, model.key
-        check_carried(adapter.config, id, **self._room_for)
+        check_carried(adapter.config, id, self._room)
         folder = Path(self._exports.name) / f"{version}-{id}"
-        await asyncio.to_thread(export_adapter, adapter, folder)
+        await asyncio.to_thread(export_adapter, adapter, folder, self._room)
         self._loras[model.key] = await self._vllm.add_adapter(f"{id}@{version}", folder)
 
     def _retire(self, model: ServedModel) -> asyncio.Task[None]:

@@ -25,6 +25,7 @@ from models.sizing import (
     vector_parameters,
     vllm_slot_bytes,
 )
+from models.vllm_plugin.carriers import Room
 from models.vllm_plugin.export import carried
 from server.worker.runner import LoadedAdapter, Runner, StepItem
 
@@ -46,6 +47,17 @@ def scaled_inputs(base: ModelConfig) -> AdapterConfig:
     return AdapterConfig(
         base=base_spec(base), scale_bias=tuned, lora=LoraConfig(rank=3, targets=("wq", "w2"))
     )
+
+
+def low_rank(base: ModelConfig) -> AdapterConfig:
+    """As the released 7B adapter with LoRA."""
+    lora, tuned = LoraConfig(rank=3, targets=LINEARS), ScaleBiasConfig(bias_targets=("wq", "wo"))
+    return AdapterConfig(base=base_spec(base), norms=True, final_norm=True, scale_bias=tuned, lora=lora)
+
+
+def chat_65b(base: ModelConfig) -> AdapterConfig:
+    tuned = ScaleBiasConfig(scale="input", scale_targets=LINEARS, bias_targets=LINEARS)
+    return AdapterConfig(base=base_spec(base), norms=True, scale_bias=tuned)
 
 
 def bytes_of(*tensors) -> int:
@@ -98,12 +110,13 @@ def test_a_block_of_the_cache_holds_so_many_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-@pytest.mark.parametrize("kind", [v1, v2])
+@pytest.mark.parametrize("kind", [v1, v2, low_rank, chat_65b])
 def test_an_adapter_takes_as_much_of_vllm(name: str, kind) -> None:
     """vLLM's slot has the shapes of the carriers, which the exporter fills."""
     base = CONFIGS[name]
-    measured = bytes_of(*carried(random_adapter(kind(base))).values())
-    assert vllm_slot_bytes(base, WIDTH, tuned=kind is v2) == measured
+    config = kind(base)
+    room = Room.needed([config])
+    assert vllm_slot_bytes(base, WIDTH, room) == bytes_of(*carried(random_adapter(config), room).values())
 
 
 def test_a_decode_step_reads_weights_caches_and_vectors() -> None:

@@ -23,7 +23,7 @@ else:
     ffi.lib._fntab["__dict__"] = {}
 
     from tiny_base import adapter_config, write_tiny_base
-    from vllm_support import HEAD_DIM, Deployment
+    from vllm_support import HEAD_DIM, Deployment, low_rank, scaled_inputs
 
     @pytest.fixture(scope="session")
     def deployment(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
@@ -32,6 +32,8 @@ else:
         deployment = Deployment(folder / "base", folder / "exports")
         for seed, (name, kind) in enumerate((("poet", "v1"), ("cook", "v1"), ("tuned", "v2"))):
             deployment.add(name, adapter_config(kind, HEAD_DIM), seed)
+        deployment.add("scaled", scaled_inputs(), 3)
+        deployment.add("low", low_rank(), 4)
         return deployment
 
     @pytest.fixture(autouse=True)

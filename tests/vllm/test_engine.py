@@ -16,9 +16,8 @@ from adapter_files import reference_7b, save_sample
 from PIL import Image
 from support import random_adapter
 from tiny_base import adapter_config, tiny_config, write_adapter, write_tiny_base
-from vllm_support import HEAD_DIM, TOLERANCE
+from vllm_support import HEAD_DIM, TOLERANCE, low_rank
 
-from models.adapter_config import LoraConfig
 from models.checkpoints.native import save_adapter
 from models.vision.efficientnet import EfficientNetLite0
 from server.errors import ApiError, InvalidRequest, NotFound, Timeout
@@ -250,11 +249,14 @@ async def test_what_does_not_fit_is_refused_in_the_same_words(started: tuple[Eng
 async def test_an_adapter_that_vllm_cannot_carry_is_refused(
     started: tuple[Engine, Engine], folder: Path
 ) -> None:
-    config = adapter_config("v2", HEAD_DIM).model_copy(update={"lora": LoraConfig(rank=2, targets=("wq",))})
-    save_adapter(random_adapter(config), folder / "adapters" / "lora")
-    with pytest.raises(InvalidRequest, match="it has LoRA terms"):
-        await started[0].load_adapter("lora", "lora")
-    assert "lora" not in [model.id for model in started[0].models()]
+    for id, config, reason in (
+        ("low", low_rank(), "it has LoRA terms, for which this engine made no room"),
+        ("head", adapter_config("v1", HEAD_DIM).model_copy(update={"head": True}), "an output head"),
+    ):
+        save_adapter(random_adapter(config), folder / "adapters" / id)
+        with pytest.raises(InvalidRequest, match=reason):
+            await started[0].load_adapter(id, id)
+        assert id not in [model.id for model in started[0].models()]
 
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}

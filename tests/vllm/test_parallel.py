@@ -33,11 +33,5 @@ def test_smollm_answers_as_in_the_native_engine(tmp_path: Path) -> None:
     llm = deployment.vllm(kv_cache_memory_bytes=64 << 20)
     text = [504, 2365, 282, 4649, 314]
     requests = [Asked(text), Asked(text, "poet"), Asked(text * 20, "poet", 6)]
-    found = deployment.ask(llm, requests)
-    for request, answer in zip(requests, found, strict=True):
-        exact = deployment.exact(request, answer.tokens)
-        print("DIFF", request.adapter, max(abs(a - b) for a, b in zip(answer.logprobs, exact)))
-    for request, answer in zip(requests, deployment.native(requests), strict=True):
-        exact = deployment.exact(request, answer.tokens)
-        print("NATIVE", request.adapter, max(abs(a - b) for a, b in zip(answer.logprobs, exact)))
-    check(deployment, requests, found, tolerance=1e-3)
+    # Gates as wild as these make thirty layers of float32 part by 3e-4 from float64, natively too.
+    check(deployment, requests, deployment.ask(llm, requests), tolerance=1e-3)

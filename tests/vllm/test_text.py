@@ -10,10 +10,10 @@ from vllm_support import LIMITS, TOLERANCE, Answer, Asked, Deployment, answers
 
 pytestmark = pytest.mark.vllm
 
-KINDS = (None, "poet", "cook", "tuned")
+KINDS = (None, "poet", "cook", "tuned", "scaled", "low")
 
 
-def mixed(seed: int, count: int = 8) -> list[Asked]:
+def mixed(seed: int, count: int = 12) -> list[Asked]:
     """Requests for the base and all adapters in turn, short and long."""
     rng = random.Random(seed)
     shared = [rng.randrange(3, 300) for _ in range(40)]

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from support import random_adapter
+from tiny_base import tiny_config
 from torch import Tensor
 from vllm import LLM
 from vllm import SamplingParams as VllmParams
 from vllm.lora.request import LoRARequest
 
 from models.adaptation import OneAdapter
-from models.adapter import Adapter
-from models.adapter_config import AdapterConfig
+from models.adapter import Adapter, base_spec
+from models.adapter_config import (
+    LINEARS,
+    AdapterConfig,
+    GateConfig,
+    LoraConfig,
+    PromptConfig,
+    ScaleBiasConfig,
+)
 from models.attention import DenseAttend
 from models.checkpoints.base import load_base
 from models.llama import Llama
 from models.tokenizer import load_tokenizer
 from models.vllm_plugin import register
-from models.vllm_plugin.carriers import ROWS, check_carried
+from models.vllm_plugin.carriers import EVERYTHING, ROWS, check_carried
 from models.vllm_plugin.export import export_adapter
 from models.vllm_plugin.options import engine_options, placeholders
 from server.worker.blocks import BlockManager
@@ -34,6 +42,8 @@ from server.worker.step_loop import Prepared, StepLoop
 HEAD_DIM = 32  # the smallest of the CPU's attention in vLLM
 TOLERANCE = 1e-4  # of log-probabilities in float32: sums are taken in another order
 
+ROOM = replace(EVERYTHING, images=False)
+
 LIMITS = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -42,6 +52,28 @@ LIMITS = {
     "max_num_batched_tokens": 512,
     "disable_log_stats": False,
 }
+
+
+def scaled_inputs() -> AdapterConfig:
+    """As the chat-65B adapter, with prompts besides."""
+    tuned = ScaleBiasConfig(scale="input", scale_targets=LINEARS, bias_targets=LINEARS)
+    spec = base_spec(tiny_config(head_dim=HEAD_DIM))
+    prompt = PromptConfig(length=7, layers=(0, 3))
+    return AdapterConfig(base=spec, prompt=prompt, norms=True, final_norm=True, scale_bias=tuned)
+
+
+def low_rank() -> AdapterConfig:
+    """As the released 7B adapter with LoRA, whose terms do not act on the prompts."""
+    spec = base_spec(tiny_config(head_dim=HEAD_DIM))
+    return AdapterConfig(
+        base=spec,
+        prompt=PromptConfig(length=3, layers=(1, 2, 3)),
+        gate=GateConfig(new_gate=True),
+        norms=True,
+        final_norm=True,
+        scale_bias=ScaleBiasConfig(bias_targets=("wq", "wo", "w1", "w2", "w3")),
+        lora=LoraConfig(rank=4, targets=LINEARS, alpha=8),
+    )
 
 
 @dataclass(frozen=True)
@@ -73,8 +105,8 @@ class Deployment:
 
     def add(self, name: str, config: AdapterConfig, seed: int) -> None:
         adapter = random_adapter(config, seed=seed)
-        check_carried(config, name, tuned=True, sight=True)
-        export_adapter(adapter, self.exports / name)
+        check_carried(config, name, ROOM)
+        export_adapter(adapter, self.exports / name, ROOM)
         self.adapters[name] = adapter
 
     def vllm(self, **changes: Any) -> LLM:
