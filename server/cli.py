@@ -11,6 +11,7 @@ from models.errors import ModelError
 from server.commands.adapters import app as adapter_commands
 from server.commands.data import app as data_command
 from server.commands.eval import app as eval_commands
+from server.commands.plan import app as plan_command
 from server.commands.top import app as top_command
 from server.commands.train import app as train_command
 from server.options import load, settings_options
@@ -33,6 +34,7 @@ app.add_typer(data_command)
 app.add_typer(train_command)
 app.add_typer(eval_commands, name="eval")
 app.add_typer(top_command)
+app.add_typer(plan_command)
 
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 

@@ -76,16 +76,16 @@ def run_gateway(settings: GatewaySettings) -> None:
 
 
 def run_worker(settings: WorkerSettings) -> None:
-    """One engine behind the routes of `server.worker.app`. Raises what `build_engine` raises."""
+    """One engine behind the routes of `server.worker.app`. Raises what `build` raises."""
     configure_logging(settings.log_level)
     configure_tracing("llama-adapter-worker")
     _set_threads(settings.num_threads, spins=_WORKER_SPINS)
     from server.worker.adapter_state import AdapterState
     from server.worker.app import create_app
-    from server.worker.build import build_engine
+    from server.worker.build import build
 
     changed = AdapterState(settings.adapter_state).read()  # the last word on these, not the settings'
-    engine = build_engine(without_adapters(with_folders(settings), changed))
+    engine = build(without_adapters(with_folders(settings), changed))
     drain = Drain()
     app = RequestScope(create_app(engine, settings, drain))
     _run(_serve(app, settings.host, settings.port, settings.uds, drain, settings.drain_seconds))

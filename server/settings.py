@@ -130,7 +130,16 @@ class WorkerSettings(_Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"
     )
-    device: str = Field("cpu", description="of torch, such as cpu or cuda:0")
+    engine: Literal["native", "vllm"] = Field(
+        "native", description="vllm: vLLM with this project's plugin, where it is installed"
+    )
+    vllm_adapters: Literal["auto", "prompts", "all"] = Field(
+        "auto",
+        description="what vLLM makes room for: prompts alone; all: norms, biases, scales, low-rank terms and "
+        "images too; auto: what the adapters given at the start need",
+    )
+    tensor_parallel: int = Field(1, gt=0, description="devices that share one model, under vLLM")
+    device: str = Field("cpu", description="of torch, such as cpu or cuda:0; vLLM has its build's")
     attention: Literal["auto", "torch", "triton"] = Field(
         "auto",
         description="auto: the device's own kernels, on a GPU those in Triton; torch: none; "

@@ -41,7 +41,9 @@ class Service:
 
 
 @contextmanager
-def serving(*arguments: str, command: Sequence[str] = COMMAND) -> Iterator[Service]:
+def serving(
+    *arguments: str, command: Sequence[str] = COMMAND, start_seconds: float = 90
+) -> Iterator[Service]:
     """A service that has said that it is ready; killed afterwards if it still runs."""
     with subprocess.Popen(
         [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -50,7 +52,7 @@ def serving(*arguments: str, command: Sequence[str] = COMMAND) -> Iterator[Servi
         reader = threading.Thread(target=service.read)
         reader.start()
         try:
-            until(lambda: "Say hello" in service.text or process.poll() is not None, 90)
+            until(lambda: "Say hello" in service.text or process.poll() is not None, start_seconds)
             ready = re.search(r"serves (http://\S+)", service.text)
             assert ready, service.text
             service.url = ready[1]

@@ -18,14 +18,16 @@ from models.config import ModelConfig
 from models.llama import Llama
 
 
-def tiny_config(positions: int = 512) -> ModelConfig:
+def tiny_config(positions: int = 512, head_dim: int = GQA.head_dim) -> ModelConfig:
     vocab_size = byte_level_backend().get_vocab_size()
-    return replace(GQA, vocab_size=vocab_size, max_position_embeddings=positions)
+    return replace(GQA, vocab_size=vocab_size, max_position_embeddings=positions, head_dim=head_dim)
 
 
-def write_tiny_base(folder: Path, num_layers: int | None = None, positions: int = 512) -> Llama:
+def write_tiny_base(
+    folder: Path, num_layers: int | None = None, positions: int = 512, head_dim: int = GQA.head_dim
+) -> Llama:
     """A Hugging Face folder; returns the model that is in it."""
-    config = tiny_config(positions)
+    config = tiny_config(positions, head_dim)
     if num_layers is not None:
         config = replace(config, num_layers=num_layers)
     base = random_base(config)
@@ -55,9 +57,9 @@ def write_tiny_base(folder: Path, num_layers: int | None = None, positions: int 
     return base
 
 
-def adapter_config(kind: str) -> AdapterConfig:
+def adapter_config(kind: str, head_dim: int = GQA.head_dim) -> AdapterConfig:
     """`v1`, `v2`, or `sight` (V1 multimodal on EfficientNet's global features)."""
-    spec = base_spec(tiny_config())
+    spec = base_spec(tiny_config(head_dim=head_dim))
     match kind:
         case "v1":
             return AdapterConfig(
@@ -92,7 +94,7 @@ def adapter_config(kind: str) -> AdapterConfig:
     raise KeyError(kind)
 
 
-def write_adapter(folder: Path, kind: str, seed: int = 0) -> None:
+def write_adapter(folder: Path, kind: str, seed: int = 0, head_dim: int = GQA.head_dim) -> None:
     """A native adapter folder with seeded weights far from zero."""
     torch.manual_seed(seed)
-    save_adapter(random_adapter(adapter_config(kind), seed=seed), folder)
+    save_adapter(random_adapter(adapter_config(kind, head_dim), seed=seed), folder)

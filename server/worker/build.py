@@ -22,6 +22,7 @@ from server.settings import MIB, WorkerSettings
 from server.worker.adapter_loading import AdapterLoader
 from server.worker.blocks import BlockManager
 from server.worker.engine import NativeEngine
+from server.worker.engine_api import Engine
 from server.worker.frontend import Frontend
 from server.worker.grammar import GrammarCompiler
 from server.worker.messages import SamplingParams
@@ -30,6 +31,17 @@ from server.worker.scheduler import Scheduler
 from server.worker.step_loop import Prepared, StepLoop
 
 log = logging.getLogger(__name__)
+
+
+def build(settings: WorkerSettings) -> Engine:
+    """The engine that the settings name. Raises `ModelError` and `StartupError`."""
+    if settings.engine == "native":
+        if settings.tensor_parallel > 1:
+            raise StartupError("the native engine has one device; use --engine vllm for tensor_parallel.")
+        return build_engine(settings)
+    from server.worker.vllm_build import build_vllm_engine
+
+    return build_vllm_engine(settings)
 
 
 def build_engine(settings: WorkerSettings) -> NativeEngine:
@@ -59,7 +71,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         kernels=_kernels(settings, base),
     )
     loader = AdapterLoader(
-        settings.base_id or _id(settings.base),
+        settings.base_id or base_id(settings.base),
         base.config,
         embedding_fingerprint,
         device=device,
@@ -156,7 +168,7 @@ def _dtype(settings: WorkerSettings) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def _id(base: str) -> str:
+def base_id(base: str) -> str:
     """`smollm2-135m` of that name, of a folder of that name, and of a file `smollm2-135m.gguf`."""
     path = Path(base)
     return path.stem if path.suffix == ".gguf" else path.name

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -28,7 +29,7 @@ from server.worker.messages import (
     TokenPrompt,
 )
 from server.worker.runner import ImageInput, LoadedAdapter
-from server.worker.scheduler import Scheduler, SequenceRejected
+from server.worker.scheduler import SequenceRejected
 from server.worker.step_loop import Prepared
 
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
@@ -50,17 +51,27 @@ class ServedModel:
         return self.adapter.adapter.config.template if self.adapter else "chat"
 
 
+class Room(Protocol):
+    """How much text the engine takes; the scheduler's word, or vLLM's."""
+
+    @property
+    def max_sequence_len(self) -> int: ...
+
+    def check_fits(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Raises `SequenceRejected`."""
+
+
 class Frontend:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        scheduler: Scheduler,
+        room: Room,
         vocab_size: int,
         limits: ImageLimits,
         grammars: GrammarCompiler,
     ) -> None:
         self._tokenizer = tokenizer
-        self._scheduler = scheduler
+        self._room = room
         self._vocab_size = vocab_size
         self._limits = limits
         self._grammars = grammars
@@ -76,10 +87,10 @@ class Frontend:
         """Raises `InvalidRequest` for what can never be answered."""
         token_ids, stop = self._encode(model, request.prompt)
         params = request.sampling
-        room = self._scheduler.max_sequence_len - len(token_ids)
+        room = self._room.max_sequence_len - len(token_ids)
         max_tokens = max(room, 1) if params.max_tokens is None else params.max_tokens
         try:
-            self._scheduler.check_fits(len(token_ids), max_tokens)
+            self._room.check_fits(len(token_ids), max_tokens)
         except SequenceRejected as error:
             param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
             raise self._too_long(str(error), param) from None
@@ -134,7 +145,7 @@ class Frontend:
 
         To encode it first, and see how many they are, would take minutes.
         """
-        longest = self._scheduler.max_sequence_len * self._tokenizer.longest_token
+        longest = self._room.max_sequence_len * self._tokenizer.longest_token
         size = sum(map(len, texts))
         if size > longest:
             raise self._too_long(f"a text of {size} characters cannot fit", param)
@@ -142,7 +153,7 @@ class Frontend:
     def _too_long(self, why: str, param: str) -> InvalidRequest:
         # It begins with OpenAI's words: LiteLLM and others tell this error by them, not by its code.
         return InvalidRequest(
-            f"This model's maximum context length is {self._scheduler.max_sequence_len} tokens: {why}.",
+            f"This model's maximum context length is {self._room.max_sequence_len} tokens: {why}.",
             param=param,
             code="context_length_exceeded",
         )

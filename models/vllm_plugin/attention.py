@@ -1,0 +1,153 @@
+"""Two views of one paged KV cache: the text without the prompt's blocks, and these blocks alone.
+
+A request's first ROWS tokens are placeholders, whose keys and values are the adapter's prompt. Both
+views are vLLM's own attention of the platform, given other metadata: of the text, all block tables
+shifted past the prompt; of the prompt, its blocks and as many keys as the request's adapter has rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+
+from models.vllm_plugin.carriers import GATE, LENGTH, ROWS
+
+
+@functools.cache
+def text_backend(platform: type[AttentionBackend]) -> type[AttentionBackend]:
+    """The platform's attention over what comes after the placeholders."""
+    builder = platform.get_builder_cls()
+
+    class TextBuilder(builder):  # type: ignore[misc, valid-type]
+        supports_update_block_table = False  # that would put the unshifted table back
+
+        def __init__(self, spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+            super().__init__(spec, layer_names, vllm_config, device)
+            self._prompt_blocks = ROWS // spec.block_size
+            # Lengths lie where they lay before: a CUDA graph reads them by address.
+            self._lens = _lens_buffer(vllm_config, device)
+
+        def build(
+            self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False
+        ) -> Any:
+            """Without a common prefix, whose cascade would read the unshifted table."""
+            return super().build(0, self._shifted(common), fast_build)
+
+        def _shifted(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+            B = common.num_reqs
+            lens_B = torch.sub(common.seq_lens[:B], ROWS, out=self._lens[:B]).clamp_(min=0)
+            bound = common.seq_lens_cpu_upper_bound
+            shifted: CommonAttentionMetadata = common.replace(
+                seq_lens=lens_B,
+                seq_lens_cpu_upper_bound=None if bound is None else (bound - ROWS).clamp(min=0),
+                max_seq_len=max(common.max_seq_len - ROWS, 1),
+                block_table_tensor=common.block_table_tensor[:, self._prompt_blocks :],
+            )
+            on_cpu = common.query_start_loc.device.type == "cpu"
+            return _apart(common, shifted, self._prompt_blocks) if on_cpu else shifted
+
+    return _backend("Text", platform, TextBuilder)
+
+
+@functools.cache
+def prompt_backend(platform: type[AttentionBackend]) -> type[AttentionBackend]:
+    """The platform's attention over the adapter's prompt alone; every token sees every row."""
+    builder = platform.get_builder_cls()
+
+    class PromptBuilder(builder):  # type: ignore[misc, valid-type]
+        supports_update_block_table = False
+
+        def __init__(self, spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+            super().__init__(spec, layer_names, vllm_config, device)
+            self._prompt_blocks = ROWS // spec.block_size
+            self._lens = _lens_buffer(vllm_config, device)
+            layers = vllm_config.compilation_config.static_forward_context
+            self._lengths = layers[layer_names[0]].prompt_lengths
+
+        def build(
+            self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False
+        ) -> Any:
+            B = common.num_reqs
+            self._lens[:B] = self._lengths(common.query_start_loc[:B])
+            prompts: CommonAttentionMetadata = common.replace(
+                seq_lens=self._lens[:B],
+                seq_lens_cpu_upper_bound=None,
+                max_seq_len=ROWS,
+                causal=False,
+                block_table_tensor=common.block_table_tensor[:, : self._prompt_blocks],
+            )
+            return super().build(0, prompts, fast_build)
+
+    return _backend("Prompt", platform, PromptBuilder)
+
+
+def prompt_lengths(carrier: Any, first_token_B: Tensor) -> Tensor:
+    """Rows [B] of the requests' adapters. At least one: a softmax of nothing has no value, and the gate of
+    a request without prompts is zero."""
+    slots_B = token_slots(carrier)[first_token_B.long()]
+    lengths_B = carrier.lora_b_stacked[0][slots_B.clamp(min=0), 0, 0, LENGTH]
+    return torch.where(slots_B < 0, 1, lengths_B).clamp(min=1).to(torch.int32)
+
+
+def gates(carrier: Any, slot_N: Tensor, own_N1: Tensor, heads: slice) -> Tensor:
+    """Effective gates [N, h] of a rank's heads; zero for tokens without an adapter."""
+    gate_Nh: Tensor = carrier.lora_b_stacked[0][slot_N, 0, heads, GATE]
+    return gate_Nh * own_N1
+
+
+def token_slots(carrier: Any) -> Tensor:
+    """The adapter slot of each token of the step, -1 for none; longer than the step."""
+    slots: Tensor = carrier.punica_wrapper._token_lora_indices
+    return slots
+
+
+def _lens_buffer(vllm_config: Any, device: torch.device) -> Tensor:
+    return torch.zeros(vllm_config.scheduler_config.max_num_seqs + 1, dtype=torch.int32, device=device)
+
+
+def _backend(name: str, platform: type[AttentionBackend], builder: type) -> type[AttentionBackend]:
+    return type(f"{name}{platform.__name__}", (platform,), {"get_builder_cls": staticmethod(lambda: builder)})
+
+
+def _apart(
+    common: CommonAttentionMetadata, shifted: CommonAttentionMetadata, prompt_blocks: int
+) -> CommonAttentionMetadata:
+    """Placeholders as requests of their own, over the prompt's blocks.
+
+    In the shifted view they are queries without keys before them, for which the CPU's kernel writes
+    nonsense into its neighbours' rows too. What they attend to is never used.
+    """
+    starts = common.query_start_loc[: common.num_reqs + 1].tolist()
+    lens = common.seq_lens[: common.num_reqs].tolist()
+    counts = [end - start for start, end in itertools.pairwise(starts)]
+    if all(length - count >= ROWS for length, count in zip(lens, counts, strict=True)):
+        return shifted
+    new_starts, new_lens, tables = [0], [], []
+    width = shifted.block_table_tensor.shape[1]
+    for b, (length, count) in enumerate(zip(lens, counts, strict=True)):
+        computed = length - count
+        placeholders = min(max(ROWS - computed, 0), count)
+        if placeholders:
+            new_starts.append(new_starts[-1] + placeholders)
+            new_lens.append(computed + placeholders)
+            tables.append(common.block_table_tensor[b, :width])
+        if count > placeholders:
+            new_starts.append(new_starts[-1] + count - placeholders)
+            new_lens.append(length - ROWS)
+            tables.append(shifted.block_table_tensor[b])
+    query_start_loc = torch.tensor(new_starts, dtype=common.query_start_loc.dtype)
+    apart: CommonAttentionMetadata = shifted.replace(
+        num_reqs=len(new_lens),
+        query_start_loc=query_start_loc,
+        query_start_loc_cpu=query_start_loc,
+        seq_lens=torch.tensor(new_lens, dtype=torch.int32),
+        seq_lens_cpu_upper_bound=None,
+        max_seq_len=max(new_lens),
+        block_table_tensor=torch.stack(tables),
+    )
+    return apart

@@ -1,0 +1,342 @@
+"""vLLM's LLaMA with zero-init gated attention (V1 eq. 5 to 8) and V2's norms, biases and scales.
+
+A request's first ROWS tokens are placeholders. In each layer an adapter's prompt rows stand in for their
+hidden states before the ordinary projection: what it writes into the KV cache is then the prompt's keys
+and values, sharded, quantised and paged like all others. Positions start after them; at position 0, where
+they lie, rotary embeddings change nothing. Adapters come through LoRA's slots (`carriers`).
+
+Shapes: N tokens of a step, C hidden size, H query heads, h a rank's heads, D head size, S adapter slots,
+R placeholders, F numbers of a layer's vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.models.llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+
+from models.adapter_config import BaseSpec
+from models.vllm_plugin.attention import (
+    gates,
+    prompt_backend,
+    prompt_lengths,
+    text_backend,
+    token_slots,
+)
+from models.vllm_plugin.carriers import (
+    FINAL,
+    LOW_RANK,
+    PROMPT,
+    ROWS,
+    SEES,
+    VECTORS,
+    Room,
+    Span,
+    columns,
+    final_vectors,
+    layer_vectors,
+)
+from models.vllm_plugin.limits import check_config
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step's layers have to know of its tokens. `placeholder_N1` is None where there are none.
+
+    `slot_N` is 0 where there is no adapter, which `own_N1` tells apart; it is None where no token has one.
+    """
+
+    slot_N: Tensor
+    own_N1: Tensor | None
+    placeholder_N1: Tensor | None
+    row_N: Tensor  # of the prompt; ROWS - 1 for tokens of the text
+    visual_NC: Tensor | None
+
+
+class AdapterAttention(LlamaAttention):
+    """`self.attn` over the text, `self.prompt_attn` over the prompt, both on one cache."""
+
+    def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(config, *args, prefix=prefix, **kwargs)
+        layers = get_current_vllm_config().compilation_config.static_forward_context
+        options = {
+            "num_kv_heads": self.num_kv_heads,
+            "cache_config": kwargs.get("cache_config"),
+            "quant_config": kwargs.get("quant_config"),
+        }
+        platform = layers.pop(f"{prefix}.attn").attn_backend
+        self.attn: Any = Attention(
+            self.num_heads,
+            self.head_dim,
+            self.scaling,
+            prefix=f"{prefix}.attn",
+            attn_backend=text_backend(platform),
+            **options,
+        )
+        self.prompt_attn = Attention(
+            self.num_heads,
+            self.head_dim,
+            self.scaling,
+            prefix=f"{prefix}.prompt_attn",
+            attn_backend=prompt_backend(platform),
+            kv_sharing_target_layer_name=f"{prefix}.attn",
+            **options,
+        )
+        # The builder of this layer's metadata asks it; the carrier is not wrapped yet.
+        self.prompt_attn.prompt_lengths = lambda first_token_B: prompt_lengths(self.carrier, first_token_B)
+        carrier = ReplicatedLinear(
+            self.hidden_size, self.total_num_heads, bias=False, prefix=f"{prefix}.{PROMPT}"
+        )
+        self.add_module(PROMPT, carrier)
+        self.low_rank = Room(**config.llama_adapter).low_rank
+        first = get_tensor_model_parallel_rank() * self.num_heads
+        self.own_heads = slice(first, first + self.num_heads)
+
+    @property
+    def carrier(self) -> Any:
+        return getattr(self, PROMPT)
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, step: Step, tuned: Tuned | None) -> Tensor:
+        x_NC = hidden_states
+        if step.placeholder_N1 is not None:
+            x_NC = torch.where(step.placeholder_N1, self._prompt_rows(step), x_NC)
+        if tuned is None:
+            q, k, v = self._qkv(x_NC, step)
+        else:
+            q, k, v = tuned.linears(("wq", "wk", "wv"), x_NC, lambda x: self._qkv(x, step))
+        q, k = self.rotary_emb(positions, q, k)
+        out = self.attn(q, k, v)
+        if step.own_N1 is not None:
+            out = out + self._prompts_part(q, step, step.own_N1)
+        out, _ = self.o_proj(out if tuned is None else tuned.before("wo", out))
+        return out if tuned is None else tuned.after("wo", out)
+
+    def _qkv(self, x_NC: Tensor, step: Step) -> Sequence[Tensor]:
+        qkv, _ = self.qkv_proj(x_NC)
+        if self.low_rank and step.placeholder_N1 is not None:
+            plain, _ = self.qkv_proj.base_layer(x_NC)
+            acts_N1 = self.carrier.lora_b_stacked[0][step.slot_N, 0, 0, LOW_RANK, None] > 0
+            qkv = torch.where(step.placeholder_N1 & ~acts_N1, plain, qkv)
+        parts: Sequence[Tensor] = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        return parts
+
+    def _prompt_rows(self, step: Step) -> Tensor:
+        """The raw prompt rows [N, C], which bypass the attention norm."""
+        a_SRC = self.carrier.lora_a_stacked[0][:, 0]
+        rows_NC: Tensor = a_SRC[step.slot_N, step.row_N]
+        if step.visual_NC is not None:
+            sees_N1 = self.carrier.lora_b_stacked[0][step.slot_N, 0, 0, SEES, None]
+            rows_NC = rows_NC + sees_N1 * step.visual_NC
+        return rows_NC
+
+    def _prompts_part(self, q: Tensor, step: Step, own_N1: Tensor) -> Tensor:
+        """g · softmax(q·k_aᵀ/√D)·v_a, [N, h·D]."""
+        gate_Nh = gates(self.carrier, step.slot_N, own_N1, self.own_heads)
+        out_NhD = self.prompt_attn(q, None, None).unflatten(-1, (self.num_heads, self.head_dim))
+        part: Tensor = (out_NhD * gate_Nh[..., None]).flatten(-2)
+        return part
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One layer's vectors of a step's tokens, read out of its carrier where they are used."""
+
+    flat_SF: Tensor
+    spans: dict[str, Span]
+    shares: dict[str, Span]  # of a tensor-parallel rank, in biases and scales
+    step: Step
+
+    def linears(
+        self, names: Sequence[str], x: Tensor, compute: Callable[[Tensor], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """Several linears on one input, which `compute` does at once: apart where inputs are scaled."""
+        if f"scale_in.{names[0]}" in self.shares:
+            ys: Sequence[Tensor] = [compute(self.before(name, x))[i] for i, name in enumerate(names)]
+        else:
+            ys = compute(x)
+        return [self.after(name, y) for name, y in zip(names, ys, strict=True)]
+
+    def before(self, name: str, x: Tensor) -> Tensor:
+        """x ⊙ s, [N, in]; exactly x for tokens whose adapter scales no inputs."""
+        share = self.shares.get(f"scale_in.{name}")
+        return x if share is None else torch.addcmul(x, x, self._rows(*share))
+
+    def after(self, name: str, y: Tensor) -> Tensor:
+        """s ⊙ (y + b), [N, out]; exactly y for tokens whose adapter has neither."""
+        y = y + self._rows(*self.shares[f"bias.{name}"])
+        return torch.addcmul(y, y, self._rows(*self.shares[f"scale_out.{name}"]))
+
+    def norm(self, name: str, flag: str, base_NC: Tensor, residual_NC: Tensor, eps: float) -> Tensor:
+        """The residual's norm by the adapter's own weights; `base_NC` for tokens without their own."""
+        has_N1 = self._rows(*self.spans[flag])
+        weight_NC = self._rows(*self.spans[name]).float()
+        x_NC = residual_NC.float()
+        own_NC = x_NC * (x_NC.square().mean(-1, keepdim=True) + eps).rsqrt() * weight_NC
+        return torch.where(has_N1 > 0, own_NC.to(base_NC.dtype), base_NC)
+
+    def _rows(self, start: int, end: int) -> Tensor:
+        assert self.step.own_N1 is not None
+        rows: Tensor = self.flat_SF[:, start:end][self.step.slot_N]
+        return rows * self.step.own_N1
+
+
+class AdapterLayer(LlamaDecoderLayer):
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
+        super().__init__(vllm_config, prefix, config, AdapterAttention)
+        config = config or vllm_config.model_config.hf_config
+        room = Room(**config.llama_adapter)
+        self.tuned = room.vectors
+        if self.tuned:
+            spec = base_spec(config)
+            self.spans = layer_vectors(spec, input_scales=room.input_scales)
+            self.shares = {key: _share(key, span, spec) for key, span in self.spans.items() if "." in key}
+            self.add_module(VECTORS, _vector_carrier(self.spans, f"{prefix}.{VECTORS}"))
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, step: Step
+    ) -> tuple[Tensor, Tensor]:
+        tuned = None
+        if self.tuned and step.own_N1 is not None:
+            tuned = Tuned(_flat(getattr(self, VECTORS)), self.spans, self.shares, step)
+        h, residual = self._norm("attention_norm", self.input_layernorm, hidden_states, residual, tuned)
+        h = self.self_attn(positions, h, step, tuned)
+        h, residual = self._norm("feed_forward_norm", self.post_attention_layernorm, h, residual, tuned)
+        return self.mlp(h) if tuned is None else self._mlp(h, tuned), residual
+
+    def _norm(
+        self, name: str, module: Any, h: Tensor, residual: Tensor | None, tuned: Tuned | None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of h + residual, and that sum."""
+        h, residual = (module(h), h) if residual is None else module(h, residual)
+        if tuned is not None:
+            h = tuned.norm(name, "has_norms", h, residual, module.variance_epsilon)
+        return h, residual
+
+    def _mlp(self, x: Tensor, tuned: Tuned) -> Tensor:
+        gate_up = tuned.linears(("w1", "w3"), x, lambda x: self.mlp.gate_up_proj(x)[0].chunk(2, dim=-1))
+        hidden = self.mlp.act_fn(torch.cat(gate_up, dim=-1))
+        down, _ = self.mlp.down_proj(tuned.before("w2", hidden))
+        return tuned.after("w2", down)
+
+
+class AdapterModel(LlamaModel):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layer_type: type = AdapterLayer) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        self.tuned = Room(**self.config.llama_adapter).vectors
+        if self.tuned:
+            self.spans = final_vectors(base_spec(self.config))
+            self.add_module(FINAL, _vector_carrier(self.spans, f"{prefix}.{FINAL}"))
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Placeholders have an id of their own, the first beyond the vocabulary, and no embedding."""
+        known_N = input_ids < self.vocab_size
+        embedded: Tensor = self.embed_tokens(input_ids.where(known_N, 0)) * known_N[..., None]
+        return embedded
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if inputs_embeds is None:
+            assert input_ids is not None
+            hidden, step = self.embed_input_ids(input_ids), self._step(positions, None)
+        else:
+            hidden, step = inputs_embeds, self._step(positions, inputs_embeds)
+        residual = None
+        positions = (positions - ROWS).clamp(min=0)
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual, step)
+        hidden, residual = self.norm(hidden, residual)
+        if self.tuned and step.own_N1 is not None:
+            tuned = Tuned(_flat(getattr(self, FINAL)), self.spans, {}, step)
+            hidden = tuned.norm("final_norm", "has_norm", hidden, residual, self.norm.variance_epsilon)
+        return hidden
+
+    def _step(self, positions_N: Tensor, visual_NC: Tensor | None) -> Step:
+        slots_N = token_slots(self.layers[0].self_attn.carrier)[: positions_N.shape[0]]
+        own_N = slots_N >= 0
+        placeholder_N1 = positions_N[:, None] < ROWS
+        # Asking a GPU would wait for it; and what a CUDA graph holds must not depend on the answer.
+        asks = positions_N.device.type == "cpu"
+        has_prompts = not asks or bool(placeholder_N1.any())
+        if visual_NC is not None:  # a copy: the layers add up their residuals in the original's place
+            visual_NC = visual_NC.where(placeholder_N1, 0) if has_prompts else None
+        return Step(
+            slot_N=slots_N.clamp(min=0),
+            own_N1=own_N[:, None] if not asks or own_N.any() else None,
+            placeholder_N1=placeholder_N1 if has_prompts else None,
+            row_N=positions_N.clamp(max=ROWS - 1),
+            visual_NC=visual_NC,
+        )
+
+
+class LlamaAdapterForCausalLM(LlamaForCausalLM):
+    """The model class that the plugin registers."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        check_config(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=AdapterLayer)
+
+    def _init_model(
+        self, vllm_config: VllmConfig, prefix: str = "", layer_type: type = AdapterLayer
+    ) -> AdapterModel:
+        return AdapterModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loaded: set[str] = super().load_weights(weights)
+        carriers = (PROMPT, VECTORS, FINAL)  # no checkpoint has them, and nobody reads them
+        return loaded | {name for name, _ in self.named_parameters() if name.split(".")[-2] in carriers}
+
+
+def base_spec(config: Any) -> BaseSpec:
+    """The base's shape, of its Hugging Face configuration."""
+    return BaseSpec(
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+    )
+
+
+def _vector_carrier(spans: dict[str, Span], prefix: str) -> ReplicatedLinear:
+    return ReplicatedLinear(columns(spans), 1, bias=False, prefix=prefix)
+
+
+def _flat(carrier: Any) -> Tensor:
+    """All slots' vectors, [S, F]; a view."""
+    flat_SF: Tensor = carrier.lora_a_stacked[0].flatten(1)
+    return flat_SF
+
+
+def _share(key: str, span: Span, base: BaseSpec) -> Span:
+    """The part of a linear's vector that belongs to what this tensor-parallel rank computes."""
+    rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    start, end = span
+    kind, name = key.split(".")
+    if (kind == "scale_in") != (name in ("wo", "w2")):
+        return span  # inputs that every rank has, and outputs that are summed over the ranks
+    if name in ("wk", "wv") and base.num_kv_heads < world:  # a head is on several ranks
+        parts, part = base.num_kv_heads, rank * base.num_kv_heads // world
+    else:
+        parts, part = world, rank
+    size = (end - start) // parts
+    return start + part * size, start + (part + 1) * size

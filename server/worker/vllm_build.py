@@ -1,0 +1,143 @@
+"""From settings to an engine on vLLM."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from models.checkpoints.base import open_base
+from models.checkpoints.layout import BaseCheckpoint
+from models.config import ModelConfig
+from models.errors import CheckpointError
+from models.fingerprint import fingerprint
+from models.pull import resolve_base
+from models.tokenizer import load_tokenizer
+from models.vision.images import ImageLimits
+from models.vllm_plugin.carriers import EVERYTHING, ROWS, Room
+from models.vllm_plugin.options import engine_options
+from server.serving import StartupError
+from server.settings import MIB, WorkerSettings
+from server.worker.adapter_loading import AdapterLoader
+from server.worker.build import base_id
+from server.worker.frontend import Frontend, ServedModel
+from server.worker.grammar import GrammarCompiler
+from server.worker.vllm_engine import ContextRoom, VllmEngine
+
+if TYPE_CHECKING:
+    from server.worker.vllm_calls import Vllm
+
+log = logging.getLogger(__name__)
+
+# What vLLM reads when it is imported; what the environment says stays.
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",  # it would report to its authors
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the plugin was tested with the first
+    "VLLM_CONFIGURE_LOGGING": "0",  # the log is ours
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the experts want cores too
+}
+
+
+def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
+    """Start vLLM, which takes its time, with all that it has to know.
+
+    Raises `ModelError` for files that cannot be used and `StartupError` for settings that cannot hold.
+    """
+    began = time.monotonic()
+    _refuse(settings)
+    path = resolve_base(settings.base, settings.cache_dir)
+    checkpoint = open_base(path)
+    config, tokenizer = checkpoint.config, load_tokenizer(path)
+    max_model_len = settings.max_model_len or config.max_position_embeddings
+    if max_model_len > config.max_position_embeddings:
+        raise StartupError(
+            f"max_model_len {max_model_len} is more than the base's context of "
+            f"{config.max_position_embeddings} tokens."
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
+            "they belong to different models"
+        )
+    loader = AdapterLoader(
+        settings.base_id or base_id(settings.base),
+        config,
+        _fingerprint(checkpoint),
+        device=torch.device("cpu"),
+        max_model_len=max_model_len,
+        adapter_root=settings.adapter_root,
+    )
+    models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
+    room = _room_for(settings, models)
+    options = engine_options(
+        path,
+        config,
+        room=room,
+        max_model_len=max_model_len,
+        max_adapters=settings.max_hot_adapters,
+    )
+    vllm = _start(options | _limits(settings), config, sorted(tokenizer.eos_ids))
+    log.info("vLLM serves %s after %.1f s", path, time.monotonic() - began)
+    images = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    grammars = GrammarCompiler(
+        tokenizer,
+        config.vocab_size,
+        max_bytes=settings.max_grammar_bytes,
+        cache_entries=settings.grammar_cache_entries,
+    )
+    return VllmEngine(
+        vllm,
+        Frontend(tokenizer, ContextRoom(max_model_len), config.vocab_size, images, grammars),
+        tokenizer,
+        loader,
+        models,
+        room=room,
+        max_requests=settings.max_num_seqs + settings.max_waiting,
+    )
+
+
+def _refuse(settings: WorkerSettings) -> None:
+    """Say what of the settings vLLM cannot honour."""
+    for given, sentence in (
+        (settings.attention != "auto", "attention is vLLM's own; leave it at auto"),
+        (settings.max_prefill_chunk is not None, "max_prefill_chunk is not known to it; leave it out"),
+        (settings.max_num_batched_tokens < ROWS, f"max_num_batched_tokens must be {ROWS} at least"),
+    ):
+        if given:
+            raise StartupError(f"with --engine vllm {sentence}.")
+
+
+def _limits(settings: WorkerSettings) -> dict[str, Any]:
+    return {
+        "dtype": settings.dtype,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "kv_cache_memory_bytes": settings.kv_cache_mib * MIB,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "enable_prefix_caching": settings.prefix_caching,
+    }
+
+
+def _room_for(settings: WorkerSettings, models: list[ServedModel]) -> Room:
+    configs = [model.adapter.adapter.config for model in models if model.adapter]
+    return {"auto": Room.needed(configs), "prompts": Room(), "all": EVERYTHING}[settings.vllm_adapters]
+
+
+def _fingerprint(checkpoint: BaseCheckpoint) -> str:
+    return next(fingerprint(tensor) for name, tensor in checkpoint.tensors() if name == "embed.weight")
+
+
+def _start(options: dict[str, Any], config: ModelConfig, eos_ids: list[int]) -> Vllm:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        from server.worker.vllm_calls import Vllm
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise StartupError("vLLM is not installed; docs/vllm.md says how.") from error
+    logging.getLogger("vllm").setLevel(logging.WARNING)
+    return Vllm(options, config, eos_ids)

@@ -1,0 +1,197 @@
+"""All that this project asks of vLLM's asynchronous engine, in our words."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import SamplingParams as VllmParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from models.config import ModelConfig
+from models.vllm_plugin.carriers import ROWS
+from models.vllm_plugin.options import placeholders
+from models.vllm_plugin.sight import seeing_prompt
+from server.errors import ServerFailure, Unavailable
+from server.worker.messages import EngineStats, FinishReason
+from server.worker.step_loop import Prepared
+from server.worker.vllm_answer import Step
+from server.worker.vllm_grammar import GrammarProcessor, grammar_args
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What vLLM says of a request at one time. Placeholders are in none of it."""
+
+    tokens: Sequence[int]
+    steps: Sequence[Step] | None
+    prompt_steps: Sequence[Step | None] | None
+    finish_reason: FinishReason | None
+    cached_tokens: int
+    queued_seconds: float
+
+
+class Vllm:
+    """The engine, started. Made outside of an event loop, used on one."""
+
+    def __init__(self, options: dict[str, Any], config: ModelConfig, eos_ids: Sequence[int]) -> None:
+        self._config = config
+        self._eos_ids = list(eos_ids)
+        self._stats = _Stats()
+        self._next_id = 1
+        self._stopped = False
+        args = AsyncEngineArgs(**options, logits_processors=[GrammarProcessor], enable_log_requests=False)
+        self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[self._stats.logger])
+
+    @property
+    def healthy(self) -> bool:
+        return not self._stopped and not self._llm.errored
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._llm.shutdown()
+
+    def stats(self) -> EngineStats:
+        return self._stats.snapshot(self._llm.vllm_config.cache_config.num_gpu_blocks or 0)
+
+    async def add_adapter(self, name: str, folder: Path) -> LoRARequest:
+        lora = LoRARequest(name, self._next_id, str(folder))
+        self._next_id += 1
+        await self._llm.add_lora(lora)
+        return lora
+
+    async def remove_adapter(self, lora: LoRARequest) -> None:
+        await self._llm.remove_lora(lora.lora_int_id)
+
+    async def generate(
+        self, prepared: Prepared, lora: LoRARequest | None, rows_RC: Tensor | None
+    ) -> AsyncGenerator[Output, None]:
+        """`rows_RC` are what the adapter sees. Raises `Unavailable` where vLLM died.
+
+        Closing it aborts the request.
+        """
+        prompt = self._prompt(prepared, rows_RC)
+        id = f"{prepared.request_id}-{uuid.uuid4().hex}"
+        outputs = self._llm.generate(prompt, self._params(prepared), id, lora_request=lora)
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield _read(output)
+        except EngineDeadError as error:
+            raise Unavailable("The engine stopped; the worker is restarting.", retry_after=5) from error
+
+    def _prompt(self, prepared: Prepared, rows_RC: Tensor | None) -> Any:
+        scored = prepared.sampling.prompt_logprobs is not None
+        before, tokens = placeholders(self._config, scored=scored), prepared.token_ids
+        if rows_RC is None:
+            if not (scored and self._llm.model_config.enable_prompt_embeds):
+                return {"type": "token", "prompt_token_ids": before + tokens}
+            rows_RC = torch.zeros(ROWS, self._config.hidden_size)  # these placeholders have an embedding
+        return seeing_prompt(before, tokens, rows_RC, self._llm.model_config.dtype)
+
+    def _params(self, prepared: Prepared) -> VllmParams:
+        ours = prepared.sampling
+        return VllmParams(
+            temperature=ours.temperature,
+            top_p=ours.top_p,
+            top_k=ours.top_k,
+            min_p=ours.min_p,
+            seed=ours.seed,
+            presence_penalty=ours.presence_penalty,
+            frequency_penalty=ours.frequency_penalty,
+            repetition_penalty=ours.repetition_penalty,
+            logit_bias=dict(ours.logit_bias) or None,
+            logprobs=ours.logprobs,
+            prompt_logprobs=ours.prompt_logprobs,
+            max_tokens=max(prepared.max_tokens, 1),  # none: the first is thrown away
+            min_tokens=min(ours.min_tokens, prepared.max_tokens),
+            stop_token_ids=[] if ours.ignore_eos else self._eos_ids,
+            detokenize=False,
+            extra_args=grammar_args(ours.grammar),
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+
+def _read(output: Any) -> Output:
+    (one,) = output.outputs
+    if one.finish_reason not in (None, "stop", "length"):
+        raise ServerFailure(f"vLLM ended the request: {one.finish_reason}.")
+    times = output.metrics
+    return Output(
+        tokens=list(one.token_ids),
+        steps=one.logprobs,
+        prompt_steps=output.prompt_logprobs[ROWS:] if output.prompt_logprobs else None,
+        finish_reason=one.finish_reason,
+        cached_tokens=max((output.num_cached_tokens or 0) - ROWS, 0),
+        queued_seconds=max(times.scheduled_ts - times.queued_ts, 0.0) if times is not None else 0.0,
+    )
+
+
+class _Stats:
+    """Sums up what vLLM tells a stat logger at each step."""
+
+    def __init__(self) -> None:
+        self._engines: dict[int, Any] = {}
+        self._queries = self._hits = self._preemptions = self._steps = 0
+
+    def logger(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
+        return _Logger(self, engine_index)
+
+    def record(self, engine: int, scheduler: Any, iteration: Any) -> None:
+        if scheduler is not None:
+            self._engines[engine] = scheduler
+            self._queries += scheduler.prefix_cache_stats.queries
+            self._hits += scheduler.prefix_cache_stats.hits
+            self._steps += 1
+        if iteration is not None:
+            self._preemptions += iteration.num_preempted_reqs
+
+    def snapshot(self, blocks_of_an_engine: int) -> EngineStats:
+        engines = self._engines.values()
+        hot: set[str] = set().union(*(engine.running_lora_adapters for engine in engines))
+        return EngineStats(
+            running=sum(engine.num_running_reqs for engine in engines),
+            waiting=sum(engine.num_waiting_reqs + engine.num_skipped_waiting_reqs for engine in engines),
+            kv_blocks_total=blocks_of_an_engine * max(len(engines), 1),
+            kv_blocks_used=sum(round(engine.kv_cache_usage * blocks_of_an_engine) for engine in engines),
+            prefix_cache_queries=self._queries,
+            prefix_cache_hits=self._hits,
+            preemptions=self._preemptions,
+            adapters_loaded=0,
+            adapters_hot=len(hot),
+            prompt_slots_used=0,
+            steps=self._steps,
+        )
+
+
+class _Logger(StatLoggerBase):
+    def __init__(self, stats: _Stats, engine_index: int) -> None:
+        self._stats = stats
+        self._engine = engine_index
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        self._stats.record(engine_idx, scheduler_stats, iteration_stats)
+
+    def log_engine_initialized(self) -> None:
+        pass

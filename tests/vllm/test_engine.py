@@ -1,0 +1,295 @@
+"""vLLM behind the worker's `Engine` contract: the events are those of the native engine."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from adapter_files import reference_7b, save_sample
+from PIL import Image
+from support import random_adapter
+from tiny_base import adapter_config, tiny_config, write_adapter, write_tiny_base
+from vllm_support import HEAD_DIM, TOLERANCE, low_rank
+
+from models.checkpoints.native import save_adapter
+from models.vision.efficientnet import EfficientNetLite0
+from server.errors import ApiError, InvalidRequest, NotFound, Timeout
+from server.settings import WorkerSettings
+from server.worker.build import build
+from server.worker.engine_api import Engine
+from server.worker.messages import (
+    ChatMessage,
+    ChatPrompt,
+    Delta,
+    Event,
+    Finished,
+    GenerateRequest,
+    Grammar,
+    Prompt,
+    PromptScored,
+    SamplingParams,
+    Scheduled,
+    Started,
+    TextPrompt,
+    TokenPrompt,
+    ToolSchema,
+)
+
+pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_base(folder / "tiny", head_dim=HEAD_DIM)
+    for seed, (name, kind) in enumerate((("v1", "v1"), ("v2", "v2"), ("sees", "sight"), ("other", "v1"))):
+        write_adapter(folder / "adapters" / name, kind, seed, HEAD_DIM)
+    tokens = {"encoder": "efficientnet-lite0", "F": EfficientNetLite0.token_dim}
+    save_sample(reference_7b(tiny_config(head_dim=HEAD_DIM), **tokens), folder / "adapters" / "7b.pth")
+    return folder
+
+
+def settings(folder: Path, engine: str) -> WorkerSettings:
+    adapters = folder / "adapters"
+    return WorkerSettings(
+        engine=engine,  # type: ignore[arg-type]
+        base=str(folder / "tiny"),
+        dtype="float32",
+        kv_cache_mib=16,
+        max_num_seqs=8,
+        max_hot_adapters=4,
+        adapters=(
+            *(f"{name}={adapters / name}" for name in ("v1", "v2", "sees")),
+            f"7b={adapters / '7b.pth'},encoder=efficientnet-lite0",
+        ),
+        adapter_root=adapters,
+        shipped_adapters=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def engines(folder: Path) -> tuple[Engine, Engine]:
+    return build(settings(folder, "vllm")), build(settings(folder, "native"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def started(engines: tuple[Engine, Engine]) -> AsyncGenerator[tuple[Engine, Engine], None]:
+    for engine in engines:
+        await engine.start()
+    yield engines
+    for engine in engines:
+        await engine.stop()
+
+
+def picture(colour: str) -> bytes:
+    file = BytesIO()
+    Image.linear_gradient("L").convert("RGB").point(lambda x: x // 2).save(file, "PNG")
+    plain = Image.new("RGB", (80, 60), colour)
+    plain.paste(Image.open(file).resize((40, 30)), (20, 10))
+    file = BytesIO()
+    plain.save(file, "PNG")
+    return file.getvalue()
+
+
+def ask(prompt: Prompt | str, model: str = "tiny", image: str | None = None, **sampling) -> GenerateRequest:
+    if isinstance(prompt, str):
+        prompt = ChatPrompt((ChatMessage("user", prompt),))
+    params = {"temperature": 0, "max_tokens": 10, "ignore_eos": True} | sampling
+    images = (picture(image),) if image else ()
+    return GenerateRequest("r", model, prompt, SamplingParams(**params), images)
+
+
+async def events_of(engine: Engine, request: GenerateRequest) -> list[Event]:
+    return [event async for event in engine.generate(request)]
+
+
+async def both(engines: tuple[Engine, Engine], request: GenerateRequest) -> tuple[list[Event], list[Event]]:
+    ours, native = [await events_of(engine, request) for engine in engines]
+    return ours, native
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+def scores_of(events: list[Event]) -> list[tuple[int, float]]:
+    found = [item for event in events if isinstance(event, Delta) for item in event.logprobs]
+    found += [item for event in events if isinstance(event, PromptScored) for item in event.logprobs[1:]]
+    pairs = [(item.token_id, item.logprob) for item in found]
+    return pairs + [(top.token_id, top.logprob) for item in found for top in item.top]  # type: ignore[return-value]
+
+
+def end_of(events: list[Event]) -> Finished:
+    assert isinstance(events[-1], Finished)
+    return events[-1]
+
+
+REQUESTS = {
+    "base": ask("Hello, who are you?"),
+    "v1": ask("Hello, who are you?", "v1"),
+    "v2": ask("Hello, who are you?", "v2"),
+    "a picture": ask("What is this?", "sees", "red", logprobs=1),
+    "another picture": ask("What is this?", "sees", "navy", logprobs=1),
+    "no picture": ask("What is this?", "sees", logprobs=1),
+    "released form": ask("What is this?", "7b", "red", logprobs=1),
+    "released form without picture": ask("What is this?", "7b", logprobs=1),
+    "scored without picture": ask(TextPrompt("the quick"), "sees", prompt_logprobs=0, max_tokens=1),
+    "scored with picture": ask(TextPrompt("the quick"), "sees", "red", prompt_logprobs=0, max_tokens=1),
+    "penalised with picture": ask("a a a", "sees", "red", repetition_penalty=1.5),
+    "logprobs": ask("It is", "v1", logprobs=3),
+    "prompt": ask(TextPrompt("the quick brown fox jumps"), "v1", prompt_logprobs=2, logprobs=0, max_tokens=1),
+    "only scored": ask(TextPrompt("the quick brown fox"), "v2", prompt_logprobs=0, max_tokens=0),
+    "repetition": ask("a a a a a a", "v1", repetition_penalty=1.5),
+    "penalties": ask("a a a a", frequency_penalty=1.0, presence_penalty=0.5, max_tokens=30),
+    "bias": ask("a", "v2", logit_bias={5: 100.0}, max_tokens=3),
+    "ends": ask("a", "v1", ignore_eos=False, max_tokens=200),
+    "least": ask("a", ignore_eos=False, min_tokens=4, logit_bias={2: 30.0}),
+    "whole context": ask(TokenPrompt(tuple(range(3, 303))), "v1", max_tokens=None),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+async def test_events_are_those_of_the_native_engine(started: tuple[Engine, Engine], name: str) -> None:
+    ours, native = await both(started, REQUESTS[name])
+    assert isinstance(ours[0], Started)
+    assert isinstance(ours[1], Scheduled)
+    assert ours[0] == native[0]
+    assert text_of(ours) == text_of(native)
+    assert [token for token, _ in scores_of(ours)] == [token for token, _ in scores_of(native)]
+    assert [score for _, score in scores_of(ours)] == pytest.approx(
+        [score for _, score in scores_of(native)], abs=TOLERANCE
+    )
+    assert end_of(ours).finish_reason == end_of(native).finish_reason
+    assert replace(end_of(ours).usage, cached_tokens=0) == replace(end_of(native).usage, cached_tokens=0)
+
+
+async def test_a_stop_string_ends_the_answer_and_vllms_request(started: tuple[Engine, Engine]) -> None:
+    text = text_of(await events_of(started[0], ask("Hello", "v1", max_tokens=40)))
+    stop = text[5:8]
+    ours, native = await both(started, ask("Hello", "v1", max_tokens=400, stop=(stop,)))
+    assert text_of(ours) == text_of(native) == text[: text.index(stop)]
+    assert end_of(ours).finish_reason == "stop"
+    await asyncio.sleep(0.3)
+    assert started[0].stats().running == 0
+
+
+async def test_requests_at_once_are_mixed(started: tuple[Engine, Engine]) -> None:
+    kinds = [("tiny", None), ("v1", None), ("v2", None), ("sees", "red"), ("sees", "navy"), ("7b", "red")]
+    requests = [ask(f"Number {i}", *kinds[i % len(kinds)], max_tokens=20) for i in range(12)]
+    mixed = await asyncio.gather(*(events_of(started[0], request) for request in requests))
+    for request, events in zip(requests, mixed, strict=True):
+        assert text_of(events) == text_of(await events_of(started[1], request))
+
+
+async def test_whoever_leaves_frees_the_blocks(started: tuple[Engine, Engine]) -> None:
+    engine = started[0]
+    async with aclosing(engine.generate(ask("Hello", "v1", max_tokens=400))) as events:
+        async for event in events:
+            if isinstance(event, Delta):
+                break
+    for _ in range(50):
+        if engine.stats().running == 0:
+            break
+        await asyncio.sleep(0.1)
+    assert engine.stats().running == engine.stats().kv_blocks_used == 0
+
+
+async def test_a_deadline_ends_the_request(started: tuple[Engine, Engine]) -> None:
+    request = replace(ask("Hello", max_tokens=400), timeout_seconds=0.2)
+    with pytest.raises(Timeout):
+        await events_of(started[0], request)
+
+
+async def test_an_adapter_replaced_under_its_name_answers_at_once_as_itself(
+    started: tuple[Engine, Engine], folder: Path
+) -> None:
+    """The prompt's blocks are cached for the one before; they must not be met."""
+    request = ask(TokenPrompt(tuple(range(3, 103))), "poet", max_tokens=20)
+    source = folder / "adapters" / "poet"
+    answers = []
+    for name in ("v1", "other"):
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.copytree(folder / "adapters" / name, source)
+        for engine in started:
+            await engine.load_adapter("poet", "poet")
+        ours, native = await both(started, request)
+        assert text_of(ours) == text_of(native)
+        again, _ = await both(started, request)
+        assert text_of(again) == text_of(ours)
+        assert end_of(again).usage.cached_tokens > 0
+        answers.append(text_of(ours))
+    assert answers[0] != answers[1]
+    for engine in started:
+        await (await engine.unload_adapter("poet"))
+        with pytest.raises(NotFound):
+            await events_of(engine, request)
+
+
+async def test_what_does_not_fit_is_refused_in_the_same_words(started: tuple[Engine, Engine]) -> None:
+    for request in (
+        ask(TokenPrompt(tuple(range(3, 303))), max_tokens=300),
+        ask(TokenPrompt((100000,))),
+        ask("a", logit_bias={100000: 1.0}),
+    ):
+        sentences = []
+        for engine in started:
+            with pytest.raises(ApiError) as refused:
+                await events_of(engine, request)
+            sentences.append((type(refused.value), refused.value.message))
+        assert sentences[0] == sentences[1]
+
+
+async def test_an_adapter_that_vllm_cannot_carry_is_refused(
+    started: tuple[Engine, Engine], folder: Path
+) -> None:
+    for id, config, reason in (
+        ("low", low_rank(), "it has LoRA terms, for which this engine made no room"),
+        ("head", adapter_config("v1", HEAD_DIM).model_copy(update={"head": True}), "an output head"),
+    ):
+        save_adapter(random_adapter(config), folder / "adapters" / id)
+        with pytest.raises(InvalidRequest, match=reason):
+            await started[0].load_adapter(id, id)
+        assert id not in [model.id for model in started[0].models()]
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+TOOL = ToolSchema("look_up", {"type": "object", "properties": {"q": {"type": "string", "maxLength": 4}}})
+
+
+@pytest.mark.parametrize(
+    "grammar", [Grammar("json_schema", SCHEMA), Grammar("tool_calls", tools=(TOOL,), parallel_calls=False)]
+)
+async def test_a_grammar_is_kept_to_beside_requests_without_one(
+    started: tuple[Engine, Engine], grammar: Grammar
+) -> None:
+    kinds = ("v1", "tiny", "sees")
+    constrained = [
+        ask("An answer in JSON", kind, max_tokens=60, ignore_eos=False, grammar=grammar, logprobs=0)
+        for kind in kinds
+    ]
+    free = [ask("An answer", kind, max_tokens=25) for kind in kinds]
+    mixed = await asyncio.gather(*(events_of(started[0], request) for request in (*constrained, *free)))
+    for request, events in zip((*constrained, *free), mixed, strict=True):
+        native = await events_of(started[1], request)
+        assert shown(events) == shown(native)
+        assert end_of(events).finish_reason == end_of(native).finish_reason
+
+
+def shown(events: list[Event]) -> tuple[str, list[object]]:
+    calls = [call for event in events if isinstance(event, Delta) for call in event.tool_calls]
+    return text_of(events), [(c.index, c.name) for c in calls if c.name] + [
+        "".join(c.arguments for c in calls)
+    ]
+
+
+async def test_a_grammar_that_cannot_be_followed_is_refused(started: tuple[Engine, Engine]) -> None:
+    request = ask("a", ignore_eos=False, grammar=Grammar("json_schema", {"not": {"type": "string"}}))
+    with pytest.raises(InvalidRequest, match="response_format"):
+        await events_of(started[0], request)

@@ -1,0 +1,189 @@
+"""A tiny base in vLLM with the plugin, and the native step loop that its answers are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import random_adapter
+from tiny_base import tiny_config
+from torch import Tensor
+from vllm import LLM
+from vllm import SamplingParams as VllmParams
+from vllm.lora.request import LoRARequest
+
+from models.adaptation import OneAdapter
+from models.adapter import Adapter, base_spec
+from models.adapter_config import (
+    LINEARS,
+    AdapterConfig,
+    GateConfig,
+    LoraConfig,
+    PromptConfig,
+    ScaleBiasConfig,
+)
+from models.attention import DenseAttend
+from models.checkpoints.base import load_base
+from models.llama import Llama
+from models.tokenizer import load_tokenizer
+from models.vllm_plugin import register
+from models.vllm_plugin.carriers import EVERYTHING, ROWS, check_carried
+from models.vllm_plugin.export import export_adapter
+from models.vllm_plugin.options import engine_options, placeholders
+from server.worker.blocks import BlockManager
+from server.worker.messages import Delta, SamplingParams
+from server.worker.runner import LoadedAdapter, Runner
+from server.worker.scheduler import Scheduler
+from server.worker.step_loop import Prepared, StepLoop
+
+HEAD_DIM = 32  # the smallest of the CPU's attention in vLLM
+TOLERANCE = 1e-4  # of log-probabilities in float32: sums are taken in another order
+
+ROOM = replace(EVERYTHING, images=False)
+
+LIMITS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 32 << 20,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 512,
+    "disable_log_stats": False,
+}
+
+
+def scaled_inputs() -> AdapterConfig:
+    """As the chat-65B adapter, with prompts besides."""
+    tuned = ScaleBiasConfig(scale="input", scale_targets=LINEARS, bias_targets=LINEARS)
+    spec = base_spec(tiny_config(head_dim=HEAD_DIM))
+    prompt = PromptConfig(length=7, layers=(0, 3))
+    return AdapterConfig(base=spec, prompt=prompt, norms=True, final_norm=True, scale_bias=tuned)
+
+
+def low_rank() -> AdapterConfig:
+    """As the released 7B adapter with LoRA, whose terms do not act on the prompts."""
+    spec = base_spec(tiny_config(head_dim=HEAD_DIM))
+    return AdapterConfig(
+        base=spec,
+        prompt=PromptConfig(length=3, layers=(1, 2, 3)),
+        gate=GateConfig(new_gate=True),
+        norms=True,
+        final_norm=True,
+        scale_bias=ScaleBiasConfig(bias_targets=("wq", "wo", "w1", "w2", "w3")),
+        lora=LoraConfig(rank=4, targets=LINEARS, alpha=8),
+    )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and which adapter answers it: a key of `adapters`, or the base."""
+
+    tokens: list[int]
+    adapter: str | None = None
+    max_tokens: int = 12
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]
+    logprobs: list[float]
+    cached: int = 0
+
+
+@dataclass
+class Deployment:
+    """A base and its adapters, served by both engines."""
+
+    path: Path
+    exports: Path
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.base, _ = load_base(self.path, torch.float32)
+
+    def add(self, name: str, config: AdapterConfig, seed: int) -> None:
+        adapter = random_adapter(config, seed=seed)
+        check_carried(config, name, ROOM)
+        export_adapter(adapter, self.exports / name, ROOM)
+        self.adapters[name] = adapter
+
+    def vllm(self, **changes: Any) -> LLM:
+        register()
+        options = engine_options(
+            self.path, self.base.config, tuned=True, sight=False, max_model_len=256, max_adapters=4
+        )
+        return LLM(**options | LIMITS | changes)
+
+    def ask(self, llm: LLM, requests: Sequence[Asked]) -> list[Answer]:
+        prompts = [{"prompt_token_ids": placeholders(self.base.config) + r.tokens} for r in requests]
+        loras = [self._lora(r.adapter) for r in requests]
+        return answers(llm, prompts, requests, loras)
+
+    def _lora(self, name: str | None) -> LoRARequest | None:
+        if name is None:
+            return None
+        return LoRARequest(name, list(self.adapters).index(name) + 1, str(self.exports / name))
+
+    def native(self, requests: Sequence[Asked]) -> list[Answer]:
+        """The same from the native engine's steps."""
+        blocks = BlockManager(64, 16, True)
+        scheduler = Scheduler(blocks, max_num_seqs=8, max_num_batched_tokens=256, max_model_len=256)
+        runner = Runner(self.base, num_blocks=64, block_size=16, max_hot_adapters=8, prompt_slots=8)
+        loop = StepLoop(runner, scheduler, load_tokenizer(self.path))
+        events: list[list[Any]] = [[] for _ in requests]
+        for i, request in enumerate(requests):
+            loaded = None
+            if request.adapter is not None:
+                loaded = LoadedAdapter((request.adapter, 1), self.adapters[request.adapter], None)
+            params = SamplingParams(temperature=0, logprobs=0, ignore_eos=True)
+            prepared = Prepared(str(i), request.tokens, params, request.max_tokens, (), loaded)
+            loop.add(prepared, events[i].append)
+        while loop.has_work:
+            loop.step()
+        deltas = [[event for event in own if isinstance(event, Delta)] for own in events]
+        return [
+            Answer(
+                [token for delta in own for token in delta.token_ids],
+                [item.logprob for delta in own for item in delta.logprobs],
+            )
+            for own in deltas
+        ]
+
+    @torch.no_grad()
+    def exact(self, request: Asked, generated: Sequence[int]) -> list[float]:
+        """Log-probabilities of the generated tokens by the training-time pass in float64."""
+        base = Llama(self.base.config, torch.float64).load(
+            (name, tensor.double()) for name, tensor in self.base._places()
+        )
+        prompts = adaptation = None
+        if request.adapter is not None:
+            adapter = self.adapters[request.adapter].double()
+            prompts, adaptation = adapter.prompts(base), OneAdapter(adapter, torch.float64)
+        tokens = torch.tensor([*request.tokens, *generated])
+        hidden = base(tokens, torch.arange(len(tokens)), DenseAttend(1, prompts), adaptation)
+        logprobs: Tensor = base.logits(hidden, adaptation).log_softmax(-1)
+        if request.adapter is not None:
+            self.adapters[request.adapter].float()
+        first = len(request.tokens) - 1
+        return [logprobs[first + i, token].item() for i, token in enumerate(generated)]
+
+
+def answers(llm: LLM, prompts: list[Any], requests: Sequence[Asked], loras: Any = None) -> list[Answer]:
+    params = [
+        VllmParams(temperature=0, max_tokens=r.max_tokens, logprobs=0, detokenize=False, ignore_eos=True)
+        for r in requests
+    ]
+    outputs = llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
+    return [
+        Answer(
+            list(output.outputs[0].token_ids),
+            [
+                step[token].logprob
+                for token, step in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+            ],
+            max((output.num_cached_tokens or 0) - ROWS, 0),
+        )
+        for output in outputs
+    ]
