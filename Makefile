@@ -15,7 +15,7 @@ FAST := not weights and not server and not clip and not gpu and not paddle and n
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
-.PHONY: help serve test test-paddle lint bench image manifests check-deploy check-policy rehearse-cluster clients chromium screenshots \
+.PHONY: help serve test test-paddle lint bench image manifests check-deploy check-policy rehearse-cluster rehearse-images clients chromium screenshots \
   constraints clean
 
 help:
@@ -82,6 +82,10 @@ $(POLICY)/.ready: tests/deploy/policy-requirements.txt
 	test -x $(POLICY)/bin/python || $(PYTHON) -m venv $(POLICY)
 	$(POLICY)/bin/pip install --quiet --no-deps --requirement $<
 	touch $@
+
+# Builds the images in Debian roots, starts them as compose does, and asks them; needs root and debootstrap.
+rehearse-images: .venv/.dev $(DEPLOY)/.ready
+	$(BIN)/python -m deploy.rehearsal.images $(ARGS)
 
 manifests: $(DEPLOY)/.ready
 	$(DEPLOY)/bin/python deploy/render.py --manifests
