@@ -16,8 +16,8 @@ FAST := not weights and not server and not clip and not gpu and not paddle and n
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
-.PHONY: help serve test test-paddle test-vllm vllm lint bench image manifests check-deploy rehearse-cluster \
-  clients chromium screenshots constraints clean
+.PHONY: help serve test test-paddle test-vllm vllm lint bench image manifests check-deploy check-policy \
+  rehearse-cluster rehearse-images clients chromium screenshots constraints clean
 
 help:
 	@echo 'make serve   start the service at http://$(HOST):$(PORT)   [HOST= PORT= ARGS="--adapter poet=./poet"]'
@@ -74,6 +74,25 @@ check-deploy: .venv/.dev $(DEPLOY)/.ready
 rehearse-cluster: .venv/.dev
 	$(BIN)/llama-adapter pull smollm2-135m
 	$(BIN)/python -m deploy.rehearsal.cluster $(ARGS)
+
+# General policies: no privileges, limits set, and some hundred more. deploy/checkov.yaml says which not.
+POLICY := .venv-policy
+RENDERED := deploy/helm/llama-adapter/values-laptop.yaml deploy/helm/llama-adapter/values-a100.yaml tests/deploy/everything.yaml
+check-policy: $(POLICY)/.ready $(DEPLOY)/.ready
+	rm -rf build/policy && mkdir -p build/policy
+	for values in $(RENDERED); do \
+	  $(DEPLOY)/bin/python deploy/render.py $$values > build/policy/$$(basename $$values) || exit 1; \
+	done
+	$(POLICY)/bin/checkov --config-file deploy/checkov.yaml --directory deploy --directory build/policy
+
+$(POLICY)/.ready: tests/deploy/policy-requirements.txt
+	test -x $(POLICY)/bin/python || $(PYTHON) -m venv $(POLICY)
+	$(POLICY)/bin/pip install --quiet --no-deps --requirement $<
+	touch $@
+
+# Builds the images in Debian roots, starts them as compose does, and asks them; needs root and debootstrap.
+rehearse-images: .venv/.dev $(DEPLOY)/.ready
+	$(BIN)/python -m deploy.rehearsal.images $(ARGS)
 
 manifests: $(DEPLOY)/.ready
 	$(DEPLOY)/bin/python deploy/render.py --manifests
@@ -147,4 +166,4 @@ constraints: .venv/.dev
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch(vision)?==[^+]*)\+.*/\1/' > constraints.txt
 
 clean:
-	rm -rf .venv .venv-paddle $(VLLM) $(CLIENTS) $(DEPLOY) $(NODE_CLIENTS)/node_modules build dist *.egg-info
+	rm -rf .venv .venv-paddle $(VLLM) $(CLIENTS) $(DEPLOY) $(POLICY) $(NODE_CLIENTS)/node_modules build dist *.egg-info

@@ -25,7 +25,7 @@ from typing import Annotated
 import httpx
 import typer
 
-from deploy.rehearsal.hosts import NoNamespaces, enter_namespaces
+from deploy.rehearsal.hosts import NoNamespaces, enter_namespaces, make_switch
 from deploy.rehearsal.stack import ADMIN_KEY, DISK_BYTES, Cluster
 from deploy.rehearsal.traffic import PATIENCE_SECONDS, Answer, Load, Outcome, expected_answers, questions
 
@@ -246,6 +246,7 @@ def main(
     """Exit code 1 if anything is not as it should be."""
     try:
         enter_namespaces("deploy.rehearsal.cluster")
+        make_switch()
     except NoNamespaces as error:
         sys.exit(f"error: {error}. Run it as root, or where user namespaces are allowed.")
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))

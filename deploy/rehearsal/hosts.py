@@ -11,6 +11,7 @@ it ends, however it ends.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import select
@@ -27,6 +28,7 @@ _NETWORK = "10.77.0"
 _SWITCH = "switch"
 _NAMESPACES = Path("/run/netns")
 _INSIDE = "REHEARSAL_INSIDE"
+_CLONE_NEWNET = 0x40000000
 _FRAME_BYTES = 65536
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 
@@ -36,17 +38,16 @@ class NoNamespaces(Exception):
 
 
 def enter_namespaces(module: str) -> None:
-    """Start `module` again in namespaces of network, mounts and processes, and make the switch there.
+    """Start `module` again in namespaces of mounts and processes, once; `make_switch` gives it a network.
 
     Whoever is not root becomes root inside a user namespace, where the kernel allows that.
     Raises `NoNamespaces`.
     """
     if os.environ.pop(_INSIDE, None):
-        _make_switch()
         return
     user = [] if os.geteuid() == 0 else ["--map-root-user"]
     # It ends with us; mounts are not seen outside.
-    unshare = ["unshare", *user, "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    unshare = ["unshare", *user, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     tried = subprocess.run([*unshare, "true"], capture_output=True, text=True, check=False)
     if tried.returncode:
         raise NoNamespaces(f"{' '.join(unshare)}: {tried.stderr.strip()}")
@@ -62,7 +63,10 @@ def command(*words: str) -> None:
         raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
 
 
-def _make_switch() -> None:
+def make_switch() -> None:
+    """Leave the machine's network for one with nothing in it but the switch that hosts are connected to."""
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
+        raise NoNamespaces(f"unshare of the network: {os.strerror(ctypes.get_errno())}")
     command("mount", "-t", "tmpfs", "tmpfs", "/run")
     _NAMESPACES.mkdir()
     command("ip", "link", "set", "lo", "up")

@@ -15,6 +15,7 @@ from tests.deploy.deployment import CHART, ROOT
 from tests.deploy.test_containers import DOCKERFILE, TARGETS
 
 PAGE = (ROOT / "docs" / "deploy.md").read_text()
+SIZES = (ROOT / "docs" / "size.md").read_text()
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 
 
@@ -82,11 +83,7 @@ def test_values_that_are_named_exist() -> None:
 
 @pytest.mark.parametrize("base", BASES)
 def test_sizes(base: str) -> None:
-    rows = [
-        [c.strip() for c in line.split("|")[1:5]]
-        for line in section("Sizes").splitlines()
-        if f"| {base} |" in line
-    ]
+    rows = [[c.strip() for c in line.split("|")[1:5]] for line in SIZES.splitlines() if f"| {base} |" in line]
     assert rows
     for _, dtype, per_token, per_gib in rows:
         size = KVCache.bytes_per_block(BASES[base], 1, getattr(torch, dtype))
@@ -100,7 +97,7 @@ def test_the_sums_for_llama_7b() -> None:
     values = yaml.safe_load((CHART / "values-a100.yaml").read_text())
     cache = values["worker"]["settings"]["kv_cache_mib"] * 2**20
     assert cache == 48 * 2**30
-    assert f"{cache // per_token:,} tokens" in section("Sizes")
+    assert f"{cache // per_token:,} tokens" in SIZES
     assert f"{cache // per_token:,} tokens" in (CHART / "values-a100.yaml").read_text()
 
 
