@@ -13,7 +13,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-if find_spec("vllm") is None:
+_VLLM = find_spec("vllm")
+if _VLLM is None or _VLLM.origin is None:  # not installed; without an origin it is this folder
     collect_ignore_glob = ["test_*.py"]
 else:
     from llvmlite.binding import ffi

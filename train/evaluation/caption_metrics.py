@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from train.errors import EvaluationError
@@ -46,20 +47,23 @@ def tokenize(caption: str) -> list[str]:
     return _TOKEN.findall(caption.lower().translate(_ASCII))
 
 
+def check_scorers() -> None:
+    """Raises EvaluationError where the scorers are not installed: before the answers, not after them."""
+    if find_spec("pycocoevalcap") is None:
+        raise EvaluationError("scoring captions needs pycocoevalcap; install llama-adapter-server[eval]")
+
+
 def score_captions(references: Sequence[Sequence[str]], captions: Sequence[str]) -> CaptionScores:
     """Captions of pictures against each picture's references, at least one each.
 
     CIDEr weighs words by how few pictures' references have them: figures compare only over the same
     references, and of a single picture it is 0. Raises EvaluationError where no reference has a word.
     """
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-    except ImportError as error:
-        raise EvaluationError(
-            "scoring captions needs pycocoevalcap; install llama-adapter-server[eval]"
-        ) from error
+    check_scorers()
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
     cut = [[tokenize(reference) for reference in group] for group in references]
     answers = [tokenize(caption) for caption in captions]
     if not any(words for group in cut for words in group):

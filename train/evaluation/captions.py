@@ -13,7 +13,7 @@ from pathlib import Path
 
 from train.data.rows import Row
 from train.errors import EvaluationError
-from train.evaluation.caption_metrics import score_captions
+from train.evaluation.caption_metrics import check_scorers, score_captions
 from train.evaluation.endpoint import Endpoint
 from train.evaluation.results import Result
 from train.evaluation.samples import Wanted, check_image, fault, read_wanted
@@ -86,6 +86,7 @@ def shuffled(captioner: Captioner, seed: int) -> Captioner:
 
 def evaluate_captions(pictures: Sequence[Picture], captioner: Captioner) -> Result:
     """Describe and score. Scores are times 100."""
+    check_scorers()
     captions = captioner([picture.path for picture in pictures])
     scores = score_captions([picture.references for picture in pictures], captions)
     predictions = [

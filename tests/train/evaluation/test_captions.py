@@ -151,3 +151,12 @@ def test_scores_stand_beside_what_was_said() -> None:
     head, line, row = result.table().splitlines()
     assert [cell.strip() for cell in head.strip("|").split("|")] == list(result.scores)
     assert len(head) == len(line) == len(row)
+
+
+def test_nobody_is_asked_without_the_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(images: Sequence[Path]) -> list[str]:
+        raise AssertionError("hours of answers that nothing can score")
+
+    monkeypatch.setattr("train.evaluation.caption_metrics.find_spec", lambda name: None)
+    with pytest.raises(EvaluationError, match=r"install llama-adapter-server\[eval\]"):
+        evaluate_captions([Picture(Path("a.png"), ("a frog",))], asked)
