@@ -46,7 +46,7 @@ def parse(text: str) -> tuple[dict[str, str], dict[str, Stage]]:
     before: dict[str, str] = {}
     stages: dict[str, Stage] = {}
     name, parent, body = "", "", []  # type: str, str, list[Instruction]
-    for line in [*re.sub(r"\\\n\s*", " ", text).splitlines(), "FROM "]:
+    for line in [*re.sub(r"\s*\\\n\s*", " ", text).splitlines(), "FROM "]:
         word, _, rest = line.strip().partition(" ")
         if word == "FROM" or line == "FROM ":
             if name:
@@ -94,7 +94,7 @@ class Builder:
                 below, layers = Image(self._debian, _PYTHON_ENV), [self._debian]
             image = replace(below, root=self._overlay(name, layers))
             for word, rest in stage.instructions:
-                image = self._apply(image, word, rest)
+                image = self.apply(image, word, rest)
             self._built[name] = image
         return self._built[name]
 
@@ -108,7 +108,8 @@ class Builder:
         call(["mount", "-t", "overlay", "overlay", "-o", options, str(root)])
         return root
 
-    def _apply(self, image: Image, word: str, rest: str) -> Image:
+    def apply(self, image: Image, word: str, rest: str) -> Image:
+        """What the instruction makes of `image`. Raises `RuntimeError`."""
         match word:
             case "ARG":
                 name, _, default = rest.partition("=")

@@ -30,7 +30,7 @@ import httpx
 import psutil
 import typer
 
-from deploy.rehearsal.dockerfile import Builder, Image, call
+from deploy.rehearsal.dockerfile import Builder, Image, call, mounted
 from deploy.rehearsal.hosts import Host, enter_namespaces, make_switch
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +44,11 @@ def debian(mirror: str) -> Path:
     root = _BUILD / "debian"
     if not (root / "usr/bin/python3.11").exists():
         shutil.rmtree(root, ignore_errors=True)
-        packages = "python3.11,python3.11-venv,ca-certificates"
-        call(["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(root), mirror])
+        call(["debootstrap", "--variant=minbase", "bookworm", str(root), mirror])
+        packages = "python3.11-venv ca-certificates"
+        install = f"apt-get update && apt-get install --yes --no-install-recommends {packages}"
+        with mounted(root, [Path("/etc/resolv.conf"), Path("/dev"), Path("/proc")]):
+            call(["chroot", str(root), "/bin/sh", "-c", install])
     python = root / "usr/local/bin/python"
     if not python.is_symlink():
         python.symlink_to("/usr/bin/python3.11")

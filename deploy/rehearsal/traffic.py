@@ -121,7 +121,8 @@ def _refusal(status: int, content: bytes) -> Answer:
 
 
 async def _streamed(response: httpx.Response) -> Answer:
-    text, experts = "", ()
+    text = ""
+    experts: tuple[tuple[str, str], ...] = ()
     async for line in response.aiter_lines():
         if line == "data: [DONE]":
             return Answer(Outcome.OK, text, experts)
