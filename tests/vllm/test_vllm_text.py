@@ -9,28 +9,23 @@ from vllm_support import LIMITS, Asked, Deployment, answers, check, mixed
 pytestmark = pytest.mark.vllm
 
 
-@pytest.fixture(scope="module")
-def llm(deployment: Deployment) -> LLM:
-    return deployment.vllm()
-
-
-def test_base_requests_are_exactly_those_of_bare_vllm(deployment: Deployment, llm: LLM) -> None:
-    requests = [Asked(request.tokens) for request in mixed(1)]
-    ours = deployment.ask(llm, requests)
-    bare = LLM(str(deployment.path), skip_tokenizer_init=True, max_model_len=256, block_size=32, **LIMITS)
-    theirs = answers(bare, [{"prompt_token_ids": r.tokens} for r in requests], requests)
-    assert [answer.tokens for answer in ours] == [answer.tokens for answer in theirs]
-    assert [answer.logprobs for answer in ours] == [answer.logprobs for answer in theirs]
-
-
-def test_a_mixed_batch_is_as_in_the_native_engine_and_cached_the_second_time(
-    deployment: Deployment, llm: LLM
+def test_base_requests_are_exactly_those_of_bare_vllm_and_mixed_ones_as_in_the_native_engine(
+    deployment: Deployment,
 ) -> None:
+    """One test, for an engine that ends takes vLLM's process groups along."""
+    for_base = [Asked(request.tokens) for request in mixed(1)]
+    llm = deployment.vllm()
+    ours = deployment.ask(llm, for_base)
     requests = mixed(2)
     check(deployment, requests, deployment.ask(llm, requests))
     again = deployment.ask(llm, requests)
     check(deployment, requests, again)
     assert sum(answer.cached for answer in again) > 0
+
+    bare = LLM(str(deployment.path), skip_tokenizer_init=True, max_model_len=256, block_size=32, **LIMITS)
+    theirs = answers(bare, [{"prompt_token_ids": r.tokens} for r in for_base], for_base)
+    assert [answer.tokens for answer in ours] == [answer.tokens for answer in theirs]
+    assert [answer.logprobs for answer in ours] == [answer.logprobs for answer in theirs]
 
 
 def test_chunks_that_cut_the_placeholders_apart_change_nothing(deployment: Deployment) -> None:

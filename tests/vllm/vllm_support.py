@@ -113,9 +113,8 @@ class Deployment:
 
     def vllm(self, **changes: Any) -> LLM:
         register()
-        options = engine_options(
-            self.path, self.base.config, tuned=True, sight=False, max_model_len=256, max_adapters=4
-        )
+        limits = {"max_model_len": 256, "max_adapters": 6}
+        options = engine_options(self.path, self.base.config, room=ROOM, **limits)
         return LLM(**options | LIMITS | changes)
 
     def ask(self, llm: LLM, requests: Sequence[Asked]) -> list[Answer]:
