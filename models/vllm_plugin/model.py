@@ -5,20 +5,19 @@ hidden states before the ordinary projection: what it writes into the KV cache i
 and values, sharded, quantised and paged like all others. Positions start after them; at position 0, where
 they lie, rotary embeddings change nothing. Adapters come through LoRA's slots (`carriers`).
 
-Shapes: N tokens of a step, C hidden size, H query heads, h a rank's heads, D head size, S adapter slots,
-R placeholders, F numbers of a layer's vectors.
+Shapes: N tokens of a step, C hidden size, h a rank's query heads, D head size, S adapter slots,
+R placeholders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.llama import (
@@ -28,7 +27,6 @@ from vllm.model_executor.models.llama import (
     LlamaModel,
 )
 
-from models.adapter_config import BaseSpec
 from models.vllm_plugin.attention import (
     gates,
     prompt_backend,
@@ -44,26 +42,11 @@ from models.vllm_plugin.carriers import (
     SEES,
     VECTORS,
     Room,
-    Span,
-    columns,
     final_vectors,
     layer_vectors,
 )
 from models.vllm_plugin.limits import check_config
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step's layers have to know of its tokens. `placeholder_N1` is None where there are none.
-
-    `slot_N` is 0 where there is no adapter, which `own_N1` tells apart; it is None where no token has one.
-    """
-
-    slot_N: Tensor
-    own_N1: Tensor | None
-    placeholder_N1: Tensor | None
-    row_N: Tensor  # of the prompt; ROWS - 1 for tokens of the text
-    visual_NC: Tensor | None
+from models.vllm_plugin.vectors import Step, Tuned, base_spec, flat, share, vector_carrier
 
 
 class AdapterAttention(LlamaAttention):
@@ -150,49 +133,6 @@ class AdapterAttention(LlamaAttention):
         return part
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """One layer's vectors of a step's tokens, read out of its carrier where they are used."""
-
-    flat_SF: Tensor
-    spans: dict[str, Span]
-    shares: dict[str, Span]  # of a tensor-parallel rank, in biases and scales
-    step: Step
-
-    def linears(
-        self, names: Sequence[str], x: Tensor, compute: Callable[[Tensor], Sequence[Tensor]]
-    ) -> list[Tensor]:
-        """Several linears on one input, which `compute` does at once: apart where inputs are scaled."""
-        if f"scale_in.{names[0]}" in self.shares:
-            ys: Sequence[Tensor] = [compute(self.before(name, x))[i] for i, name in enumerate(names)]
-        else:
-            ys = compute(x)
-        return [self.after(name, y) for name, y in zip(names, ys, strict=True)]
-
-    def before(self, name: str, x: Tensor) -> Tensor:
-        """x ⊙ s, [N, in]; exactly x for tokens whose adapter scales no inputs."""
-        share = self.shares.get(f"scale_in.{name}")
-        return x if share is None else torch.addcmul(x, x, self._rows(*share))
-
-    def after(self, name: str, y: Tensor) -> Tensor:
-        """s ⊙ (y + b), [N, out]; exactly y for tokens whose adapter has neither."""
-        y = y + self._rows(*self.shares[f"bias.{name}"])
-        return torch.addcmul(y, y, self._rows(*self.shares[f"scale_out.{name}"]))
-
-    def norm(self, name: str, flag: str, base_NC: Tensor, residual_NC: Tensor, eps: float) -> Tensor:
-        """The residual's norm by the adapter's own weights; `base_NC` for tokens without their own."""
-        has_N1 = self._rows(*self.spans[flag])
-        weight_NC = self._rows(*self.spans[name]).float()
-        x_NC = residual_NC.float()
-        own_NC = x_NC * (x_NC.square().mean(-1, keepdim=True) + eps).rsqrt() * weight_NC
-        return torch.where(has_N1 > 0, own_NC.to(base_NC.dtype), base_NC)
-
-    def _rows(self, start: int, end: int) -> Tensor:
-        assert self.step.own_N1 is not None
-        rows: Tensor = self.flat_SF[:, start:end][self.step.slot_N]
-        return rows * self.step.own_N1
-
-
 class AdapterLayer(LlamaDecoderLayer):
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
         super().__init__(vllm_config, prefix, config, AdapterAttention)
@@ -202,15 +142,15 @@ class AdapterLayer(LlamaDecoderLayer):
         if self.tuned:
             spec = base_spec(config)
             self.spans = layer_vectors(spec, input_scales=room.input_scales)
-            self.shares = {key: _share(key, span, spec) for key, span in self.spans.items() if "." in key}
-            self.add_module(VECTORS, _vector_carrier(self.spans, f"{prefix}.{VECTORS}"))
+            self.shares = {key: share(key, span, spec) for key, span in self.spans.items() if "." in key}
+            self.add_module(VECTORS, vector_carrier(self.spans, f"{prefix}.{VECTORS}"))
 
     def forward(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, step: Step
     ) -> tuple[Tensor, Tensor]:
         tuned = None
         if self.tuned and step.own_N1 is not None:
-            tuned = Tuned(_flat(getattr(self, VECTORS)), self.spans, self.shares, step)
+            tuned = Tuned(flat(getattr(self, VECTORS)), self.spans, self.shares, step)
         h, residual = self._norm("attention_norm", self.input_layernorm, hidden_states, residual, tuned)
         h = self.self_attn(positions, h, step, tuned)
         h, residual = self._norm("feed_forward_norm", self.post_attention_layernorm, h, residual, tuned)
@@ -238,7 +178,7 @@ class AdapterModel(LlamaModel):
         self.tuned = Room(**self.config.llama_adapter).vectors
         if self.tuned:
             self.spans = final_vectors(base_spec(self.config))
-            self.add_module(FINAL, _vector_carrier(self.spans, f"{prefix}.{FINAL}"))
+            self.add_module(FINAL, vector_carrier(self.spans, f"{prefix}.{FINAL}"))
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Placeholders have an id of their own, the first beyond the vocabulary, and no embedding."""
@@ -265,7 +205,7 @@ class AdapterModel(LlamaModel):
             hidden, residual = layer(positions, hidden, residual, step)
         hidden, residual = self.norm(hidden, residual)
         if self.tuned and step.own_N1 is not None:
-            tuned = Tuned(_flat(getattr(self, FINAL)), self.spans, {}, step)
+            tuned = Tuned(flat(getattr(self, FINAL)), self.spans, {}, step)
             hidden = tuned.norm("final_norm", "has_norm", hidden, residual, self.norm.variance_epsilon)
         return hidden
 
@@ -303,40 +243,3 @@ class LlamaAdapterForCausalLM(LlamaForCausalLM):
         loaded: set[str] = super().load_weights(weights)
         carriers = (PROMPT, VECTORS, FINAL)  # no checkpoint has them, and nobody reads them
         return loaded | {name for name, _ in self.named_parameters() if name.split(".")[-2] in carriers}
-
-
-def base_spec(config: Any) -> BaseSpec:
-    """The base's shape, of its Hugging Face configuration."""
-    return BaseSpec(
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-    )
-
-
-def _vector_carrier(spans: dict[str, Span], prefix: str) -> ReplicatedLinear:
-    return ReplicatedLinear(columns(spans), 1, bias=False, prefix=prefix)
-
-
-def _flat(carrier: Any) -> Tensor:
-    """All slots' vectors, [S, F]; a view."""
-    flat_SF: Tensor = carrier.lora_a_stacked[0].flatten(1)
-    return flat_SF
-
-
-def _share(key: str, span: Span, base: BaseSpec) -> Span:
-    """The part of a linear's vector that belongs to what this tensor-parallel rank computes."""
-    rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    start, end = span
-    kind, name = key.split(".")
-    if (kind == "scale_in") != (name in ("wo", "w2")):
-        return span  # inputs that every rank has, and outputs that are summed over the ranks
-    if name in ("wk", "wv") and base.num_kv_heads < world:  # a head is on several ranks
-        parts, part = base.num_kv_heads, rank * base.num_kv_heads // world
-    else:
-        parts, part = world, rank
-    size = (end - start) // parts
-    return start + part * size, start + (part + 1) * size

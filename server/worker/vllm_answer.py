@@ -76,7 +76,8 @@ class Answer:
     def finish(self, reason: FinishReason, cached_tokens: int) -> list[Event]:
         """vLLM has no more to say."""
         if not self.ended:
-            self._finish(reason, cached_tokens)
+            cut = self._generated == self._prepared.max_tokens  # vLLM generates one where none was asked for
+            self._finish("length" if cut else reason, cached_tokens)
         return self._taken()
 
     def _take(self, token: int, scored: TokenLogprob | None, cached_tokens: int) -> None:

@@ -17,6 +17,7 @@ from models.fingerprint import fingerprint
 from models.pull import resolve_base
 from models.tokenizer import load_tokenizer
 from models.vision.images import ImageLimits
+from models.vllm_plugin import ENDS_WITH_PARENT
 from models.vllm_plugin.carriers import EVERYTHING, ROWS, Room
 from models.vllm_plugin.options import engine_options
 from server.serving import StartupError
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What vLLM reads when it is imported; what the environment says stays.
+# What vLLM and the plugin read when they are imported; what the environment says stays.
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",  # it would report to its authors
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the plugin was tested with the first
     "VLLM_CONFIGURE_LOGGING": "0",  # the log is ours
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the experts want cores too
+    ENDS_WITH_PARENT: "1",
 }
 
 

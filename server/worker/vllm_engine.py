@@ -8,6 +8,7 @@ of its own, so that cached blocks of another version are never met.
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -61,7 +63,10 @@ class ContextRoom:
 
     def check_fits(self, num_prompt_tokens: int, max_tokens: int) -> None:
         if num_prompt_tokens < 1 or max_tokens < 0:
-            raise SequenceRejected("a prompt needs at least one token, and max_tokens must not be negative")
+            raise SequenceRejected(
+                f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens}: "
+                "a prompt needs at least one token, and max_tokens must not be negative"
+            )
         if num_prompt_tokens + max_tokens > self.max_sequence_len:
             raise SequenceTooLong(
                 f"{num_prompt_tokens} prompt tokens and {max_tokens} to generate are more than the "
@@ -98,6 +103,7 @@ class VllmEngine:
         self._exports = TemporaryDirectory(prefix="llama-adapter-vllm-")
         self._loras: dict[tuple[str, int], Any] = {}  # by adapter version
         self._seen: OrderedDict[Hashable, Tensor] = OrderedDict()  # visual rows, the latest last
+        self._seeing = Lock()
 
     @property
     def healthy(self) -> bool:
@@ -194,9 +200,14 @@ class VllmEngine:
             return
         adapter, (id, version) = model.adapter.adapter, model.key
         check_carried(adapter.config, id, self._room)
-        folder = Path(self._exports.name) / f"{version}-{id}"
+        folder = self._folder(model.key)
         await asyncio.to_thread(export_adapter, adapter, folder, self._room)
         self._loras[model.key] = await self._vllm.add_adapter(f"{id}@{version}", folder)
+
+    def _folder(self, key: tuple[str, int]) -> Path:
+        """Where one version of an adapter lies for vLLM, which may read it again after it was evicted."""
+        id, version = key
+        return Path(self._exports.name) / f"{version}-{id}"
 
     def _retire(self, model: ServedModel) -> asyncio.Task[None]:
         """Let running requests finish with their version, then have vLLM drop it."""
@@ -207,6 +218,7 @@ class VllmEngine:
             lora = self._loras.pop(model.key, None)
             if lora is not None and self.healthy:
                 await self._vllm.remove_adapter(lora)
+                await asyncio.to_thread(shutil.rmtree, self._folder(model.key), ignore_errors=True)
 
         task = asyncio.create_task(retire())
         self._retiring.add(task)
@@ -226,12 +238,14 @@ class VllmEngine:
         if loaded is None or image is None or loaded.encoder is None:
             return None
         key = (loaded.key, image.key)
-        rows_RC = self._seen.get(key)
+        with self._seeing:
+            rows_RC = self._seen.pop(key, None)
         if rows_RC is None:
             rows_RC = visual_rows(loaded.adapter, loaded.encoder, image.pixels)
-        self._seen[key] = rows_RC
-        while len(self._seen) > _SEEN:
-            self._seen.pop(next(iter(self._seen)), None)
+        with self._seeing:
+            self._seen[key] = rows_RC
+            if len(self._seen) > _SEEN:
+                self._seen.popitem(last=False)
         return rows_RC
 
     async def _events(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support import random_adapter
 from tiny_base import tiny_config
@@ -111,9 +113,8 @@ class Deployment:
 
     def vllm(self, **changes: Any) -> LLM:
         register()
-        options = engine_options(
-            self.path, self.base.config, tuned=True, sight=False, max_model_len=256, max_adapters=4
-        )
+        limits = {"max_model_len": 256, "max_adapters": 6}
+        options = engine_options(self.path, self.base.config, room=ROOM, **limits)
         return LLM(**options | LIMITS | changes)
 
     def ask(self, llm: LLM, requests: Sequence[Asked]) -> list[Answer]:
@@ -187,3 +188,28 @@ def answers(llm: LLM, prompts: list[Any], requests: Sequence[Asked], loras: Any 
         )
         for output in outputs
     ]
+
+
+KINDS = (None, "poet", "cook", "tuned", "scaled", "low")
+
+
+def mixed(seed: int, count: int = 12) -> list[Asked]:
+    """Requests for the base and all adapters in turn, short and long."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(3, 300) for _ in range(40)]
+    return [
+        Asked(
+            shared[: rng.choice((0, 0, 40))] + [rng.randrange(3, 300) for _ in range(rng.randrange(1, 50))],
+            KINDS[i % len(KINDS)],
+        )
+        for i in range(count)
+    ]
+
+
+def check(
+    deployment: Deployment, requests: list[Asked], found: list[Answer], tolerance: float = TOLERANCE
+) -> None:
+    for request, ours, native in zip(requests, found, deployment.native(requests), strict=True):
+        assert ours.tokens == native.tokens, request
+        assert ours.logprobs == pytest.approx(native.logprobs, abs=tolerance)
+        assert ours.logprobs == pytest.approx(deployment.exact(request, ours.tokens), abs=tolerance)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_text import check, mixed
-from vllm_support import Asked, Deployment
+from vllm_support import Asked, Deployment, check, mixed
 
 from models.adapter import base_spec
 from models.adapter_config import AdapterConfig, PromptConfig
