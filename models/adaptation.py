@@ -186,8 +186,17 @@ class BatchAdaptation(_Adaptation):
         self._slots_N = slots_N
 
     @property
-    def changes_nothing(self) -> bool:
-        return not self._keys
+    def slots_N(self) -> Tensor:
+        return self._slots_N
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Norms, and biases and scales of outputs, are all that the batch's adapters have."""
+        return not any(key.startswith(("lora.", "scale_in.")) for key in self._keys)
+
+    def stack(self, key: str) -> Tensor | None:
+        """All layers' and slots' vectors, [L, S, features]; None where no adapter of the batch has it."""
+        return self._bank.stacks[key] if key in self._keys else None
 
     def vector(self, key: str, layer: int) -> Tensor | None:
         stack_SC = self._stack(key, layer)

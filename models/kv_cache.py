@@ -119,10 +119,15 @@ class PagedAttend:
         first_chunk = layout.num_single if self._fused else 0
         if first_chunk:
             out_NHD[:first_chunk] = self._singles(layer, q_NHD[:first_chunk])
-        for b in range(first_chunk, len(layout.lens_B)):
-            tokens = slice(layout.starts[b], layout.starts[b + 1])
-            out_NHD[tokens] = self._chunk(layer, b, q_NHD[tokens], k_NGD[tokens], v_NGD[tokens])
+        self.chunks(layer, q_NHD, out_NHD, first_chunk)
         return out_NHD
+
+    def chunks(self, layer: int, q_NHD: Tensor, out_NHD: Tensor, first: int) -> None:
+        """The sequences from `first` on, whose keys and values are in the cache, into `out_NHD`."""
+        layout = self._layout
+        for b in range(first, len(layout.lens_B)):
+            tokens = slice(layout.starts[b], layout.starts[b + 1])
+            out_NHD[tokens] = self._chunk(layer, b, q_NHD[tokens])
 
     def _singles(self, layer: int, q_BHD: Tensor) -> Tensor:
         B, prompts = q_BHD.shape[0], self._prompts
@@ -139,12 +144,10 @@ class PagedAttend:
             prompts.gate_LSH[layer].numpy(),
         )
 
-    def _chunk(self, layer: int, b: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        """One sequence's chunk. What it attends to besides itself is gathered, once for the chunk."""
-        length = int(self._layout.lens_B[b])
-        if length > q_THD.shape[0]:
-            k_TGD, v_TGD = self._cache.read(layer, self._blocks[b], length)
-        out_THD = causal_attention(q_THD, k_TGD, v_TGD)
+    def _chunk(self, layer: int, b: int, q_THD: Tensor) -> Tensor:
+        """One sequence's chunk. What it attends to is gathered, once for the chunk."""
+        k_UGD, v_UGD = self._cache.read(layer, self._blocks[b], int(self._layout.lens_B[b]))
+        out_THD = causal_attention(q_THD, k_UGD, v_UGD)
         slot = int(self._layout.prompt_slots_B[b])
         prompts = self._prompts
         K = int(prompts.lens_LS[layer, slot])
