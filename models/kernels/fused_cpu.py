@@ -18,7 +18,7 @@ from models.kernels import layers_cpu
 from models.kernels.layers_cpu import Batch, Cache, Rows, Vectors, Weights
 from models.kernels.scalars_cpu import array
 from models.kernels.tile_cpu import PANEL
-from models.kv_cache import KVCache, PagedAttend, PromptCache, StepLayout
+from models.kv_cache import KVCache, PromptCache, StepLayout
 from models.llama import Layer, Llama
 
 
@@ -45,19 +45,8 @@ class FusedPass:
         """Hidden states [N, C] in float32 before the final norm; keys and values go to the cache."""
         vectors = self._vectors(adaptation, len(tokens_N))
         batch, cache, rows = self._batch(positions_N, layout), self._views(), self._rows(tokens_N)
-        x_NC = torch.from_numpy(rows.x_NC)
-        if layout.num_single == len(layout.lens_B):
-            layers_cpu.run_singles(self._weights, vectors, batch, cache, rows)
-            return x_NC
-        attend = PagedAttend(self._cache, self._prompts, layout)
-        q_NHD, out_NHD = (_tensor(x, self._base.dtype) for x in (rows.q_NHD, rows.out_NHD))
-        for layer in range(self._base.config.num_layers):
-            layers_cpu.before_attention(layer, self._weights, vectors, batch, cache, rows)
-            if layout.num_single:
-                layers_cpu.attend_rows(layer, batch, cache, rows, layout.num_single)
-            attend.chunks(layer, q_NHD, out_NHD, layout.num_single)
-            layers_cpu.after_attention(layer, self._weights, vectors, rows)
-        return x_NC
+        layers_cpu.run_layers(self._weights, vectors, batch, cache, rows)
+        return torch.from_numpy(rows.x_NC)
 
     def logits(self, x_MC: Tensor, adaptation: BatchAdaptation | None) -> Tensor:
         """[M, V] in float32 of M rows of the hidden states; `adaptation` must be that of those rows."""
@@ -97,8 +86,9 @@ class FusedPass:
             np.cos(angles_ND).astype(np.float32),
             np.sin(angles_ND).astype(np.float32),
             layout.slots_N.numpy(),
+            layout.sequences_N,
+            layout.lens_N,
             layout.blocks_BM,
-            layout.lens_B,
             layout.prompt_slots_B,
         )
 
@@ -129,7 +119,3 @@ class FusedPass:
 _ORDER = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")  # of `Vectors`
 assert set(_ORDER) == set(LINEARS)
 
-
-def _tensor(x: Any, dtype: torch.dtype) -> Tensor:
-    """The inverse of `array`."""
-    return torch.from_numpy(x).view(dtype)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from models.kernels.paged_cpu import attend_singles
+from models.kernels.paged_cpu import attend
 from models.kernels.scalars_cpu import exp, jit, narrow, parallel_jit, widen
 from models.kernels.tile_cpu import PANEL, ROWS, tile_product
 
@@ -53,8 +53,9 @@ class Batch(NamedTuple):
     cos_ND: Any  # [N, D / 2], as sin
     sin_ND: Any
     places_N: Any  # flat cache positions
+    sequences_N: Any
+    lens_N: Any  # positions that a row sees
     blocks_BM: Any
-    lens_B: Any
     prompt_slots_B: Any
 
 
@@ -81,44 +82,38 @@ class Rows(NamedTuple):
 
 
 @jit
-def run_singles(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> None:
-    """All layers of a step whose rows are one token of a sequence each."""
-    for layer in range(w.qkv_LPKF.shape[0]):
-        before_attention(layer, w, vectors, batch, cache, rows)
-        attend_rows(layer, batch, cache, rows, rows.x_NC.shape[0])
-        after_attention(layer, w, vectors, rows)
-
-
-@jit
-def before_attention(layer: int, w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> None:
-    """Rotated queries into `q_NHD`, rotated keys and values into the cache."""
-    norm(rows.x_NC, vectors.attention_norm_LSC[layer], vectors.slots_N, w.eps, rows.h_NC)
-    _qkv(layer, rows.h_NC, w.qkv_LPKF[layer], vectors.bias, vectors.scale, vectors.slots_N, rows.qkv_NA,
-         rows.q_NHD.shape[1] * rows.q_NHD.shape[2], cache.k_LPsGD.shape[3] * cache.k_LPsGD.shape[4])
-    _rotate(rows.qkv_NA, batch.cos_ND, batch.sin_ND, batch.places_N, rows.q_NHD, cache.k_LPsGD[layer],
-            cache.v_LPsGD[layer])
-
-
-@jit
-def attend_rows(layer: int, batch: Any, cache: Any, rows: Any, num_singles: int) -> None:
-    """The first rows, of which each is a sequence's last token, from `q_NHD` to `out_NHD`."""
-    attend_singles(
-        rows.q_NHD[:num_singles], cache.k_LPsGD[layer], cache.v_LPsGD[layer], batch.blocks_BM, batch.lens_B,
-        cache.prompt_k_LSKGD[layer], cache.prompt_v_LSKGD[layer], batch.prompt_slots_B,
-        cache.prompt_lens_LS[layer], cache.gate_LSH[layer], rows.out_NHD[:num_singles],
-    )
-
-
-@jit
-def after_attention(layer: int, w: Any, vectors: Any, rows: Any) -> None:
-    """From `out_NHD` to the next layer's residual stream."""
-    N = rows.x_NC.shape[0]
-    flat = rows.out_NHD.reshape(N, rows.out_NHD.shape[1] * rows.out_NHD.shape[2])
+def run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> None:
+    """The residual stream through all layers, in place; new keys and values go to the cache."""
+    N, C = rows.x_NC.shape
+    flat_NC = rows.out_NHD.reshape(N, rows.out_NHD.shape[1] * rows.out_NHD.shape[2])
+    q = flat_NC.shape[1]
+    kv = cache.k_LPsGD.shape[3] * cache.k_LPsGD.shape[4]
     bias, scale, slots_N = vectors.bias, vectors.scale, vectors.slots_N
-    _add(layer, flat, w.wo_LPKF[layer], bias[3], scale[3], slots_N, rows.x_NC)
-    norm(rows.x_NC, vectors.feed_forward_norm_LSC[layer], slots_N, w.eps, rows.h_NC)
-    _gate_up(layer, rows.h_NC, w.gate_up_LPKF[layer], bias[4], bias[5], scale[4], scale[5], slots_N, rows.act_NI)
-    _add(layer, rows.act_NI, w.w2_LPKF[layer], bias[6], scale[6], slots_N, rows.x_NC)
+    for layer in range(w.qkv_LPKF.shape[0]):
+        norm(rows.x_NC, vectors.attention_norm_LSC[layer], slots_N, w.eps, rows.h_NC)
+        _qkv(layer, rows.h_NC, w.qkv_LPKF[layer], bias, scale, slots_N, rows.qkv_NA, q, kv)
+        k_PsGD, v_PsGD = cache.k_LPsGD[layer], cache.v_LPsGD[layer]
+        _rotate(rows.qkv_NA, batch.cos_ND, batch.sin_ND, batch.places_N, rows.q_NHD, k_PsGD, v_PsGD)
+        attend(
+            rows.q_NHD,
+            k_PsGD,
+            v_PsGD,
+            batch.blocks_BM,
+            batch.sequences_N,
+            batch.lens_N,
+            cache.prompt_k_LSKGD[layer],
+            cache.prompt_v_LSKGD[layer],
+            batch.prompt_slots_B,
+            cache.prompt_lens_LS[layer],
+            cache.gate_LSH[layer],
+            rows.out_NHD,
+        )
+        _add(layer, flat_NC, w.wo_LPKF[layer], bias[3], scale[3], slots_N, rows.x_NC)
+        norm(rows.x_NC, vectors.feed_forward_norm_LSC[layer], slots_N, w.eps, rows.h_NC)
+        _gate_up(
+            layer, rows.h_NC, w.gate_up_LPKF[layer], bias[4], bias[5], scale[4], scale[5], slots_N, rows.act_NI
+        )
+        _add(layer, rows.act_NI, w.w2_LPKF[layer], bias[6], scale[6], slots_N, rows.x_NC)
 
 
 @jit

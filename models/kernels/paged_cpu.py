@@ -1,9 +1,13 @@
-"""Gated attention of single queries over the paged cache, compiled for the CPU by numba.
+"""Gated attention over the paged cache, compiled for the CPU by numba.
 
-One task is one sequence and some query heads of one key/value head: it reads the sequence's blocks where
+Each row is the query of one position, which sees its sequence up to itself: decodes and prompts' chunks are
+the same. One task is a row and some query heads of one key/value head. It reads the sequence's blocks where
 they lie (the cache is never gathered or copied), then the prompt's rows, and writes
-softmax(qK)V + g·softmax(qK_a)V_a. Everything is accumulated in float32. A sequence's result does not depend
-on its neighbours.
+softmax(qK)V + g·softmax(qK_a)V_a. Everything is accumulated in float32, and a row's result does not depend on
+the other rows.
+
+Shapes: N rows, B sequences, M blocks of the longest, P blocks of s positions, T positions, H query heads, G
+key/value heads, R heads of a task, D head size, S prompt slots, K prompt rows.
 """
 
 from __future__ import annotations
@@ -15,9 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.kernels.rows_cpu import HEAD_STEP, add_rows, score_rows
 from models.kernels.scalars_cpu import SUPPORTED_DTYPES, array, exp, jit, narrow, parallel_jit, widen
+from models.kernels.tile_cpu import LANES
 
-__all__ = ["SUPPORTED_DTYPES", "attend_singles", "paged_decode"]
+__all__ = ["SUPPORTED_DTYPES", "attend", "paged_attend"]
 
 _FEW = 8  # tasks; where there are fewer of one per key/value head, each query head is one
 
@@ -27,11 +33,10 @@ def _softmax(scores_RT: Any, T: int) -> None:
     for r in range(scores_RT.shape[0]):
         top = scores_RT[r, 0]
         for t in range(1, T):
-            if scores_RT[r, t] > top:
-                top = scores_RT[r, t]
-        total = np.float32(0)
+            top = scores_RT[r, t] if scores_RT[r, t] > top else top
         for t in range(T):
             scores_RT[r, t] = exp(scores_RT[r, t] - top)
+        total = np.float32(0)
         for t in range(T):
             total += scores_RT[r, t]
         inverse = np.float32(1) / total
@@ -40,106 +45,115 @@ def _softmax(scores_RT: Any, T: int) -> None:
 
 
 @jit
-def _dots(q_RD: Any, row_D: Any, scale: Any, scores_RT: Any, t: int) -> None:
-    for r in range(q_RD.shape[0]):
-        total = np.float32(0)
-        for d in range(row_D.shape[0]):
-            total += q_RD[r, d] * widen(row_D[d])
-        scores_RT[r, t] = total * scale
+def _score(q_RD: Any, k_TGD: Any, t: int, g: int, count: int, scale: Any, scores_RT: Any, at: int) -> None:
+    """As `score_rows`, of any head size and for every r."""
+    R, D = q_RD.shape
+    for r in range(R):
+        if D % HEAD_STEP == 0:
+            for i in range(0, count, LANES):
+                score_rows(q_RD, r, k_TGD, t + i, g, min(LANES, count - i), scale, scores_RT, at + i)
+        else:
+            for i in range(count):
+                total = np.float32(0)
+                for d in range(D):
+                    total += widen(q_RD[r, d]) * widen(k_TGD[t + i, g, d])
+                scores_RT[r, at + i] = total * scale
 
 
 @jit
-def _accumulate(scores_RT: Any, t: int, row_D: Any, out_RD: Any) -> None:
-    for r in range(out_RD.shape[0]):
-        weight = scores_RT[r, t]
-        for d in range(row_D.shape[0]):
-            out_RD[r, d] += weight * widen(row_D[d])
+def _sum(weights_RT: Any, at: int, v_TGD: Any, t: int, g: int, count: int, out_RD: Any) -> None:
+    """As `add_rows`, of any head size."""
+    R, D = out_RD.shape
+    if D % HEAD_STEP == 0:
+        add_rows(weights_RT, at, v_TGD, t, g, count, out_RD)
+    else:
+        for i in range(count):
+            for r in range(R):
+                for d in range(D):
+                    out_RD[r, d] += weights_RT[r, at + i] * widen(v_TGD[t + i, g, d])
 
 
 @parallel_jit
-def attend_singles(
-    q_BHD: Any,
+def attend(
+    q_NHD: Any,
     k_PsGD: Any,
     v_PsGD: Any,
     blocks_BM: Any,
-    lens_B: Any,
+    sequences_N: Any,
+    lens_N: Any,
     prompt_k_SKGD: Any,
     prompt_v_SKGD: Any,
     slots_B: Any,
     prompt_lens_S: Any,
     gate_SH: Any,
-    out_BHD: Any,
+    out_NHD: Any,
 ) -> None:
-    """`paged_decode` on numpy's arrays, into `out_BHD`."""
-    B, H, D = q_BHD.shape
+    """Row n sees the first `lens_N[n]` positions of sequence `sequences_N[n]`, and the prompt in its slot."""
+    N, H, D = q_NHD.shape
     s, G = k_PsGD.shape[1], k_PsGD.shape[2]
-    R = H // G if B * G >= _FEW else 1
-    tasks_per_row = H // R
-    heads_per_group = H // G
+    group = H // G
+    R = group if N * G >= _FEW else 1
+    tasks = H // R  # of a row
     scale = np.float32(1 / np.sqrt(D))
-    for task in numba.prange(B * tasks_per_row):
-        b, first = np.int64(task) // tasks_per_row, np.int64(task) % tasks_per_row * R
-        g = first // heads_per_group
-        T, slot = np.int64(lens_B[b]), np.int64(slots_B[b])
+    for task in numba.prange(N * tasks):
+        # Rows from both ends in turn: threads take runs of tasks, and a chunk's later rows see more.
+        place, first = np.int64(task) // tasks, np.int64(task) % tasks * R
+        n = place // 2 if place % 2 == 0 else N - 1 - place // 2
+        g = first // group
+        b, T = np.int64(sequences_N[n]), np.int64(lens_N[n])
+        slot = np.int64(slots_B[b])
         K = np.int64(prompt_lens_S[slot])
-        q_RD = np.empty((R, D), np.float32)
-        for r in range(R):
-            for d in range(D):
-                q_RD[r, d] = widen(q_BHD[b, first + r, d])
-        scores = np.empty((R, max(T, K)), np.float32)
+        q_RD = q_NHD[n, first : first + R]
+        scores = np.empty((R, max(T, K) + LANES), np.float32)
         total = np.zeros((R, D), np.float32)
         for start in range(0, T, s):
-            block = np.int64(blocks_BM[b, start // s])
-            for t in range(start, min(start + s, T)):
-                _dots(q_RD, k_PsGD[block, t - start, g], scale, scores, t)
+            _score(q_RD, k_PsGD[blocks_BM[b, start // s]], 0, g, min(s, T - start), scale, scores, start)
         _softmax(scores, T)
         for start in range(0, T, s):
-            block = np.int64(blocks_BM[b, start // s])
-            for t in range(start, min(start + s, T)):
-                _accumulate(scores, t, v_PsGD[block, t - start, g], total)
+            _sum(scores, start, v_PsGD[blocks_BM[b, start // s]], 0, g, min(s, T - start), total)
         if K > 0:
-            for t in range(K):
-                _dots(q_RD, prompt_k_SKGD[slot, t, g], scale, scores, t)
+            _score(q_RD, prompt_k_SKGD[slot], 0, g, K, scale, scores, 0)
             _softmax(scores, K)
             for r in range(R):
                 for t in range(K):
                     scores[r, t] *= gate_SH[slot, first + r]
-            for t in range(K):
-                _accumulate(scores, t, prompt_v_SKGD[slot, t, g], total)
+            _sum(scores, 0, prompt_v_SKGD[slot], 0, g, K, total)
         for r in range(R):
             for d in range(D):
-                out_BHD[b, first + r, d] = narrow(total[r, d], out_BHD[b, first + r, d])
+                out_NHD[n, first + r, d] = narrow(total[r, d], out_NHD[n, first + r, d])
 
 
-def paged_decode(
-    q_BHD: Tensor,
+def paged_attend(
+    q_NHD: Tensor,
     k_PsGD: Tensor,
     v_PsGD: Tensor,
     blocks_BM: Any,
-    lens_B: Any,
+    sequences_N: Any,
+    lens_N: Any,
     prompt_k_SKGD: Tensor,
     prompt_v_SKGD: Tensor,
     slots_B: Any,
     prompt_lens_S: Any,
     gate_SH: Any,
 ) -> Tensor:
-    """Attention of one query per sequence, its own key and value already in the cache; [B, H, D] as q.
+    """Attention of N queries, their own keys and values already in the cache; [N, H, D] as q.
 
-    Queries and caches are float32 or bfloat16, one layer's: P blocks of s positions. Integer arrays are
-    numpy's (int32): a sequence's blocks, its length (the query included), its prompt slot, rows per slot.
+    Queries and caches are float32 or bfloat16, one layer's. Integer arrays are numpy's: a sequence's blocks,
+    a row's sequence and how many positions it sees (its own included), a sequence's prompt slot, rows per slot.
     """
-    out_BHD = torch.empty_like(q_BHD, memory_format=torch.contiguous_format)
-    attend_singles(
-        array(q_BHD.contiguous()),
+    out_NHD = torch.empty_like(q_NHD, memory_format=torch.contiguous_format)
+    attend(
+        array(q_NHD.contiguous()),
         array(k_PsGD),
         array(v_PsGD),
         blocks_BM,
-        lens_B,
+        sequences_N,
+        lens_N,
         array(prompt_k_SKGD),
         array(prompt_v_SKGD),
         slots_B,
         prompt_lens_S,
         gate_SH,
-        array(out_BHD),
+        array(out_NHD),
     )
-    return out_BHD
+    return out_NHD

@@ -26,8 +26,8 @@ _MULTIPLIES_BFLOAT16 = bool(_FEATURES.get("avx512bf16"))
 # Sums of 8 rows fill 24 of AVX-512's 32 registers; of 2 rows 12 of AVX2's 16.
 ROWS = 8 if _FEATURES.get("avx512f") else 2
 
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_VI32, _VF32 = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+VI32, VF32 = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
 
 
 class _BFloat(ir.Type):
@@ -60,19 +60,19 @@ def _tile(rows: int) -> Callable[..., None]:
 
             def start(array: Any, index: Any) -> Any:
                 stride = cgutils.unpack_tuple(b, array.strides)[0]
-                return b.add(b.ptrtoint(array.data, _I64), b.mul(index, stride))
+                return b.add(b.ptrtoint(array.data, I64), b.mul(index, stride))
 
             x_row = start(x_MK, args[1])
             x_stride = cgutils.unpack_tuple(b, x_MK.strides)[0]
             w_panel = start(w_PKF, args[3])
             K = cgutils.unpack_tuple(b, w_PKF.shape)[1]
             sums = _sums(b, rows, x_row, x_stride, w_panel, K, paired)
-            y_row = b.ptrtoint(y_MF.data, _I64)
+            y_row = b.ptrtoint(y_MF.data, I64)
             y_stride = cgutils.unpack_tuple(b, y_MF.strides)[0]
             for r in range(rows):
                 for v in range(VECTORS):
-                    offset = b.add(b.mul(y_stride, ir.Constant(_I64, r)), ir.Constant(_I64, 4 * LANES * v))
-                    place = b.inttoptr(b.add(y_row, offset), _VF32.as_pointer())
+                    offset = b.add(b.mul(y_stride, ir.Constant(I64, r)), ir.Constant(I64, 4 * LANES * v))
+                    place = b.inttoptr(b.add(y_row, offset), VF32.as_pointer())
                     b.store(b.load(sums[r][v]), place, align=4)
             return context.get_dummy_value()
 
@@ -83,47 +83,49 @@ def _tile(rows: int) -> Callable[..., None]:
 
 def _sums(b: Any, rows: int, x_row: Any, x_stride: Any, w_panel: Any, K: Any, paired: bool) -> Any:
     """Emit the loop over K steps: rows × VECTORS vectors of sums, in registers as soon as LLVM optimises."""
-    sums = [[cgutils.alloca_once(b, _VF32) for _ in range(VECTORS)] for _ in range(rows)]
+    sums = [[cgutils.alloca_once(b, VF32) for _ in range(VECTORS)] for _ in range(rows)]
     for row in sums:
         for place in row:
-            b.store(ir.Constant(_VF32, None), place)
-    with cgutils.for_range(b, K, intp=_I64) as loop:
-        w_step = b.add(w_panel, b.mul(loop.index, ir.Constant(_I64, 4 * PANEL)))
+            b.store(ir.Constant(VF32, None), place)
+    with cgutils.for_range(b, K, intp=I64) as loop:
+        w_step = b.add(w_panel, b.mul(loop.index, ir.Constant(I64, 4 * PANEL)))
         ws = []
         for v in range(VECTORS):
-            place = b.inttoptr(b.add(w_step, ir.Constant(_I64, 4 * LANES * v)), _VI32.as_pointer())
+            place = b.inttoptr(b.add(w_step, ir.Constant(I64, 4 * LANES * v)), VI32.as_pointer())
             ws.append(b.load(place, align=4))
-        x_step = b.add(x_row, b.mul(loop.index, ir.Constant(_I64, 4)))
+        x_step = b.add(x_row, b.mul(loop.index, ir.Constant(I64, 4)))
         for r in range(rows):
-            place = b.inttoptr(b.add(x_step, b.mul(x_stride, ir.Constant(_I64, r))), _I32.as_pointer())
-            x = _broadcast(b, b.load(place, align=2))
+            place = b.inttoptr(b.add(x_step, b.mul(x_stride, ir.Constant(I64, r))), I32.as_pointer())
+            x = broadcast(b, b.load(place, align=2))
             for v in range(VECTORS):
-                b.store(_multiply_add(b, b.load(sums[r][v]), x, ws[v], paired), sums[r][v])
+                b.store(multiply_add(b, b.load(sums[r][v]), x, ws[v], paired), sums[r][v])
     return sums
 
 
-def _broadcast(b: Any, value: Any) -> Any:
-    undefined = ir.Constant(_VI32, ir.Undefined)
-    vector = b.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return b.shuffle_vector(vector, undefined, ir.Constant(_VI32, None))
+def broadcast(b: Any, value: Any) -> Any:
+    """32 bits in every lane."""
+    undefined = ir.Constant(VI32, ir.Undefined)
+    vector = b.insert_element(undefined, value, ir.Constant(I32, 0))
+    return b.shuffle_vector(vector, undefined, ir.Constant(VI32, None))
 
 
-def _multiply_add(b: Any, total: Any, x: Any, w: Any, paired: bool) -> Any:
+def multiply_add(b: Any, total: Any, x: Any, w: Any, paired: bool) -> Any:
     """total + x·w by 32-bit lanes; `paired`: each holds two bfloat16, and both products are added."""
     if not paired:
-        return _fma(b, b.bitcast(x, _VF32), b.bitcast(w, _VF32), total)
+        return fma(b, b.bitcast(x, VF32), b.bitcast(w, VF32), total)
     if _MULTIPLIES_BFLOAT16:
-        kind = ir.FunctionType(_VF32, [_VF32, _VBF16, _VBF16])
+        kind = ir.FunctionType(VF32, [VF32, _VBF16, _VBF16])
         dot = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
         return b.call(dot, [total, b.bitcast(x, _VBF16), b.bitcast(w, _VBF16)])
-    high, sixteen = ir.Constant(_VI32, [0xFFFF0000] * LANES), ir.Constant(_VI32, [16] * LANES)
+    high, sixteen = ir.Constant(VI32, [0xFFFF0000] * LANES), ir.Constant(VI32, [16] * LANES)
     for part in (lambda v: b.shl(v, sixteen), lambda v: b.and_(v, high)):
-        total = _fma(b, b.bitcast(part(x), _VF32), b.bitcast(part(w), _VF32), total)
+        total = fma(b, b.bitcast(part(x), VF32), b.bitcast(part(w), VF32), total)
     return total
 
 
-def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
-    kind = ir.FunctionType(_VF32, [_VF32, _VF32, _VF32])
+def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """x·y + z."""
+    kind = ir.FunctionType(VF32, [VF32, VF32, VF32])
     return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.fma.v{LANES}f32"), [x, y, z])
 
 
