@@ -186,6 +186,10 @@ class BatchAdaptation(_Adaptation):
         self._slots_N = slots_N
 
     @property
+    def changes_nothing(self) -> bool:
+        return not self._keys
+
+    @property
     def slots_N(self) -> Tensor:
         return self._slots_N
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.kernels.rows_cpu import HEAD_STEP, add_rows, score_rows
-from models.kernels.scalars_cpu import SUPPORTED_DTYPES, array, exp, jit, narrow, parallel_jit, widen
+from models.kernels.rows_cpu import HEAD_STEP, add_rows, prefetch_rows, score_rows
+from models.kernels.scalars_cpu import SUPPORTED_DTYPES, array, exp, inlined_jit, jit, narrow, parallel_jit, widen
 from models.kernels.tile_cpu import LANES
 
 __all__ = ["SUPPORTED_DTYPES", "attend", "paged_attend"]
@@ -29,48 +29,55 @@ _FEW = 8  # tasks; where there are fewer of one per key/value head, each query h
 
 
 @jit
-def _softmax(scores_RT: Any, T: int) -> None:
+def _exponentials(scores_RT: Any, T: int, factor_R: Any) -> None:
+    """exp(score - the row's largest) in place, and in `factor_R` what makes their sum 1."""
+    tops = np.empty(LANES, np.float32)  # compared lane by lane, as one running maximum could not be
     for r in range(scores_RT.shape[0]):
-        top = scores_RT[r, 0]
-        for t in range(1, T):
-            top = scores_RT[r, t] if scores_RT[r, t] > top else top
-        for t in range(T):
-            scores_RT[r, t] = exp(scores_RT[r, t] - top)
+        for i in range(LANES):
+            scores_RT[r, T + i] = -np.inf
+            tops[i] = scores_RT[r, i]
+        for start in range(LANES, T, LANES):
+            for i in range(LANES):
+                tops[i] = scores_RT[r, start + i] if scores_RT[r, start + i] > tops[i] else tops[i]
+        top = tops[0]
+        for i in range(1, LANES):
+            top = tops[i] if tops[i] > top else top
         total = np.float32(0)
         for t in range(T):
-            total += scores_RT[r, t]
-        inverse = np.float32(1) / total
-        for t in range(T):
-            scores_RT[r, t] *= inverse
+            e = exp(scores_RT[r, t] - top)
+            scores_RT[r, t] = e
+            total += e
+        factor_R[r] = np.float32(1) / total
 
 
-@jit
-def _score(q_RD: Any, k_TGD: Any, t: int, g: int, count: int, scale: Any, scores_RT: Any, at: int) -> None:
-    """As `score_rows`, of any head size and for every r."""
-    R, D = q_RD.shape
-    for r in range(R):
-        if D % HEAD_STEP == 0:
-            for i in range(0, count, LANES):
-                score_rows(q_RD, r, k_TGD, t + i, g, min(LANES, count - i), scale, scores_RT, at + i)
-        else:
+@inlined_jit
+def _score(
+    q_NHD: Any, n: int, h: int, k_PsGD: Any, p: int, g: int, count: int, scale: Any, scores_RT: Any, at: int
+) -> None:
+    """As `score_rows` from the block's first row, of any head size."""
+    D = q_NHD.shape[2]
+    if D % HEAD_STEP == 0:
+        score_rows(q_NHD, n, h, k_PsGD, p, 0, g, count, scale, scores_RT, at)
+    else:
+        for r in range(scores_RT.shape[0]):
             for i in range(count):
                 total = np.float32(0)
                 for d in range(D):
-                    total += widen(q_RD[r, d]) * widen(k_TGD[t + i, g, d])
+                    total += widen(q_NHD[n, h + r, d]) * widen(k_PsGD[p, i, g, d])
                 scores_RT[r, at + i] = total * scale
 
 
-@jit
-def _sum(weights_RT: Any, at: int, v_TGD: Any, t: int, g: int, count: int, out_RD: Any) -> None:
-    """As `add_rows`, of any head size."""
+@inlined_jit
+def _add(weights_RT: Any, at: int, v_PsGD: Any, p: int, g: int, count: int, out_RD: Any) -> None:
+    """As `add_rows` from the block's first row, of any head size."""
     R, D = out_RD.shape
     if D % HEAD_STEP == 0:
-        add_rows(weights_RT, at, v_TGD, t, g, count, out_RD)
+        add_rows(weights_RT, at, v_PsGD, p, 0, g, count, out_RD)
     else:
         for i in range(count):
             for r in range(R):
                 for d in range(D):
-                    out_RD[r, d] += weights_RT[r, at + i] * widen(v_TGD[t + i, g, d])
+                    out_RD[r, d] += weights_RT[r, at + i] * widen(v_PsGD[p, i, g, d])
 
 
 @parallel_jit
@@ -103,21 +110,26 @@ def attend(
         b, T = np.int64(sequences_N[n]), np.int64(lens_N[n])
         slot = np.int64(slots_B[b])
         K = np.int64(prompt_lens_S[slot])
-        q_RD = q_NHD[n, first : first + R]
-        scores = np.empty((R, max(T, K) + LANES), np.float32)
+        scores = np.empty((R, max(T, K) + 2 * LANES), np.float32)
+        factors = np.empty(R, np.float32)
         total = np.zeros((R, D), np.float32)
         for start in range(0, T, s):
-            _score(q_RD, k_PsGD[blocks_BM[b, start // s]], 0, g, min(s, T - start), scale, scores, start)
-        _softmax(scores, T)
+            block = np.int64(blocks_BM[b, start // s])
+            prefetch_rows(v_PsGD, block, g)
+            _score(q_NHD, n, first, k_PsGD, block, g, min(s, T - start), scale, scores, start)
+        _exponentials(scores, T, factors)
         for start in range(0, T, s):
-            _sum(scores, start, v_PsGD[blocks_BM[b, start // s]], 0, g, min(s, T - start), total)
+            _add(scores, start, v_PsGD, np.int64(blocks_BM[b, start // s]), g, min(s, T - start), total)
+        for r in range(R if T > 0 else 0):
+            for d in range(D):
+                total[r, d] *= factors[r]
         if K > 0:
-            _score(q_RD, prompt_k_SKGD[slot], 0, g, K, scale, scores, 0)
-            _softmax(scores, K)
+            _score(q_NHD, n, first, prompt_k_SKGD, slot, g, K, scale, scores, 0)
+            _exponentials(scores, K, factors)
             for r in range(R):
                 for t in range(K):
-                    scores[r, t] *= gate_SH[slot, first + r]
-            _sum(scores, 0, prompt_v_SKGD[slot], 0, g, K, total)
+                    scores[r, t] *= factors[r] * gate_SH[slot, first + r]
+            _add(scores, 0, prompt_v_SKGD, slot, g, K, total)
         for r in range(R):
             for d in range(D):
                 out_NHD[n, first + r, d] = narrow(total[r, d], out_NHD[n, first + r, d])

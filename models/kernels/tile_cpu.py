@@ -50,9 +50,9 @@ def _tile(rows: int) -> Callable[..., None]:
     """The product of `rows` rows; what `tile_product` calls."""
 
     @intrinsic
-    def tile(typing: Any, x: Any, row: Any, w: Any, panel: Any, y: Any) -> Any:
+    def tile(typing: Any, x: Any, row: Any, w: Any, panel: Any, y: Any, out: Any) -> Any:
         def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            x_type, _, w_type, _, y_type = signature.args
+            x_type, _, w_type, _, y_type, _ = signature.args
             x_MK, w_PKF, y_MF = (
                 context.make_array(t)(context, b, args[i]) for t, i in ((x_type, 0), (w_type, 2), (y_type, 4))
             )
@@ -67,7 +67,7 @@ def _tile(rows: int) -> Callable[..., None]:
             w_panel = start(w_PKF, args[3])
             K = cgutils.unpack_tuple(b, w_PKF.shape)[1]
             sums = _sums(b, rows, x_row, x_stride, w_panel, K, paired)
-            y_row = b.ptrtoint(y_MF.data, I64)
+            y_row = start(y_MF, args[5])
             y_stride = cgutils.unpack_tuple(b, y_MF.strides)[0]
             for r in range(rows):
                 for v in range(VECTORS):
@@ -76,7 +76,7 @@ def _tile(rows: int) -> Callable[..., None]:
                     b.store(b.load(sums[r][v]), place, align=4)
             return context.get_dummy_value()
 
-        return types.void(x, types.int64, w, types.int64, y), build
+        return types.void(x, types.int64, w, types.int64, y, types.int64), build
 
     return tile  # type: ignore[no-any-return]
 
@@ -138,14 +138,14 @@ def tile_product(x_MK: Any, first: int, last: int, w_PKF: Any, panel: int, y_RF:
     while row < last:
         left = last - row
         if left >= 8 and ROWS >= 8:
-            _tile_8(x_MK, row, w_PKF, panel, y_RF[out:])
+            _tile_8(x_MK, row, w_PKF, panel, y_RF, out)
             row, out = row + 8, out + 8
         elif left >= 4 and ROWS >= 8:
-            _tile_4(x_MK, row, w_PKF, panel, y_RF[out:])
+            _tile_4(x_MK, row, w_PKF, panel, y_RF, out)
             row, out = row + 4, out + 4
         elif left >= 2:
-            _tile_2(x_MK, row, w_PKF, panel, y_RF[out:])
+            _tile_2(x_MK, row, w_PKF, panel, y_RF, out)
             row, out = row + 2, out + 2
         else:
-            _tile_1(x_MK, row, w_PKF, panel, y_RF[out:])
+            _tile_1(x_MK, row, w_PKF, panel, y_RF, out)
             row, out = row + 1, out + 1
