@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import json
 import multiprocessing as mp
 import os
@@ -22,8 +23,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,10 +32,8 @@ from typing import Annotated, Any
 
 import typer
 from PIL import Image
-from random_adapters import Kind
-from random_adapters import main as write_adapters
 
-from models.pull import resolve_base
+from server.processes import set_threads
 from server.settings import WorkerSettings, default_cache_dir
 
 BASE, PEFT = "bare base", "transformers + PEFT"
@@ -77,6 +76,7 @@ class Burst:
 @dataclass(frozen=True, slots=True)
 class Load:
     rounds: int
+    peft_rounds: int  # it is slow
     levels: tuple[int, ...]
     prompt_tokens: int
     max_tokens: int
@@ -105,7 +105,7 @@ class Engine:
         times = await asyncio.gather(*runs)
         begin, end = max(t[0][0] for t in times), min(t[-1][0] for t in times)
         tokens = sum(count for t in times for at, count in t if begin < at <= end)
-        gaps = (later[0] - at[0] for t in times for at, later in zip(t, t[1:], strict=False))
+        gaps = (later[0] - at[0] for t in times for at, later in itertools.pairwise(t))
         return Burst(
             contender.name,
             at_once,
@@ -126,11 +126,11 @@ class Engine:
         ids = tuple(self._random.randrange(1000, self._vocab_size) for _ in range(prompt_tokens))
         params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
         request = GenerateRequest(f"r{self._number}", model, TokenPrompt(ids), params, images=images)
-        times = []
-        async for event in self._engine.generate(request):
-            if isinstance(event, Delta):
-                times.append((time.perf_counter(), len(event.token_ids)))
-        return times
+        return [
+            (time.perf_counter(), len(event.token_ids))
+            async for event in self._engine.generate(request)
+            if isinstance(event, Delta)
+        ]
 
     def _image(self) -> bytes:
         """A picture that no other request has."""
@@ -192,9 +192,7 @@ class Peft:
     def __init__(self, base_path: Path, threads: int) -> None:
         context = mp.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_peft_process, args=(theirs, base_path, threads), daemon=True
-        )
+        self._process = context.Process(target=_peft_process, args=(theirs, base_path, threads), daemon=True)
         self._process.start()
         theirs.close()
         self.burst(1, 8, 2, -1)
@@ -211,6 +209,9 @@ class Peft:
 
 
 def _write_adapters(folder: Path) -> Path:
+    from random_adapters import Kind
+    from random_adapters import main as write_adapters
+
     for kind, count in ((Kind.v1, _MIXED), (Kind.v2, _MIXED), (Kind.sight, 1)):
         write_adapters(folder, kind=kind, count=count)
     return folder
@@ -233,14 +234,12 @@ async def _measure(load: Load, settings: WorkerSettings, peft: Peft | None) -> l
         for number in range(load.rounds):
             for level in load.levels:
                 for contender in CONTENDERS:
-                    note(
-                        await engine.burst(contender, level, load.prompt_tokens, load.max_tokens, number)
-                    )
-                if peft is not None and number < 3:  # it is slow, and three are enough to tell
+                    note(await engine.burst(contender, level, load.prompt_tokens, load.max_tokens, number))
+                if peft is not None and number < load.peft_rounds:
                     note(peft.burst(level, load.prompt_tokens, load.max_tokens, number))
             for contender in CONTENDERS[:2]:
                 note(await engine.burst(contender, 1, 512, 2, number))
-            if peft is not None and number < 3:
+            if peft is not None and number < load.peft_rounds:
                 note(peft.burst(1, 512, 1, number))
     return bursts
 
@@ -271,31 +270,34 @@ def _table(bursts: list[Burst], load: Load) -> str:
     return "\n".join(lines)
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """As `server.processes` sets them; before torch is imported, which reads them once."""
-    from server.processes import _WORKER_SPINS, _set_threads
-
-    _set_threads(count, spins=_WORKER_SPINS)
-    yield
-
-
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 7,
-    quick: Annotated[bool, typer.Option(help="three rounds, without PEFT at 1 request")] = False,
+    quick: Annotated[bool, typer.Option(help="three rounds, of which PEFT runs in two")] = False,
     levels: Annotated[str, typer.Option(help="requests at once, separated by commas")] = "1,16",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     max_tokens: Annotated[int, typer.Option(min=4)] = 128,
     dtype: Annotated[str, typer.Option(help="of the engine")] = "auto",
     peft: Annotated[bool, typer.Option(help="measure transformers + PEFT beside it")] = True,
-    threads: Annotated[int, typer.Option(help="of each contender; they never run at once")] = os.cpu_count() or 1,
+    threads: Annotated[int, typer.Option(help="of each contender; they never run at once")] = os.cpu_count()
+    or 1,
     output: Annotated[Path, typer.Option(help="folder for engine.json and engine.md")] = Path("bench/out"),
 ) -> None:
     """Measure decoding and TTFT of the engine with and without adapters."""
+    threads = threads or len(os.sched_getaffinity(0))
+    set_threads(threads)  # before torch is imported, which reads it once
+    from models.pull import resolve_base
+
     base_path = resolve_base("smollm2-135m", default_cache_dir())
     vocab_size = json.loads((base_path / "config.json").read_text())["vocab_size"]
-    sizes = tuple(int(level) for level in levels.split(","))
-    load = Load(3 if quick else rounds, sizes, prompt_tokens, max_tokens, vocab_size, threads)
+    load = Load(
+        rounds=3 if quick else rounds,
+        peft_rounds=2 if quick else 3,
+        levels=tuple(int(level) for level in levels.split(",")),
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        vocab_size=vocab_size,
+        threads=threads,
+    )
     with tempfile.TemporaryDirectory() as folder:
         adapters = _write_adapters(Path(folder))
         settings = WorkerSettings(

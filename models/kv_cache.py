@@ -103,7 +103,8 @@ class StepLayout:
     def lens_N(self) -> NDArray[np.int64]:
         """How many positions each token sees, its own included."""
         ends_B = np.asarray(self.starts[1:])
-        return np.arange(self.starts[-1]) + (self.lens_B + 1 - ends_B)[self.sequences_N]
+        seen_N: NDArray[np.int64] = np.arange(self.starts[-1]) + (self.lens_B + 1 - ends_B)[self.sequences_N]
+        return seen_N
 
 
 class PagedAttend:

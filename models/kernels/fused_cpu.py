@@ -118,4 +118,3 @@ class FusedPass:
 
 _ORDER = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")  # of `Vectors`
 assert set(_ORDER) == set(LINEARS)
-

@@ -84,7 +84,7 @@ class Rows(NamedTuple):
 @jit
 def run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> None:
     """The residual stream through all layers, in place; new keys and values go to the cache."""
-    N, C = rows.x_NC.shape
+    N = rows.x_NC.shape[0]
     flat_NC = rows.out_NHD.reshape(N, rows.out_NHD.shape[1] * rows.out_NHD.shape[2])
     q = flat_NC.shape[1]
     kv = cache.k_LPsGD.shape[3] * cache.k_LPsGD.shape[4]
@@ -111,7 +111,15 @@ def run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> None:
         _add(layer, flat_NC, w.wo_LPKF[layer], bias[3], scale[3], slots_N, rows.x_NC)
         norm(rows.x_NC, vectors.feed_forward_norm_LSC[layer], slots_N, w.eps, rows.h_NC)
         _gate_up(
-            layer, rows.h_NC, w.gate_up_LPKF[layer], bias[4], bias[5], scale[4], scale[5], slots_N, rows.act_NI
+            layer,
+            rows.h_NC,
+            w.gate_up_LPKF[layer],
+            bias[4],
+            bias[5],
+            scale[4],
+            scale[5],
+            slots_N,
+            rows.act_NI,
         )
         _add(layer, rows.act_NI, w.w2_LPKF[layer], bias[6], scale[6], slots_N, rows.x_NC)
 
@@ -149,16 +157,20 @@ def _adapt(
     layer: int, first: int, count: int, bias_LSO: Any, scale_LSO: Any, slots_N: Any, start: int, y_RF: Any
 ) -> None:
     """y = s ⊙ (y + b) on a panel that begins at feature `start`; past the last feature y is left alone."""
-    if bias_LSO.shape[0] > 0:
-        width = min(PANEL, bias_LSO.shape[2] - start)
-        for r in range(count):
-            slot = slots_N[first + r]
+    biased, scaled = bias_LSO.shape[0] > 0, scale_LSO.shape[0] > 0
+    if not (biased or scaled):
+        return
+    width = min(PANEL, max(bias_LSO.shape[2], scale_LSO.shape[2]) - start)
+    for r in range(count):
+        slot = slots_N[first + r]
+        if biased and scaled:
+            for c in range(width):
+                bias, scale = bias_LSO[layer, slot, start + c], scale_LSO[layer, slot, start + c]
+                y_RF[r, c] = (y_RF[r, c] + widen(bias)) * widen(scale)
+        elif biased:
             for c in range(width):
                 y_RF[r, c] += widen(bias_LSO[layer, slot, start + c])
-    if scale_LSO.shape[0] > 0:
-        width = min(PANEL, scale_LSO.shape[2] - start)
-        for r in range(count):
-            slot = slots_N[first + r]
+        else:
             for c in range(width):
                 y_RF[r, c] *= widen(scale_LSO[layer, slot, start + c])
 
@@ -231,9 +243,7 @@ def _rotate_row(
 
 
 @parallel_jit
-def _add(
-    layer: int, h_NK: Any, w_PKF: Any, bias_LSO: Any, scale_LSO: Any, slots_N: Any, x_NC: Any
-) -> None:
+def _add(layer: int, h_NK: Any, w_PKF: Any, bias_LSO: Any, scale_LSO: Any, slots_N: Any, x_NC: Any) -> None:
     """x += s ⊙ (W h + b)."""
     N, C = x_NC.shape
     for task in numba.prange(w_PKF.shape[0]):
@@ -251,7 +261,14 @@ def _add(
 
 @parallel_jit
 def _gate_up(
-    layer: int, h_NC: Any, w_PKF: Any, bias_1: Any, bias_3: Any, scale_1: Any, scale_3: Any, slots_N: Any,
+    layer: int,
+    h_NC: Any,
+    w_PKF: Any,
+    bias_1: Any,
+    bias_3: Any,
+    scale_1: Any,
+    scale_3: Any,
+    slots_N: Any,
     act_NI: Any,
 ) -> None:
     """silu(W1 h) ⊙ W3 h; the panels of w1 are the first half."""

@@ -43,7 +43,8 @@ def _panels(weight_OK: Tensor) -> Tensor:
     per_step = 4 // weight_OK.element_size()
     padded_OK = F.pad(weight_OK.detach(), (0, 0, 0, -weight_OK.shape[0] % PANEL))
     blocks = padded_OK.unflatten(0, (-1, PANEL)).unflatten(2, (-1, per_step))  # [P, PANEL, K, 1 or 2]
-    return blocks.transpose(1, 2).contiguous().flatten(2)
+    panels: Tensor = blocks.transpose(1, 2).contiguous().flatten(2)
+    return panels
 
 
 def num_panels(out_features: int) -> int:

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from models.kernels.rows_cpu import HEAD_STEP, add_rows, prefetch_rows, score_rows
-from models.kernels.scalars_cpu import SUPPORTED_DTYPES, array, exp, inlined_jit, jit, narrow, parallel_jit, widen
+from models.kernels.scalars_cpu import (
+    SUPPORTED_DTYPES,
+    array,
+    exp,
+    inlined_jit,
+    jit,
+    narrow,
+    parallel_jit,
+    widen,
+)
 from models.kernels.tile_cpu import LANES
 
 __all__ = ["SUPPORTED_DTYPES", "attend", "paged_attend"]
@@ -151,7 +160,8 @@ def paged_attend(
     """Attention of N queries, their own keys and values already in the cache; [N, H, D] as q.
 
     Queries and caches are float32 or bfloat16, one layer's. Integer arrays are numpy's: a sequence's blocks,
-    a row's sequence and how many positions it sees (its own included), a sequence's prompt slot, rows per slot.
+    a row's sequence and how many positions it sees (its own included), a sequence's prompt slot, and rows
+    per slot.
     """
     out_NHD = torch.empty_like(q_NHD, memory_format=torch.contiguous_format)
     attend(

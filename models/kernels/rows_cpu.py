@@ -1,8 +1,8 @@
 """Attention's innermost loops on the CPU, in LLVM's instructions, as in `models.kernels.tile_cpu`.
 
-`score_rows` and `add_rows` take some rows of keys or values as they lie in a cache, [P, s, G, D]: of block p the
-rows t and following, of key/value head g. They take whole arrays and indices: a slice would count references,
-which the threads then share.
+`score_rows` and `add_rows` take some rows of keys or values as they lie in a cache, [P, s, G, D]: of block p
+the rows t and following, of key/value head g. They take whole arrays and indices: a slice would count
+references, which the threads then share.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from models.kernels.scalars_cpu import inlined_jit
+from models.kernels.scalars_cpu import inlined_jit, intrinsic
 from models.kernels.tile_cpu import I32, I64, LANES, VF32, VI32, broadcast, fma, multiply_add
 
 _VI16 = ir.VectorType(ir.IntType(16), LANES)
@@ -57,7 +56,7 @@ def _score(clamped: bool) -> Callable[..., None]:
         i = types.int64
         return types.void(q_NHD, i, i, k_PsGD, i, i, i, i, types.float32, scores_RT, i, i), build
 
-    return score  # type: ignore[no-any-return]
+    return score
 
 
 def _row_addresses(b: Any, k: Any, first: Any, count: Any) -> list[Any]:
@@ -150,7 +149,8 @@ def _add(heads: int) -> Callable[..., None]:
                 with cgutils.for_range(b, args[7], intp=I64) as loop:
                     row = b.add(v_part, b.mul(loop.index, stride))
                     values = [
-                        _widened(b, b.add(row, ir.Constant(I64, bytes_each * LANES * i)), stored) for i in vectors
+                        _widened(b, b.add(row, ir.Constant(I64, bytes_each * LANES * i)), stored)
+                        for i in vectors
                     ]
                     for weight_row, totals in zip(first, sums, strict=True):
                         place = b.add(weight_row, b.mul(loop.index, ir.Constant(I64, 4)))
@@ -166,7 +166,7 @@ def _add(heads: int) -> Callable[..., None]:
         i = types.int64
         return types.void(weights_RT, i, i, v_PsGD, i, i, i, i, out_RD), build
 
-    return add  # type: ignore[no-any-return]
+    return add
 
 
 def _widened(b: Any, address: Any, stored: Any) -> Any:

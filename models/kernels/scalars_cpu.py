@@ -5,14 +5,15 @@ Numbers are stored as float32, or as bfloat16 in arrays of uint16, since numpy h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
+import numba.extending
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
 SUPPORTED_DTYPES = frozenset({torch.float32, torch.bfloat16})
@@ -25,6 +26,8 @@ _OPTIONS: dict[str, Any] = {
     "cache": True,
 }
 
+# What it decorates takes numba's typing context first, which callers do not pass.
+intrinsic: Callable[..., Any] = numba.extending.intrinsic
 jit = numba.njit(**_OPTIONS)
 # Of a function with many arrays a call costs tens of nanoseconds.
 inlined_jit = numba.njit(forceinline=True, **_OPTIONS)

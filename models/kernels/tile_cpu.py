@@ -13,9 +13,8 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from models.kernels.scalars_cpu import jit
+from models.kernels.scalars_cpu import intrinsic, jit
 
 LANES = 16
 VECTORS = 3
@@ -30,7 +29,7 @@ I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 VI32, VF32 = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
 
 
-class _BFloat(ir.Type):
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
     """LLVM's bfloat, which llvmlite has no name for."""
 
     def __eq__(self, other: object) -> bool:
@@ -78,7 +77,7 @@ def _tile(rows: int) -> Callable[..., None]:
 
         return types.void(x, types.int64, w, types.int64, y, types.int64), build
 
-    return tile  # type: ignore[no-any-return]
+    return tile
 
 
 def _sums(b: Any, rows: int, x_row: Any, x_stride: Any, w_panel: Any, K: Any, paired: bool) -> Any:
@@ -130,6 +129,7 @@ def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 _tile_8, _tile_4, _tile_2, _tile_1 = (_tile(rows) for rows in (8, 4, 2, 1))
+
 
 @jit
 def tile_product(x_MK: Any, first: int, last: int, w_PKF: Any, panel: int, y_RF: Any) -> None:

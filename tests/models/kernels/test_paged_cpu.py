@@ -1,4 +1,4 @@
-"""The CPU's attention against the formula in float64: chunks and decodes, contexts, prompts, groups, sizes."""
+"""The CPU's attention against the formula in float64: chunks and decodes, contexts, prompts, groups."""
 
 import pytest
 import torch
