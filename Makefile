@@ -16,7 +16,7 @@ FAST := not weights and not server and not clip and not gpu and not paddle and n
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
-.PHONY: help serve test test-paddle test-vllm vllm lint bench image manifests check-deploy check-policy \
+.PHONY: help serve test test-paddle test-vllm vllm lint bench bench-engine image manifests check-deploy check-policy \
   rehearse-cluster rehearse-images clients chromium screenshots constraints clean
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make test    every test that this machine can run           [TESTS=tests/server]'
 	@echo 'make lint    style, types, import directions, insecure code, known vulnerabilities'
 	@echo 'make bench   tokens per second of the server at PORT        [ARGS="--models base"]'
+	@echo 'make bench-engine   the engine with and without adapters, beside transformers + PEFT   [ARGS=--quick]'
 	@echo 'make image   build the container images                     [TARGETS="gateway worker" TORCH_INDEX=]'
 
 serve: .venv/.serve
@@ -57,6 +58,9 @@ lint: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python bench/serve.py --url http://$(HOST):$(PORT) $(ARGS)
+
+bench-engine: .venv/.dev
+	$(BIN)/python bench/engine.py $(ARGS)
 
 image:
 	@command -v docker >/dev/null || { echo 'make image needs docker, which is not installed here.' >&2; exit 1; }

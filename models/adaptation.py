@@ -189,6 +189,19 @@ class BatchAdaptation(_Adaptation):
     def changes_nothing(self) -> bool:
         return not self._keys
 
+    @property
+    def slots_N(self) -> Tensor:
+        return self._slots_N
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Norms, and biases and scales of outputs, are all that the batch's adapters have."""
+        return not any(key.startswith(("lora.", "scale_in.")) for key in self._keys)
+
+    def stack(self, key: str) -> Tensor | None:
+        """All layers' and slots' vectors, [L, S, features]; None where no adapter of the batch has it."""
+        return self._bank.stacks[key] if key in self._keys else None
+
     def vector(self, key: str, layer: int) -> Tensor | None:
         stack_SC = self._stack(key, layer)
         return None if stack_SC is None else stack_SC[self._index]

@@ -94,11 +94,23 @@ class StepLayout:
     prompt_slots_B: Int32
     slots_N: Tensor  # flat cache positions of the step's tokens, int64
 
+    @property
+    def sequences_N(self) -> NDArray[np.int64]:
+        """Whose each token is."""
+        return np.repeat(np.arange(len(self.lens_B)), np.diff(self.starts))
+
+    @property
+    def lens_N(self) -> NDArray[np.int64]:
+        """How many positions each token sees, its own included."""
+        ends_B = np.asarray(self.starts[1:])
+        seen_N: NDArray[np.int64] = np.arange(self.starts[-1]) + (self.lens_B + 1 - ends_B)[self.sequences_N]
+        return seen_N
+
 
 class PagedAttend:
     """One step's attention over the paged cache: writes the new keys and values, then reads.
 
-    `fused`: single queries by the CPU's own kernel, where the cache's numbers are such that it knows.
+    `fused`: by the CPU's own kernel, where the cache's numbers are such that it knows.
     """
 
     def __init__(self, cache: KVCache, prompts: PromptCache, layout: StepLayout, fused: bool = True) -> None:
@@ -115,26 +127,26 @@ class PagedAttend:
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         layout = self._layout
         self._cache.write(layer, layout.slots_N, k_NGD, v_NGD)
+        if self._fused:
+            return self._by_kernel(layer, q_NHD)
         out_NHD = torch.empty_like(q_NHD)
-        first_chunk = layout.num_single if self._fused else 0
-        if first_chunk:
-            out_NHD[:first_chunk] = self._singles(layer, q_NHD[:first_chunk])
-        for b in range(first_chunk, len(layout.lens_B)):
+        for b in range(len(layout.lens_B)):
             tokens = slice(layout.starts[b], layout.starts[b + 1])
             out_NHD[tokens] = self._chunk(layer, b, q_NHD[tokens], k_NGD[tokens], v_NGD[tokens])
         return out_NHD
 
-    def _singles(self, layer: int, q_BHD: Tensor) -> Tensor:
-        B, prompts = q_BHD.shape[0], self._prompts
-        return paged_cpu.paged_decode(
-            q_BHD,
+    def _by_kernel(self, layer: int, q_NHD: Tensor) -> Tensor:
+        layout, prompts = self._layout, self._prompts
+        return paged_cpu.paged_attend(
+            q_NHD,
             self._cache.k_LPsGD[layer],
             self._cache.v_LPsGD[layer],
-            self._layout.blocks_BM[:B],
-            self._layout.lens_B[:B],
+            layout.blocks_BM,
+            layout.sequences_N,
+            layout.lens_N,
             prompts.k_LSKGD[layer],
             prompts.v_LSKGD[layer],
-            self._layout.prompt_slots_B[:B],
+            layout.prompt_slots_B,
             prompts.lens_LS[layer],
             prompts.gate_LSH[layer].numpy(),
         )

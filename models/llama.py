@@ -21,10 +21,9 @@ from torch.nn import functional as F
 from models.adapter_config import LinearName
 from models.config import ModelConfig
 from models.errors import CheckpointError
+from models.kernels.linear_cpu import can_pack, num_panels, pack, packed_linear, packed_shape
 
 Head = Literal["head"]
-
-_TYPICAL_ROWS = 16  # of a decoding batch; oneDNN chooses the blocks for it
 
 
 class Attend(Protocol):
@@ -82,16 +81,22 @@ class Linear(nn.Module):
         parts: tuple[Tensor, ...] = self.weight.split(self.out_features)
         return parts[self.names.index(name)]
 
-    def pack(self) -> None:
-        """Keep the weights in oneDNN's blocked layout only, which a product else makes anew each time."""
-        self._packed = pack(self.weight)
+    @property
+    def packed_shape(self) -> tuple[int, int, int]:
+        return packed_shape(self.weight.split(self.out_features))
+
+    def pack(self, place: Tensor) -> None:
+        """Keep the weights packed only, in `place`."""
+        self._packed = place.copy_(pack(self.weight.split(self.out_features)))
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def apply_one(self, name: LinearName, x: Tensor) -> Tensor:
         """One of the linears alone, x [..., in] → [..., out]."""
         if self._packed is None:
             return F.linear(x, self.part(name))
-        return self._apply_all(x)[self.names.index(name)]
+        i = self.names.index(name)
+        panels = self._packed.split([num_panels(n) for n in self.out_features])[i]
+        return packed_linear(x, panels)[..., : self.out_features[i]].to(x.dtype)
 
     def forward(self, x: Tensor, layer: int, adaptation: Adaptation | None) -> list[Tensor]:
         """x [N, in] → one [N, out] per name."""
@@ -104,34 +109,9 @@ class Linear(nn.Module):
         return [adaptation.after(layer, name, x, y) for name, y in zip(self.names, ys, strict=True)]
 
     def _apply_all(self, x: Tensor) -> list[Tensor]:
-        y = F.linear(x, self.weight) if self._packed is None else packed_linear(x, self._packed)
-        return list(y.split(self.out_features, dim=-1))
-
-
-def pack(weight: Tensor) -> Tensor:
-    """A weight [out, in] in the layout that oneDNN multiplies by, for `packed_linear`. CPU, inference."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
-    return packed
-
-
-def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
-    """x [..., in] → [..., out], the same numbers as with the plain weight.
-
-    oneDNN compiles a kernel for each number of rows, in milliseconds, and keeps its code. So rows are
-    padded to a few sizes.
-    """
-    x_Mi = x.flatten(0, -2)
-    M = x_Mi.shape[0]
-    x_Mi = F.pad(x_Mi, (0, 0, 0, _padded(M) - M))
-    y_Mo: Tensor = torch.ops.mkldnn._linear_pointwise(x_Mi, packed, None, "none", [], "")
-    y: Tensor = y_Mo[:M].unflatten(0, x.shape[:-1])
-    return y
-
-
-def _padded(num_rows: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …: at most half as much again."""
-    power = 1 << max(num_rows - 1, 0).bit_length()
-    return power * 3 // 4 if num_rows <= power * 3 // 4 and power > 2 else power
+        if self._packed is None:
+            return list(F.linear(x, self.weight).split(self.out_features, dim=-1))
+        return [self.apply_one(name, x) for name in self.names]
 
 
 class Layer(nn.Module):
@@ -202,7 +182,7 @@ class Llama(nn.Module):
         self.norm = _frozen(dtype, device, C)
         self.lm_head = self.embed if config.tie_word_embeddings else _frozen(dtype, device, V, C)
         self.inverse_frequencies_D2 = rope_frequencies(config)  # float64, on the CPU: a small constant
-        self._packed_head: Tensor | None = None
+        self.packed: dict[str, Tensor] = {}  # a Layer's linears stacked [L, P, K, F], and lm_head [P, K, F]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -240,17 +220,27 @@ class Llama(nn.Module):
             h_MC = rms_norm(x_MC, self.norm, eps)
         else:
             h_MC = adaptation.norm(-1, "final_norm", x_MC, self.norm, eps)
-        packed = self._packed_head
-        y_MV = F.linear(h_MC, self.lm_head) if packed is None else packed_linear(h_MC, packed)
+        if self.packed:
+            y_MV = packed_linear(h_MC, self.packed["lm_head"])[:, : self.config.vocab_size]
+        else:
+            y_MV = F.linear(h_MC, self.lm_head)
         return y_MV if adaptation is None else adaptation.after(-1, "head", h_MC, y_MV)
 
+    @property
+    def can_pack(self) -> bool:
+        """Whether the kernels of `models.kernels.linear_cpu` know these weights."""
+        layer = self.layers[0]
+        assert isinstance(layer, Layer)
+        return all(can_pack(module.weight) for module in layer.linears) and can_pack(self.lm_head)
+
     def pack(self) -> Llama:
-        """Lay the weights out for oneDNN, once and for all. For serving on the CPU; no way back."""
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            for module in layer.linears:
-                module.pack()
-        self._packed_head = pack(self.lm_head)
+        """Lay the weights out as the CPU multiplies them, once and for all. For serving; no way back."""
+        for name in ("qkv", "wo", "gate_up", "w2"):
+            modules: list[Linear] = [getattr(layer, name) for layer in self.layers]
+            self.packed[name] = self.embed.new_empty(len(modules), *modules[0].packed_shape)
+            for module, place in zip(modules, self.packed[name], strict=True):
+                module.pack(place)
+        self.packed["lm_head"] = pack([self.lm_head])
         if self.lm_head is not self.embed:
             self.lm_head = nn.Parameter(self.lm_head.new_empty(0), requires_grad=False)
         return self

@@ -79,7 +79,7 @@ def run_worker(settings: WorkerSettings) -> None:
     """One engine behind the routes of `server.worker.app`. Raises what `build` raises."""
     configure_logging(settings.log_level)
     configure_tracing("llama-adapter-worker")
-    _set_threads(settings.num_threads, spins=_WORKER_SPINS)
+    set_threads(settings.num_threads)
     from server.worker.adapter_state import AdapterState
     from server.worker.app import create_app
     from server.worker.build import build
@@ -95,7 +95,7 @@ def run_experts(names: tuple[str, ...], settings: ExpertSettings) -> None:
     """The named experts behind the routes of `experts.app`. Raises `StartupError`."""
     configure_logging(settings.log_level)
     configure_tracing("llama-adapter-experts")
-    _set_threads(settings.num_threads, spins=0)
+    set_threads(settings.num_threads, spins=0)
     from experts.app import create_app
     from experts.contract import ExpertError
     from experts.factory import ExpertOptions, build_expert
@@ -141,15 +141,17 @@ def _fetch_base(worker: WorkerSettings) -> None:
             raise SystemExit(1)  # it has said why
 
 
-def _set_threads(count: int, spins: int) -> None:
-    """Say how many threads OpenMP has (0: one per core) and how long an idle one spins.
+def set_threads(count: int, spins: int = _WORKER_SPINS) -> None:
+    """Say how many threads torch and numba have (0: one per core) and how long an idle one spins.
 
-    It reads this once, when torch is first imported. What the user's environment says stays.
+    Both use one OpenMP, which reads this once, when torch is first imported. What the user's environment says
+    stays.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", str(spins))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: it needs no pool
     if count:
         os.environ.setdefault("OMP_NUM_THREADS", str(count))
+        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:

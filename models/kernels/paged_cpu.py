@@ -1,156 +1,181 @@
-"""Fused gated attention of single queries over the paged cache, compiled for the CPU by numba.
+"""Gated attention over the paged cache, compiled for the CPU by numba.
 
-One task is one sequence and one key/value head: it streams the sequence's blocks where they lie (the
-cache is never gathered or copied), then the prompt's rows, and writes softmax(qK)V + g·softmax(qK_a)V_a.
-Everything is accumulated in float32. A sequence's result does not depend on its neighbours.
+Each row is the query of one position, which sees its sequence up to itself: decodes and prompts' chunks are
+the same. One task is a row and some query heads of one key/value head. It reads the sequence's blocks where
+they lie (the cache is never gathered or copied), then the prompt's rows, and writes
+softmax(qK)V + g·softmax(qK_a)V_a. Everything is accumulated in float32, and a row's result does not depend on
+the other rows.
+
+Shapes: N rows, B sequences, M blocks of the longest, P blocks of s positions, T positions, H query heads, G
+key/value heads, R heads of a task, D head size, S prompt slots, K prompt rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba.extending import overload
 from torch import Tensor
 
-SUPPORTED_DTYPES = frozenset({torch.float32, torch.bfloat16})
+from models.kernels.rows_cpu import HEAD_STEP, add_rows, prefetch_rows, score_rows
+from models.kernels.scalars_cpu import (
+    SUPPORTED_DTYPES,
+    array,
+    exp,
+    inlined_jit,
+    jit,
+    narrow,
+    parallel_jit,
+    widen,
+)
+from models.kernels.tile_cpu import LANES
 
-_jit = numba.njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
+__all__ = ["SUPPORTED_DTYPES", "attend", "paged_attend"]
 
-
-def _widen(row: Any, bits: Any) -> None:
-    """Write a stored row's float32 bits; float32 as it is, bfloat16 as the upper half."""
-    raise NotImplementedError  # compiled code takes `_widen_by_width`
-
-
-@overload(_widen, jit_options={"cache": True})  # type: ignore[typeddict-unknown-key]
-def _widen_by_width(row: Any, bits: Any) -> Callable[[Any, Any], None]:
-    shift = 32 - row.dtype.bitwidth
-
-    def widen(row: Any, bits: Any) -> None:
-        for d in range(row.shape[0]):
-            bits[d] = np.uint32(row[d]) << np.uint32(shift)
-
-    return widen
+_FEW = 8  # tasks; where there are fewer of one per key/value head, each query head is one
 
 
-@_jit
-def _softmax(scores_RT: Any, T: int) -> None:
+@jit
+def _exponentials(scores_RT: Any, T: int, factor_R: Any) -> None:
+    """exp(score - the row's largest) in place, and in `factor_R` what makes their sum 1."""
+    tops = np.empty(LANES, np.float32)  # compared lane by lane, as one running maximum could not be
     for r in range(scores_RT.shape[0]):
-        top = scores_RT[r, 0]
-        for t in range(1, T):
-            top = max(top, scores_RT[r, t])
+        for i in range(LANES):
+            scores_RT[r, T + i] = -np.inf
+            tops[i] = scores_RT[r, i]
+        for start in range(LANES, T, LANES):
+            for i in range(LANES):
+                tops[i] = scores_RT[r, start + i] if scores_RT[r, start + i] > tops[i] else tops[i]
+        top = tops[0]
+        for i in range(1, LANES):
+            top = tops[i] if tops[i] > top else top
         total = np.float32(0)
         for t in range(T):
-            scores_RT[r, t] = np.exp(scores_RT[r, t] - top)
-            total += scores_RT[r, t]
-        for t in range(T):
-            scores_RT[r, t] /= total
+            e = exp(scores_RT[r, t] - top)
+            scores_RT[r, t] = e
+            total += e
+        factor_R[r] = np.float32(1) / total
 
 
-@_jit
-def _dots(q_RD: Any, row_D: Any, scale: Any, scores_RT: Any, t: int) -> None:
-    for r in range(q_RD.shape[0]):
-        total = np.float32(0)
-        for d in range(row_D.shape[0]):
-            total += q_RD[r, d] * row_D[d]
-        scores_RT[r, t] = total * scale
+@inlined_jit
+def _score(
+    q_NHD: Any, n: int, h: int, k_PsGD: Any, p: int, g: int, count: int, scale: Any, scores_RT: Any, at: int
+) -> None:
+    """As `score_rows` from the block's first row, of any head size."""
+    D = q_NHD.shape[2]
+    if D % HEAD_STEP == 0:
+        score_rows(q_NHD, n, h, k_PsGD, p, 0, g, count, scale, scores_RT, at)
+    else:
+        for r in range(scores_RT.shape[0]):
+            for i in range(count):
+                total = np.float32(0)
+                for d in range(D):
+                    total += widen(q_NHD[n, h + r, d]) * widen(k_PsGD[p, i, g, d])
+                scores_RT[r, at + i] = total * scale
 
 
-@_jit
-def _accumulate(scores_RT: Any, t: int, row_D: Any, out_RD: Any) -> None:
-    for r in range(out_RD.shape[0]):
-        weight = scores_RT[r, t]
-        for d in range(row_D.shape[0]):
-            out_RD[r, d] += weight * row_D[d]
+@inlined_jit
+def _add(weights_RT: Any, at: int, v_PsGD: Any, p: int, g: int, count: int, out_RD: Any) -> None:
+    """As `add_rows` from the block's first row, of any head size."""
+    R, D = out_RD.shape
+    if D % HEAD_STEP == 0:
+        add_rows(weights_RT, at, v_PsGD, p, 0, g, count, out_RD)
+    else:
+        for i in range(count):
+            for r in range(R):
+                for d in range(D):
+                    out_RD[r, d] += weights_RT[r, at + i] * widen(v_PsGD[p, i, g, d])
 
 
-@numba.njit(parallel=True, fastmath=True, nogil=True, error_model="numpy", cache=True)
-def _decode(
-    q_BHD: Any,
+@parallel_jit
+def attend(
+    q_NHD: Any,
     k_PsGD: Any,
     v_PsGD: Any,
     blocks_BM: Any,
-    lens_B: Any,
+    sequences_N: Any,
+    lens_N: Any,
     prompt_k_SKGD: Any,
     prompt_v_SKGD: Any,
     slots_B: Any,
     prompt_lens_S: Any,
     gate_SH: Any,
-    out_BHD: Any,
+    out_NHD: Any,
 ) -> None:
-    B, H, D = q_BHD.shape
-    block_size, G = k_PsGD.shape[1], k_PsGD.shape[2]
-    R = H // G
+    """Row n sees the first `lens_N[n]` positions of sequence `sequences_N[n]`, and the prompt in its slot."""
+    N, H, D = q_NHD.shape
+    s, G = k_PsGD.shape[1], k_PsGD.shape[2]
+    group = H // G
+    R = group if N * G >= _FEW else 1
+    tasks = H // R  # of a row
     scale = np.float32(1 / np.sqrt(D))
-    for task in numba.prange(B * G):
-        b, g = task // G, task % G
-        T, slot = lens_B[b], slots_B[b]
-        K = prompt_lens_S[slot]
-        q_RD = q_BHD[b, g * R : (g + 1) * R]
-        bits = np.empty(D, np.uint32)
-        row_D = bits.view(np.float32)
-        scores = np.empty((R, max(T, K)), np.float32)
+    for task in numba.prange(N * tasks):
+        # Rows from both ends in turn: threads take runs of tasks, and a chunk's later rows see more.
+        place, first = np.int64(task) // tasks, np.int64(task) % tasks * R
+        n = place // 2 if place % 2 == 0 else N - 1 - place // 2
+        g = first // group
+        b, T = np.int64(sequences_N[n]), np.int64(lens_N[n])
+        slot = np.int64(slots_B[b])
+        K = np.int64(prompt_lens_S[slot])
+        scores = np.empty((R, max(T, K) + 2 * LANES), np.float32)
+        factors = np.empty(R, np.float32)
         total = np.zeros((R, D), np.float32)
-        for t in range(T):
-            _widen(k_PsGD[blocks_BM[b, t // block_size], t % block_size, g], bits)
-            _dots(q_RD, row_D, scale, scores, t)
-        _softmax(scores, T)
-        for t in range(T):
-            _widen(v_PsGD[blocks_BM[b, t // block_size], t % block_size, g], bits)
-            _accumulate(scores, t, row_D, total)
+        for start in range(0, T, s):
+            block = np.int64(blocks_BM[b, start // s])
+            prefetch_rows(v_PsGD, block, g)
+            _score(q_NHD, n, first, k_PsGD, block, g, min(s, T - start), scale, scores, start)
+        _exponentials(scores, T, factors)
+        for start in range(0, T, s):
+            _add(scores, start, v_PsGD, np.int64(blocks_BM[b, start // s]), g, min(s, T - start), total)
+        for r in range(R if T > 0 else 0):
+            for d in range(D):
+                total[r, d] *= factors[r]
         if K > 0:
-            for t in range(K):
-                _widen(prompt_k_SKGD[slot, t, g], bits)
-                _dots(q_RD, row_D, scale, scores, t)
-            _softmax(scores, K)
+            _score(q_NHD, n, first, prompt_k_SKGD, slot, g, K, scale, scores, 0)
+            _exponentials(scores, K, factors)
             for r in range(R):
                 for t in range(K):
-                    scores[r, t] *= gate_SH[slot, g * R + r]
-            for t in range(K):
-                _widen(prompt_v_SKGD[slot, t, g], bits)
-                _accumulate(scores, t, row_D, total)
-        out_BHD[b, g * R : (g + 1) * R] = total
+                    scores[r, t] *= factors[r] * gate_SH[slot, first + r]
+            _add(scores, 0, prompt_v_SKGD, slot, g, K, total)
+        for r in range(R):
+            for d in range(D):
+                out_NHD[n, first + r, d] = narrow(total[r, d], out_NHD[n, first + r, d])
 
 
-def _array(x: Tensor) -> Any:
-    """The tensor's memory as unsigned integers of its width; nothing is copied."""
-    width = torch.uint32 if x.dtype == torch.float32 else torch.uint16
-    return x.view(width).numpy()
-
-
-def paged_decode(
-    q_BHD: Tensor,
+def paged_attend(
+    q_NHD: Tensor,
     k_PsGD: Tensor,
     v_PsGD: Tensor,
     blocks_BM: Any,
-    lens_B: Any,
+    sequences_N: Any,
+    lens_N: Any,
     prompt_k_SKGD: Tensor,
     prompt_v_SKGD: Tensor,
     slots_B: Any,
     prompt_lens_S: Any,
     gate_SH: Any,
 ) -> Tensor:
-    """Attention of one query per sequence, its own key and value already in the cache; [B, H, D] as q.
+    """Attention of N queries, their own keys and values already in the cache; [N, H, D] as q.
 
-    Caches are float32 or bfloat16, one layer's: P blocks of s positions. Integer arrays are numpy's
-    (int32): a sequence's blocks, its length (the query included), its prompt slot, rows per slot.
+    Queries and caches are float32 or bfloat16, one layer's. Integer arrays are numpy's: a sequence's blocks,
+    a row's sequence and how many positions it sees (its own included), a sequence's prompt slot, and rows
+    per slot.
     """
-    out_BHD = torch.empty(q_BHD.shape, dtype=torch.float32)
-    _decode(
-        q_BHD.float().contiguous().numpy(),
-        _array(k_PsGD),
-        _array(v_PsGD),
+    out_NHD = torch.empty_like(q_NHD, memory_format=torch.contiguous_format)
+    attend(
+        array(q_NHD.contiguous()),
+        array(k_PsGD),
+        array(v_PsGD),
         blocks_BM,
-        lens_B,
-        _array(prompt_k_SKGD),
-        _array(prompt_v_SKGD),
+        sequences_N,
+        lens_N,
+        array(prompt_k_SKGD),
+        array(prompt_v_SKGD),
         slots_B,
         prompt_lens_S,
         gate_SH,
-        out_BHD.numpy(),
+        array(out_NHD),
     )
-    return out_BHD.to(q_BHD.dtype)
+    return out_NHD

@@ -59,7 +59,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {base.config.vocab_size}; "
             "they belong to different models"
         )
-    if device.type == "cpu" and dtype != torch.float16 and torch.backends.mkldnn.is_available():
+    if base.can_pack:
         base.pack()
     scheduler = _scheduler(settings, base.config, dtype)
     runner = Runner(

@@ -19,6 +19,7 @@ from torch import Tensor
 from models.adaptation import AdapterBank, BatchAdaptation
 from models.adapter import Adapter
 from models.attention import Prompts
+from models.kernels.fused_cpu import FusedPass
 from models.kv_cache import KVCache, PagedAttend, PromptCache, StepLayout
 from models.llama import Attend, Llama
 from models.vision.encoder import VisionEncoder
@@ -90,6 +91,8 @@ class Runner:
 
             self._attend, self._batch_adaptation = TritonPagedAttend, TritonBatchAdaptation
             compile_kernels(self.kv_cache, self.prompt_cache, config.num_heads)
+        fused = kernels == "cpu" and bool(base.packed)
+        self._fused = FusedPass(base, self.kv_cache, self.prompt_cache) if fused else None
 
     @torch.inference_mode()
     def run(self, items: Sequence[StepItem]) -> Tensor:
@@ -100,19 +103,19 @@ class Runner:
         adapter_slots, prompt_slots = self._place(items)
         layout = self._layout(items, prompt_slots)
         tokens_N = torch.tensor([t for item in items for t in item.tokens], device=self.base.device)
-        positions_N = torch.tensor(
-            [p for item in items for p in range(item.start, item.start + len(item.tokens))],
-            device=self.base.device,
-        )
         counts = [len(item.tokens) for item in items]
-        adaptation = self._adaptation(adapter_slots, counts)
-        attend = self._attend(self.kv_cache, self.prompt_cache, layout)
-        hidden_NC = self.base(tokens_N, positions_N, attend, adaptation)
-
         wanted = [range(len(item.tokens))[item.wants_logits] for item in items]
         rows_M = [start + i for start, chunk in zip(layout.starts, wanted, strict=False) for i in chunk]
-        adaptation = self._adaptation(adapter_slots, [len(chunk) for chunk in wanted])
-        return self.base.logits(hidden_NC[rows_M], adaptation).float()
+        adaptation = self._adaptation(adapter_slots, counts)
+        of_rows = self._adaptation(adapter_slots, [len(chunk) for chunk in wanted])
+        positions_N = np.concatenate([np.arange(item.start, item.start + len(item.tokens)) for item in items])
+        if self._fused is not None and (adaptation is None or adaptation.is_elementwise):
+            hidden_NC = self._fused.hidden(tokens_N, positions_N, layout, adaptation)
+            return self._fused.logits(hidden_NC[rows_M], of_rows)
+        attend = self._attend(self.kv_cache, self.prompt_cache, layout)
+        positions = torch.from_numpy(positions_N).to(self.base.device)
+        hidden_NC = self.base(tokens_N, positions, attend, adaptation)
+        return self.base.logits(hidden_NC[rows_M], of_rows).float()
 
     def forget(self, key: tuple[str, int]) -> None:
         """Give back the slots of one version of an adapter."""

@@ -1,0 +1,309 @@
+"""The layers of a step on the CPU: everything between embedding and output head, compiled by numba.
+
+What `models.llama` says in torch, in five parallel regions a layer: query, key and value; rotation and the
+cache; attention; its output; the feed-forward block in two. A region's tasks are panels of output features,
+which stay in the core's cache while all rows pass; what adapters add, activations and the residual sum are
+done while a panel's outputs are at hand. A row's numbers do not depend on the other rows, to the last bit.
+
+Shapes: N rows, L layers, C hidden size, I feed-forward size, H query heads, G key/value heads, D head size,
+S slots of the adapter bank, A features of query, key and value together, each filled up to whole panels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from models.kernels.paged_cpu import attend
+from models.kernels.scalars_cpu import exp, jit, narrow, parallel_jit, widen
+from models.kernels.tile_cpu import PANEL, ROWS, tile_product
+
+_SERIAL_ROWS = 8  # so few rows are normed and rotated sooner than a second thread has begun
+
+
+class Weights(NamedTuple):
+    """The base's, packed (`models.kernels.linear_cpu`) and stacked over layers."""
+
+    qkv_LPKF: Any
+    wo_LPKF: Any
+    gate_up_LPKF: Any
+    w2_LPKF: Any
+    eps: Any  # of the norms, float32
+
+
+class Vectors(NamedTuple):
+    """What the batch's adapters put in place of norms, or add; a slot for each row.
+
+    Biases and scales in the order wq, wk, wv, wo, w1, w3, w2, [L, S, features]; without layers: none.
+    Norms have a single slot where all rows have the base's.
+    """
+
+    attention_norm_LSC: Any
+    feed_forward_norm_LSC: Any
+    bias: tuple[Any, ...]
+    scale: tuple[Any, ...]
+    slots_N: Any
+
+
+class Batch(NamedTuple):
+    """Where the rows belong."""
+
+    cos_ND: Any  # [N, D / 2], as sin
+    sin_ND: Any
+    places_N: Any  # flat cache positions
+    sequences_N: Any
+    lens_N: Any  # positions that a row sees
+    blocks_BM: Any
+    prompt_slots_B: Any
+
+
+class Cache(NamedTuple):
+    """Of tokens and of prompts, all layers."""
+
+    k_LPsGD: Any
+    v_LPsGD: Any
+    prompt_k_LSKGD: Any
+    prompt_v_LSKGD: Any
+    prompt_lens_LS: Any
+    gate_LSH: Any
+
+
+class Rows(NamedTuple):
+    """The step's rows on their way. `x_NC` is the residual stream; the others are made anew by each layer."""
+
+    x_NC: Any  # float32
+    h_NC: Any
+    qkv_NA: Any  # float32
+    q_NHD: Any
+    out_NHD: Any
+    act_NI: Any
+
+
+@jit
+def run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> None:
+    """The residual stream through all layers, in place; new keys and values go to the cache."""
+    N = rows.x_NC.shape[0]
+    flat_NC = rows.out_NHD.reshape(N, rows.out_NHD.shape[1] * rows.out_NHD.shape[2])
+    q = flat_NC.shape[1]
+    kv = cache.k_LPsGD.shape[3] * cache.k_LPsGD.shape[4]
+    bias, scale, slots_N = vectors.bias, vectors.scale, vectors.slots_N
+    for layer in range(w.qkv_LPKF.shape[0]):
+        norm(rows.x_NC, vectors.attention_norm_LSC[layer], slots_N, w.eps, rows.h_NC)
+        _qkv(layer, rows.h_NC, w.qkv_LPKF[layer], bias, scale, slots_N, rows.qkv_NA, q, kv)
+        k_PsGD, v_PsGD = cache.k_LPsGD[layer], cache.v_LPsGD[layer]
+        _rotate(rows.qkv_NA, batch.cos_ND, batch.sin_ND, batch.places_N, rows.q_NHD, k_PsGD, v_PsGD)
+        attend(
+            rows.q_NHD,
+            k_PsGD,
+            v_PsGD,
+            batch.blocks_BM,
+            batch.sequences_N,
+            batch.lens_N,
+            cache.prompt_k_LSKGD[layer],
+            cache.prompt_v_LSKGD[layer],
+            batch.prompt_slots_B,
+            cache.prompt_lens_LS[layer],
+            cache.gate_LSH[layer],
+            rows.out_NHD,
+        )
+        _add(layer, flat_NC, w.wo_LPKF[layer], bias[3], scale[3], slots_N, rows.x_NC)
+        norm(rows.x_NC, vectors.feed_forward_norm_LSC[layer], slots_N, w.eps, rows.h_NC)
+        _gate_up(
+            layer,
+            rows.h_NC,
+            w.gate_up_LPKF[layer],
+            bias[4],
+            bias[5],
+            scale[4],
+            scale[5],
+            slots_N,
+            rows.act_NI,
+        )
+        _add(layer, rows.act_NI, w.w2_LPKF[layer], bias[6], scale[6], slots_N, rows.x_NC)
+
+
+@jit
+def norm(x_NC: Any, weight_SC: Any, slots_N: Any, eps: Any, h_NC: Any) -> None:
+    """x / rms(x) ⊙ w[slot], as it is stored where `h_NC` is."""
+    if x_NC.shape[0] <= _SERIAL_ROWS:
+        for n in range(x_NC.shape[0]):
+            _norm_row(n, x_NC, weight_SC, slots_N, eps, h_NC)
+    else:
+        _norm_rows(x_NC, weight_SC, slots_N, eps, h_NC)
+
+
+@parallel_jit
+def _norm_rows(x_NC: Any, weight_SC: Any, slots_N: Any, eps: Any, h_NC: Any) -> None:
+    for task in numba.prange(x_NC.shape[0]):
+        _norm_row(np.int64(task), x_NC, weight_SC, slots_N, eps, h_NC)
+
+
+@jit
+def _norm_row(n: int, x_NC: Any, weight_SC: Any, slots_N: Any, eps: Any, h_NC: Any) -> None:
+    C = x_NC.shape[1]
+    squares = np.float32(0)
+    for c in range(C):
+        squares += x_NC[n, c] * x_NC[n, c]
+    inverse = np.float32(1) / np.sqrt(squares / np.float32(C) + eps)
+    slot = slots_N[n] if weight_SC.shape[0] > 1 else np.int64(0)
+    for c in range(C):
+        h_NC[n, c] = narrow(x_NC[n, c] * inverse * widen(weight_SC[slot, c]), h_NC[n, c])
+
+
+@jit
+def _adapt(
+    layer: int, first: int, count: int, bias_LSO: Any, scale_LSO: Any, slots_N: Any, start: int, y_RF: Any
+) -> None:
+    """y = s ⊙ (y + b) on a panel that begins at feature `start`; past the last feature y is left alone."""
+    biased, scaled = bias_LSO.shape[0] > 0, scale_LSO.shape[0] > 0
+    if not (biased or scaled):
+        return
+    width = min(PANEL, max(bias_LSO.shape[2], scale_LSO.shape[2]) - start)
+    for r in range(count):
+        slot = slots_N[first + r]
+        if biased and scaled:
+            for c in range(width):
+                bias, scale = bias_LSO[layer, slot, start + c], scale_LSO[layer, slot, start + c]
+                y_RF[r, c] = (y_RF[r, c] + widen(bias)) * widen(scale)
+        elif biased:
+            for c in range(width):
+                y_RF[r, c] += widen(bias_LSO[layer, slot, start + c])
+        else:
+            for c in range(width):
+                y_RF[r, c] *= widen(scale_LSO[layer, slot, start + c])
+
+
+@parallel_jit
+def _qkv(
+    layer: int, h_NC: Any, w_PKF: Any, bias: Any, scale: Any, slots_N: Any, qkv_NA: Any, q: int, kv: int
+) -> None:
+    """`q` and `kv`: features of the query, and of the key as of the value."""
+    N, P = h_NC.shape[0], w_PKF.shape[0]
+    k_panel = (q + PANEL - 1) // PANEL
+    v_panel = k_panel + (kv + PANEL - 1) // PANEL
+    bias_q, bias_k, bias_v = bias[0], bias[1], bias[2]
+    scale_q, scale_k, scale_v = scale[0], scale[1], scale[2]
+    for task in numba.prange(P):
+        p = np.int64(task)
+        y_RF = np.empty((ROWS, PANEL), np.float32)
+        for first in range(0, N, ROWS):
+            last = min(first + ROWS, N)
+            tile_product(h_NC, first, last, w_PKF, p, y_RF)
+            if p < k_panel:
+                _adapt(layer, first, last - first, bias_q, scale_q, slots_N, p * PANEL, y_RF)
+            elif p < v_panel:
+                _adapt(layer, first, last - first, bias_k, scale_k, slots_N, (p - k_panel) * PANEL, y_RF)
+            else:
+                _adapt(layer, first, last - first, bias_v, scale_v, slots_N, (p - v_panel) * PANEL, y_RF)
+            for r in range(last - first):
+                for c in range(PANEL):
+                    qkv_NA[first + r, p * PANEL + c] = y_RF[r, c]
+
+
+@parallel_jit
+def _rotate(
+    qkv_NA: Any, cos_ND: Any, sin_ND: Any, places_N: Any, q_NHD: Any, k_PsGD: Any, v_PsGD: Any
+) -> None:
+    N = q_NHD.shape[0]
+    if N <= _SERIAL_ROWS:
+        for n in range(N):
+            _rotate_row(n, qkv_NA, cos_ND, sin_ND, places_N, q_NHD, k_PsGD, v_PsGD)
+    else:
+        for task in numba.prange(N):
+            _rotate_row(np.int64(task), qkv_NA, cos_ND, sin_ND, places_N, q_NHD, k_PsGD, v_PsGD)
+
+
+@jit
+def _rotate_row(
+    n: int, qkv_NA: Any, cos_ND: Any, sin_ND: Any, places_N: Any, q_NHD: Any, k_PsGD: Any, v_PsGD: Any
+) -> None:
+    """Pairs are (i, i + D/2), as in `models.llama.rotate`."""
+    H, D = q_NHD.shape[1], q_NHD.shape[2]
+    s, G = k_PsGD.shape[1], k_PsGD.shape[2]
+    k_start = (H * D + PANEL - 1) // PANEL * PANEL
+    v_start = k_start + (G * D + PANEL - 1) // PANEL * PANEL
+    block, offset = places_N[n] // s, places_N[n] % s
+    half = D // 2
+    for h in range(H):
+        for d in range(half):
+            a, b = qkv_NA[n, h * D + d], qkv_NA[n, h * D + half + d]
+            cos, sin = cos_ND[n, d], sin_ND[n, d]
+            q_NHD[n, h, d] = narrow(a * cos - b * sin, q_NHD[n, h, d])
+            q_NHD[n, h, half + d] = narrow(b * cos + a * sin, q_NHD[n, h, d])
+    for g in range(G):
+        for d in range(half):
+            a, b = qkv_NA[n, k_start + g * D + d], qkv_NA[n, k_start + g * D + half + d]
+            cos, sin = cos_ND[n, d], sin_ND[n, d]
+            k_PsGD[block, offset, g, d] = narrow(a * cos - b * sin, k_PsGD[block, offset, g, d])
+            k_PsGD[block, offset, g, half + d] = narrow(b * cos + a * sin, k_PsGD[block, offset, g, d])
+        for d in range(D):
+            v_PsGD[block, offset, g, d] = narrow(qkv_NA[n, v_start + g * D + d], v_PsGD[block, offset, g, d])
+
+
+@parallel_jit
+def _add(layer: int, h_NK: Any, w_PKF: Any, bias_LSO: Any, scale_LSO: Any, slots_N: Any, x_NC: Any) -> None:
+    """x += s ⊙ (W h + b)."""
+    N, C = x_NC.shape
+    for task in numba.prange(w_PKF.shape[0]):
+        p = np.int64(task)
+        y_RF = np.empty((ROWS, PANEL), np.float32)
+        width = min(PANEL, C - p * PANEL)
+        for first in range(0, N, ROWS):
+            last = min(first + ROWS, N)
+            tile_product(h_NK, first, last, w_PKF, p, y_RF)
+            _adapt(layer, first, last - first, bias_LSO, scale_LSO, slots_N, p * PANEL, y_RF)
+            for r in range(last - first):
+                for c in range(width):
+                    x_NC[first + r, p * PANEL + c] += y_RF[r, c]
+
+
+@parallel_jit
+def _gate_up(
+    layer: int,
+    h_NC: Any,
+    w_PKF: Any,
+    bias_1: Any,
+    bias_3: Any,
+    scale_1: Any,
+    scale_3: Any,
+    slots_N: Any,
+    act_NI: Any,
+) -> None:
+    """silu(W1 h) ⊙ W3 h; the panels of w1 are the first half."""
+    N, I = act_NI.shape
+    half = w_PKF.shape[0] // 2
+    for task in numba.prange(half):
+        p = np.int64(task)
+        gate_RF = np.empty((ROWS, PANEL), np.float32)
+        up_RF = np.empty((ROWS, PANEL), np.float32)
+        width = min(PANEL, I - p * PANEL)
+        for first in range(0, N, ROWS):
+            last = min(first + ROWS, N)
+            tile_product(h_NC, first, last, w_PKF, p, gate_RF)
+            tile_product(h_NC, first, last, w_PKF, half + p, up_RF)
+            _adapt(layer, first, last - first, bias_1, scale_1, slots_N, p * PANEL, gate_RF)
+            _adapt(layer, first, last - first, bias_3, scale_3, slots_N, p * PANEL, up_RF)
+            for r in range(last - first):
+                for c in range(width):
+                    gate = gate_RF[r, c]
+                    value = gate / (np.float32(1) + exp(-gate)) * up_RF[r, c]
+                    act_NI[first + r, p * PANEL + c] = narrow(value, act_NI[first + r, p * PANEL + c])
+
+
+@parallel_jit
+def head(h_MC: Any, w_PKF: Any, bias_LSO: Any, scale_LSO: Any, slots_M: Any, logits_MV: Any) -> None:
+    """s ⊙ (W h + b), the logits, in float32."""
+    M, V = logits_MV.shape
+    for task in numba.prange(w_PKF.shape[0]):
+        p = np.int64(task)
+        y_RF = np.empty((ROWS, PANEL), np.float32)
+        width = min(PANEL, V - p * PANEL)
+        for first in range(0, M, ROWS):
+            last = min(first + ROWS, M)
+            tile_product(h_MC, first, last, w_PKF, p, y_RF)
+            _adapt(0, first, last - first, bias_LSO, scale_LSO, slots_M, p * PANEL, y_RF)
+            for r in range(last - first):
+                for c in range(width):
+                    logits_MV[first + r, p * PANEL + c] = y_RF[r, c]

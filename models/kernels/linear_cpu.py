@@ -1,0 +1,74 @@
+"""Products with weights that were packed once, on the CPU.
+
+A packed weight holds panels of PANEL output features, the last one filled up with zeros. Within a panel
+the features of one input lie together, in bfloat16 those of two inputs, as the processor multiplies them.
+
+Shapes: M rows, K inputs (of a packed weight: steps of one or two), P panels, F numbers of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.kernels.scalars_cpu import SUPPORTED_DTYPES, array, parallel_jit
+from models.kernels.tile_cpu import PANEL, ROWS, tile_product
+
+
+def can_pack(weight_OK: Tensor) -> bool:
+    per_step = 4 // weight_OK.element_size()
+    cpu = weight_OK.device.type == "cpu"
+    return cpu and weight_OK.dtype in SUPPORTED_DTYPES and weight_OK.shape[1] % per_step == 0
+
+
+def pack(weights_OK: Sequence[Tensor]) -> Tensor:
+    """Weights [out, in] on one input, each in panels of its own, one after another; [P, K, F]."""
+    return torch.cat([_panels(weight_OK) for weight_OK in weights_OK])
+
+
+def packed_shape(weights_OK: Sequence[Tensor]) -> tuple[int, int, int]:
+    """Of what `pack` gives."""
+    per_step = 4 // weights_OK[0].element_size()
+    P = sum(num_panels(weight_OK.shape[0]) for weight_OK in weights_OK)
+    return P, weights_OK[0].shape[1] // per_step, PANEL * per_step
+
+
+def _panels(weight_OK: Tensor) -> Tensor:
+    per_step = 4 // weight_OK.element_size()
+    padded_OK = F.pad(weight_OK.detach(), (0, 0, 0, -weight_OK.shape[0] % PANEL))
+    blocks = padded_OK.unflatten(0, (-1, PANEL)).unflatten(2, (-1, per_step))  # [P, PANEL, K, 1 or 2]
+    panels: Tensor = blocks.transpose(1, 2).contiguous().flatten(2)
+    return panels
+
+
+def num_panels(out_features: int) -> int:
+    return -(-out_features // PANEL)
+
+
+def packed_linear(x: Tensor, w_PKF: Tensor) -> Tensor:
+    """x [..., in] → [..., P · PANEL] in float32; what fills up the last panel of a weight is zero."""
+    x_MK = x.flatten(0, -2).contiguous()
+    y_MO = torch.empty(x_MK.shape[0], w_PKF.shape[0] * PANEL)
+    _multiply(array(x_MK), array(w_PKF), y_MO.numpy())
+    y: Tensor = y_MO.unflatten(0, x.shape[:-1])
+    return y
+
+
+@parallel_jit
+def _multiply(x_MK: Any, w_PKF: Any, y_MO: Any) -> None:
+    M = x_MK.shape[0]
+    for task in numba.prange(w_PKF.shape[0]):
+        panel = np.int64(task)
+        y_RF = np.empty((ROWS, PANEL), np.float32)
+        for first in range(0, M, ROWS):
+            last = min(first + ROWS, M)
+            tile_product(x_MK, first, last, w_PKF, panel, y_RF)
+            for r in range(last - first):
+                for c in range(PANEL):
+                    y_MO[first + r, panel * PANEL + c] = y_RF[r, c]

@@ -1,0 +1,248 @@
+"""Attention's innermost loops on the CPU, in LLVM's instructions, as in `models.kernels.tile_cpu`.
+
+`score_rows` and `add_rows` take some rows of keys or values as they lie in a cache, [P, s, G, D]: of block p
+the rows t and following, of key/value head g. They take whole arrays and indices: a slice would count
+references, which the threads then share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from models.kernels.scalars_cpu import inlined_jit, intrinsic
+from models.kernels.tile_cpu import I32, I64, LANES, VF32, VI32, broadcast, fma, multiply_add
+
+_VI16 = ir.VectorType(ir.IntType(16), LANES)
+_STEP = 64  # bytes of a row that are taken at once
+HEAD_STEP = 64  # numbers of a row that `add_rows` takes at once
+
+
+def _score(clamped: bool) -> Callable[..., None]:
+    """`score_rows`; `clamped` where LANES rows from the first may reach past the array's end."""
+
+    @intrinsic
+    def score(
+        typing: Any,
+        q_NHD: Any,
+        n: Any,
+        h: Any,
+        k_PsGD: Any,
+        p: Any,
+        t: Any,
+        g: Any,
+        count: Any,
+        scale: Any,
+        scores_RT: Any,
+        r: Any,
+        at: Any,
+    ) -> Any:
+        def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            kinds = signature.args
+            q, k, out = (context.make_array(kinds[i])(context, b, args[i]) for i in (0, 3, 9))
+            rows = _row_addresses(b, k, args[4:7], args[7] if clamped else None)
+            size = b.mul(cgutils.unpack_tuple(b, q.shape)[2], ir.Constant(I64, kinds[0].dtype.bitwidth // 8))
+            paired = kinds[0].dtype == types.uint16
+            sums = _dot_each(b, _address(b, q, args[1], args[2]), rows, size, paired)
+            total = b.fmul(_sum_each(b, sums), _splat(b, args[8]))
+            place = b.inttoptr(_address(b, out, args[10], args[11]), VF32.as_pointer())
+            b.store(total, place, align=4)
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(q_NHD, i, i, k_PsGD, i, i, i, i, types.float32, scores_RT, i, i), build
+
+    return score
+
+
+def _row_addresses(b: Any, k: Any, first: Any, count: Any) -> list[Any]:
+    """Of LANES rows from indices `first`. With a `count` the last is repeated, not what lies behind it."""
+    stride = cgutils.unpack_tuple(b, k.strides)[1]
+    rows = [_address(b, k, *first)]
+    for i in range(1, LANES):
+        following = b.add(rows[-1], stride)
+        if count is not None:
+            following = b.select(b.icmp_signed("<", ir.Constant(I64, i), count), following, rows[-1])
+        rows.append(following)
+    return rows
+
+
+def _dot_each(b: Any, q_row: Any, rows: list[Any], size: Any, paired: bool) -> list[Any]:
+    """q times each row over `size` bytes; a vector for each, whose lanes are still to be summed."""
+    sums = [cgutils.alloca_once(b, VF32) for _ in rows]
+    for place in sums:
+        b.store(ir.Constant(VF32, None), place)
+    with cgutils.for_range(b, b.udiv(size, ir.Constant(I64, _STEP)), intp=I64) as loop:
+        offset = b.mul(loop.index, ir.Constant(I64, _STEP))
+        q_part = _load(b, b.add(q_row, offset), VI32)
+        for row, place in zip(rows, sums, strict=True):
+            k_part = _load(b, b.add(row, offset), VI32)
+            b.store(multiply_add(b, b.load(place), k_part, q_part, paired), place)
+    return [b.load(place) for place in sums]
+
+
+def _address(b: Any, array: Any, *indices: Any) -> Any:
+    """Of array[indices], as a number."""
+    address = b.ptrtoint(array.data, I64)
+    for index, stride in zip(indices, cgutils.unpack_tuple(b, array.strides), strict=False):
+        address = b.add(address, b.mul(index, stride))
+    return address
+
+
+def _load(b: Any, address: Any, kind: Any) -> Any:
+    return b.load(b.inttoptr(address, kind.as_pointer()), align=2)
+
+
+def _splat(b: Any, value: Any) -> Any:
+    return b.bitcast(broadcast(b, b.bitcast(value, I32)), VF32)
+
+
+def _sum_each(b: Any, vectors: list[Any]) -> Any:
+    """One vector: the sum over the lanes of each of LANES vectors, by adding neighbours four times."""
+    even = ir.Constant(VI32, list(range(0, 2 * LANES, 2)))
+    odd = ir.Constant(VI32, list(range(1, 2 * LANES, 2)))
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [b.fadd(b.shuffle_vector(x, y, even), b.shuffle_vector(x, y, odd)) for x, y in pairs]
+    return vectors[0]
+
+
+def _add(heads: int) -> Callable[..., None]:
+    """`add_rows` for so many heads of scores, whose sums stay in registers."""
+
+    @intrinsic
+    def add(
+        typing: Any,
+        weights_RT: Any,
+        r: Any,
+        at: Any,
+        v_PsGD: Any,
+        p: Any,
+        t: Any,
+        g: Any,
+        count: Any,
+        out_RD: Any,
+    ) -> Any:
+        def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            kinds = signature.args
+            weights, v, out = (context.make_array(kinds[i])(context, b, args[i]) for i in (0, 3, 8))
+            stored, bytes_each = kinds[3].dtype, kinds[3].dtype.bitwidth // 8
+            stride = cgutils.unpack_tuple(b, v.strides)[1]
+            first = [_address(b, weights, b.add(args[1], ir.Constant(I64, i)), args[2]) for i in range(heads)]
+            places = [_address(b, out, b.add(args[1], ir.Constant(I64, i))) for i in range(heads)]
+            v_row = _address(b, v, *args[4:7])
+            D = cgutils.unpack_tuple(b, out.shape)[1]
+            with cgutils.for_range(b, b.udiv(D, ir.Constant(I64, HEAD_STEP)), intp=I64) as part:
+                start = b.mul(part.index, ir.Constant(I64, HEAD_STEP))
+                v_part = b.add(v_row, b.mul(start, ir.Constant(I64, bytes_each)))
+                out_part = b.mul(start, ir.Constant(I64, 4))
+                vectors = range(HEAD_STEP // LANES)
+                at_lanes = [ir.Constant(I64, 4 * LANES * i) for i in vectors]
+                sums = [[cgutils.alloca_once(b, VF32) for _ in vectors] for _ in range(heads)]
+                for place, row in zip(places, sums, strict=True):
+                    for offset, total in zip(at_lanes, row, strict=True):
+                        b.store(_load(b, b.add(b.add(place, out_part), offset), VF32), total)
+                with cgutils.for_range(b, args[7], intp=I64) as loop:
+                    row = b.add(v_part, b.mul(loop.index, stride))
+                    values = [
+                        _widened(b, b.add(row, ir.Constant(I64, bytes_each * LANES * i)), stored)
+                        for i in vectors
+                    ]
+                    for weight_row, totals in zip(first, sums, strict=True):
+                        place = b.add(weight_row, b.mul(loop.index, ir.Constant(I64, 4)))
+                        weight = b.bitcast(broadcast(b, _load(b, place, I32)), VF32)
+                        for value, total in zip(values, totals, strict=True):
+                            b.store(fma(b, weight, value, b.load(total)), total)
+                for place, row in zip(places, sums, strict=True):
+                    for offset, total in zip(at_lanes, row, strict=True):
+                        target = b.inttoptr(b.add(b.add(place, out_part), offset), VF32.as_pointer())
+                        b.store(b.load(total), target, align=4)
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(weights_RT, i, i, v_PsGD, i, i, i, i, out_RD), build
+
+    return add
+
+
+def _widened(b: Any, address: Any, stored: Any) -> Any:
+    """LANES stored numbers as float32."""
+    if stored == types.float32:
+        return _load(b, address, VF32)
+    bits = b.zext(_load(b, address, _VI16), VI32)
+    return b.bitcast(b.shl(bits, ir.Constant(VI32, [16] * LANES)), VF32)
+
+
+_score_whole, _score_some = _score(clamped=False), _score(clamped=True)
+_add_4, _add_3, _add_2, _add_1 = (_add(heads) for heads in (4, 3, 2, 1))
+
+
+@inlined_jit
+def score_rows(
+    q_NHD: Any,
+    n: int,
+    h: int,
+    k_PsGD: Any,
+    p: int,
+    t: int,
+    g: int,
+    count: int,
+    scale: Any,
+    scores_RT: Any,
+    at: int,
+) -> None:
+    """scores[r, at + i] = scale · (q[n, h + r] · k[p, t + i, g]) over `count` rows, for every r.
+
+    What follows the last of them, up to a multiple of LANES, is written too, and means nothing. A row's size
+    is a multiple of 64 bytes.
+    """
+    for i in range(0, count, LANES):
+        whole = t + i + LANES <= k_PsGD.shape[1]
+        for r in range(scores_RT.shape[0]):
+            if whole:
+                _score_whole(q_NHD, n, h + r, k_PsGD, p, t + i, g, LANES, scale, scores_RT, r, at + i)
+            else:
+                _score_some(q_NHD, n, h + r, k_PsGD, p, t + i, g, count - i, scale, scores_RT, r, at + i)
+
+
+@intrinsic
+def prefetch_rows(typing: Any, x_PsGD: Any, p: Any, g: Any) -> Any:
+    """Ask for all of a block's rows of one head before they are needed."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x = context.make_array(signature.args[0])(context, b, args[0])
+        shape, stride = cgutils.unpack_tuple(b, x.shape), cgutils.unpack_tuple(b, x.strides)[1]
+        size = b.mul(shape[3], ir.Constant(I64, signature.args[0].dtype.bitwidth // 8))
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
+        fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+        how = [ir.Constant(I32, n) for n in (0, 3, 1)]  # read, keep, data
+        first = _address(b, x, args[1], ir.Constant(I64, 0), args[2])
+        with cgutils.for_range(b, shape[1], intp=I64) as row:
+            start = b.add(first, b.mul(row.index, stride))
+            with cgutils.for_range(b, b.udiv(size, ir.Constant(I64, _STEP)), intp=I64) as line:
+                place = b.add(start, b.mul(line.index, ir.Constant(I64, _STEP)))
+                b.call(fetch, [b.inttoptr(place, ir.IntType(8).as_pointer()), *how])
+        return context.get_dummy_value()
+
+    return types.void(x_PsGD, types.int64, types.int64), build
+
+
+@inlined_jit
+def add_rows(weights_RT: Any, at: int, v_PsGD: Any, p: int, t: int, g: int, count: int, out_RD: Any) -> None:
+    """out[r] += Σ weights[r, at + i] · v[p, t + i, g] over `count` rows, for every r."""
+    r, R = 0, out_RD.shape[0]
+    while r < R:
+        left = R - r
+        if left >= 4:
+            _add_4(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
+        elif left == 3:
+            _add_3(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
+        elif left == 2:
+            _add_2(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
+        else:
+            _add_1(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
+        r += min(left, 4)

@@ -1,0 +1,100 @@
+"""What the CPU's kernels compute number by number, in numba; loops over them become vectors.
+
+Numbers are stored as float32, or as bfloat16 in arrays of uint16, since numpy has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numba.extending
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from torch import Tensor
+
+SUPPORTED_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+_I32, _F32 = ir.IntType(32), ir.FloatType()
+_OPTIONS: dict[str, Any] = {
+    "fastmath": {"reassoc", "contract", "arcp", "nsz"},  # sums in any order; what is no number stays none
+    "nogil": True,
+    "error_model": "numpy",
+    "cache": True,
+}
+
+# What it decorates takes numba's typing context first, which callers do not pass.
+intrinsic: Callable[..., Any] = numba.extending.intrinsic
+jit = numba.njit(**_OPTIONS)
+# Of a function with many arrays a call costs tens of nanoseconds.
+inlined_jit = numba.njit(forceinline=True, **_OPTIONS)
+parallel_jit = numba.njit(parallel=True, **_OPTIONS)
+
+
+def array(x: Tensor) -> Any:
+    """The tensor's memory as numpy's: float32, or uint16 for bfloat16. Nothing is copied."""
+    return (x if x.dtype == torch.float32 else x.view(torch.uint16)).numpy()
+
+
+@intrinsic
+def widen(typing: Any, value: Any) -> Any:
+    """A stored number as float32."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return args[0]
+        return b.bitcast(b.shl(b.zext(args[0], _I32), ir.Constant(_I32, 16)), _F32)
+
+    return types.float32(value), build
+
+
+@intrinsic
+def narrow(typing: Any, value: Any, like: Any) -> Any:
+    """A float32 as it is stored where `like` is: to bfloat16 the nearest, of two the even one."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if signature.args[1] == types.float32:
+            return args[0]
+        bits = b.bitcast(args[0], _I32)
+        odd = b.and_(b.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+        rounded = b.lshr(b.add(b.add(bits, ir.Constant(_I32, 0x7FFF)), odd), ir.Constant(_I32, 16))
+        # Not a number must stay so; the addition may carry it away.
+        quiet = b.or_(b.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 0x40))
+        is_nan = b.fcmp_unordered("uno", args[0], args[0])
+        return b.trunc(b.select(is_nan, quiet, rounded), ir.IntType(16))
+
+    return like(types.float32, like), build
+
+
+@intrinsic
+def power_of_two(typing: Any, exponent: Any) -> Any:
+    """2^n as float32 for an int32 n in -126 … 127."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        biased = b.add(args[0], ir.Constant(_I32, 127))
+        return b.bitcast(b.shl(biased, ir.Constant(_I32, 23)), _F32)
+
+    return types.float32(types.int32), build
+
+
+@jit
+def exp(x: Any) -> Any:
+    """e^x to a few units in the last place, without a branch or a call; below -87 it is e^-87."""
+    if x < np.float32(-87):
+        x = np.float32(-87)
+    if x > np.float32(88):
+        x = np.float32(88)
+    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
+    # ln 2 in two parts, of which the first times n is exact.
+    f = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * f + np.float32(1.3981999507e-3)
+    p = p * f + np.float32(8.3334519073e-3)
+    p = p * f + np.float32(4.1665795894e-2)
+    p = p * f + np.float32(1.6666665459e-1)
+    p = p * f + np.float32(5.0000001201e-1)
+    p = p * f * f + f + np.float32(1)
+    return p * power_of_two(np.int32(n))

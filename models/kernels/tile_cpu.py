@@ -1,0 +1,151 @@
+"""The innermost loops of the CPU's kernels, which numba cannot say in Python: LLVM instructions by hand.
+
+`tile_product` multiplies a few rows with a panel of packed weights and keeps the sums in registers. It is
+written for vectors of sixteen float32; LLVM cuts them to what the processor has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from models.kernels.scalars_cpu import intrinsic, jit
+
+LANES = 16
+VECTORS = 3
+PANEL = LANES * VECTORS  # output features that are computed at once
+
+_FEATURES = llvm.get_host_cpu_features()
+_MULTIPLIES_BFLOAT16 = bool(_FEATURES.get("avx512bf16"))
+# Sums of 8 rows fill 24 of AVX-512's 32 registers; of 2 rows 12 of AVX2's 16.
+ROWS = 8 if _FEATURES.get("avx512f") else 2
+
+I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+VI32, VF32 = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+_VBF16 = ir.VectorType(_BFloat(), 2 * LANES)
+
+
+def _tile(rows: int) -> Callable[..., None]:
+    """The product of `rows` rows; what `tile_product` calls."""
+
+    @intrinsic
+    def tile(typing: Any, x: Any, row: Any, w: Any, panel: Any, y: Any, out: Any) -> Any:
+        def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            x_type, _, w_type, _, y_type, _ = signature.args
+            x_MK, w_PKF, y_MF = (
+                context.make_array(t)(context, b, args[i]) for t, i in ((x_type, 0), (w_type, 2), (y_type, 4))
+            )
+            paired = w_type.dtype == types.uint16
+
+            def start(array: Any, index: Any) -> Any:
+                stride = cgutils.unpack_tuple(b, array.strides)[0]
+                return b.add(b.ptrtoint(array.data, I64), b.mul(index, stride))
+
+            x_row = start(x_MK, args[1])
+            x_stride = cgutils.unpack_tuple(b, x_MK.strides)[0]
+            w_panel = start(w_PKF, args[3])
+            K = cgutils.unpack_tuple(b, w_PKF.shape)[1]
+            sums = _sums(b, rows, x_row, x_stride, w_panel, K, paired)
+            y_row = start(y_MF, args[5])
+            y_stride = cgutils.unpack_tuple(b, y_MF.strides)[0]
+            for r in range(rows):
+                for v in range(VECTORS):
+                    offset = b.add(b.mul(y_stride, ir.Constant(I64, r)), ir.Constant(I64, 4 * LANES * v))
+                    place = b.inttoptr(b.add(y_row, offset), VF32.as_pointer())
+                    b.store(b.load(sums[r][v]), place, align=4)
+            return context.get_dummy_value()
+
+        return types.void(x, types.int64, w, types.int64, y, types.int64), build
+
+    return tile
+
+
+def _sums(b: Any, rows: int, x_row: Any, x_stride: Any, w_panel: Any, K: Any, paired: bool) -> Any:
+    """Emit the loop over K steps: rows × VECTORS vectors of sums, in registers as soon as LLVM optimises."""
+    sums = [[cgutils.alloca_once(b, VF32) for _ in range(VECTORS)] for _ in range(rows)]
+    for row in sums:
+        for place in row:
+            b.store(ir.Constant(VF32, None), place)
+    with cgutils.for_range(b, K, intp=I64) as loop:
+        w_step = b.add(w_panel, b.mul(loop.index, ir.Constant(I64, 4 * PANEL)))
+        ws = []
+        for v in range(VECTORS):
+            place = b.inttoptr(b.add(w_step, ir.Constant(I64, 4 * LANES * v)), VI32.as_pointer())
+            ws.append(b.load(place, align=4))
+        x_step = b.add(x_row, b.mul(loop.index, ir.Constant(I64, 4)))
+        for r in range(rows):
+            place = b.inttoptr(b.add(x_step, b.mul(x_stride, ir.Constant(I64, r))), I32.as_pointer())
+            x = broadcast(b, b.load(place, align=2))
+            for v in range(VECTORS):
+                b.store(multiply_add(b, b.load(sums[r][v]), x, ws[v], paired), sums[r][v])
+    return sums
+
+
+def broadcast(b: Any, value: Any) -> Any:
+    """32 bits in every lane."""
+    undefined = ir.Constant(VI32, ir.Undefined)
+    vector = b.insert_element(undefined, value, ir.Constant(I32, 0))
+    return b.shuffle_vector(vector, undefined, ir.Constant(VI32, None))
+
+
+def multiply_add(b: Any, total: Any, x: Any, w: Any, paired: bool) -> Any:
+    """total + x·w by 32-bit lanes; `paired`: each holds two bfloat16, and both products are added."""
+    if not paired:
+        return fma(b, b.bitcast(x, VF32), b.bitcast(w, VF32), total)
+    if _MULTIPLIES_BFLOAT16:
+        kind = ir.FunctionType(VF32, [VF32, _VBF16, _VBF16])
+        dot = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        return b.call(dot, [total, b.bitcast(x, _VBF16), b.bitcast(w, _VBF16)])
+    high, sixteen = ir.Constant(VI32, [0xFFFF0000] * LANES), ir.Constant(VI32, [16] * LANES)
+    for part in (lambda v: b.shl(v, sixteen), lambda v: b.and_(v, high)):
+        total = fma(b, b.bitcast(part(x), VF32), b.bitcast(part(w), VF32), total)
+    return total
+
+
+def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """x·y + z."""
+    kind = ir.FunctionType(VF32, [VF32, VF32, VF32])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.fma.v{LANES}f32"), [x, y, z])
+
+
+_tile_8, _tile_4, _tile_2, _tile_1 = (_tile(rows) for rows in (8, 4, 2, 1))
+
+
+@jit
+def tile_product(x_MK: Any, first: int, last: int, w_PKF: Any, panel: int, y_RF: Any) -> None:
+    """y = rows `first` … `last - 1` of x (at most ROWS) times one packed panel, in float32."""
+    row, out = first, 0
+    while row < last:
+        left = last - row
+        if left >= 8 and ROWS >= 8:
+            _tile_8(x_MK, row, w_PKF, panel, y_RF, out)
+            row, out = row + 8, out + 8
+        elif left >= 4 and ROWS >= 8:
+            _tile_4(x_MK, row, w_PKF, panel, y_RF, out)
+            row, out = row + 4, out + 4
+        elif left >= 2:
+            _tile_2(x_MK, row, w_PKF, panel, y_RF, out)
+            row, out = row + 2, out + 2
+        else:
+            _tile_1(x_MK, row, w_PKF, panel, y_RF, out)
+            row, out = row + 1, out + 1
