@@ -12,26 +12,22 @@ TTFT           sent to first token; of a burst, the median of its requests.
 from __future__ import annotations
 
 import asyncio
-import io
 import itertools
 import json
 import multiprocessing as mp
 import os
 import platform
-import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
+from engine_client import EngineClient, start_engine
 
 from server.processes import set_threads
 from server.settings import WorkerSettings, default_cache_dir
@@ -80,76 +76,31 @@ class Load:
     levels: tuple[int, ...]
     prompt_tokens: int
     max_tokens: int
-    vocab_size: int
     threads: int
 
 
-class Engine:
-    """The worker's engine, asked as the worker's HTTP routes ask it."""
-
-    def __init__(self, engine: Any, vocab_size: int) -> None:
-        self._engine = engine
-        self._vocab_size = vocab_size
-        self._random = random.Random(0)
-        self._number = 0
-
-    async def burst(
-        self, contender: Contender, at_once: int, prompt_tokens: int, max_tokens: int, number: int
-    ) -> Burst:
-        runs = []
-        for i in range(at_once):
-            model = contender.models[i % len(contender.models)]
-            images = (self._image(),) if contender.sees else ()
-            runs.append(self._request(model, prompt_tokens, max_tokens, images))
-        began = time.perf_counter()
-        times = await asyncio.gather(*runs)
-        begin, end = max(t[0][0] for t in times), min(t[-1][0] for t in times)
-        tokens = sum(count for t in times for at, count in t if begin < at <= end)
-        gaps = (later[0] - at[0] for t in times for at, later in itertools.pairwise(t))
-        return Burst(
-            contender.name,
-            at_once,
-            prompt_tokens,
-            number,
-            decode=tokens / (end - begin) if end > begin else 0.0,
-            ttft=statistics.median(t[0][0] - began for t in times),
-            worst_gap=max(gaps, default=0.0),
-        )
-
-    async def _request(
-        self, model: str, prompt_tokens: int, max_tokens: int, images: tuple[bytes, ...]
-    ) -> list[tuple[float, int]]:
-        """When tokens came, and how many."""
-        from server.worker.messages import Delta, GenerateRequest, SamplingParams, TokenPrompt
-
-        self._number += 1
-        ids = tuple(self._random.randrange(1000, self._vocab_size) for _ in range(prompt_tokens))
-        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-        request = GenerateRequest(f"r{self._number}", model, TokenPrompt(ids), params, images=images)
-        return [
-            (time.perf_counter(), len(event.token_ids))
-            async for event in self._engine.generate(request)
-            if isinstance(event, Delta)
-        ]
-
-    def _image(self) -> bytes:
-        """A picture that no other request has."""
-        picture = Image.new("RGB", (64, 64), tuple(self._random.randrange(256) for _ in range(3)))
-        data = io.BytesIO()
-        picture.save(data, "PNG")
-        return data.getvalue()
-
-
-@asynccontextmanager
-async def start_engine(settings: WorkerSettings, vocab_size: int) -> AsyncGenerator[Engine]:
-    from server.worker.build import build_engine
-
-    engine = build_engine(settings)
-    await engine.start()
-    try:
-        yield Engine(engine, vocab_size)
-    finally:
-        await engine.stop()
+async def burst(
+    client: EngineClient, contender: Contender, at_once: int, prompt_tokens: int, max_tokens: int, number: int
+) -> Burst:
+    runs = []
+    for i in range(at_once):
+        model = contender.models[i % len(contender.models)]
+        images = (client.fresh_image(),) if contender.sees else ()
+        runs.append(client.request(model, client.fresh_tokens(prompt_tokens), max_tokens, images))
+    began = time.perf_counter()
+    times = await asyncio.gather(*runs)
+    begin, end = max(t[0][0] for t in times), min(t[-1][0] for t in times)
+    tokens = sum(count for t in times for at, count in t if begin < at <= end)
+    gaps = (later[0] - at[0] for t in times for at, later in itertools.pairwise(t))
+    return Burst(
+        contender.name,
+        at_once,
+        prompt_tokens,
+        number,
+        decode=tokens / (end - begin) if end > begin else 0.0,
+        ttft=statistics.median(t[0][0] - began for t in times),
+        worst_gap=max(gaps, default=0.0),
+    )
 
 
 def _peft_process(pipe: Connection, base_path: Path, threads: int) -> None:
@@ -228,17 +179,17 @@ async def _measure(load: Load, settings: WorkerSettings, peft: Peft | None) -> l
             file=sys.stderr,
         )
 
-    async with start_engine(settings, load.vocab_size) as engine:
+    async with start_engine(settings) as client:
         for contender in CONTENDERS:  # compile what is not yet, fill the banks
-            await engine.burst(contender, max(load.levels), load.prompt_tokens, 4, -1)
+            await burst(client, contender, max(load.levels), load.prompt_tokens, 4, -1)
         for number in range(load.rounds):
             for level in load.levels:
                 for contender in CONTENDERS:
-                    note(await engine.burst(contender, level, load.prompt_tokens, load.max_tokens, number))
+                    note(await burst(client, contender, level, load.prompt_tokens, load.max_tokens, number))
                 if peft is not None and number < load.peft_rounds:
                     note(peft.burst(level, load.prompt_tokens, load.max_tokens, number))
             for contender in CONTENDERS[:2]:
-                note(await engine.burst(contender, 1, 512, 2, number))
+                note(await burst(client, contender, 1, 512, 2, number))
             if peft is not None and number < load.peft_rounds:
                 note(peft.burst(1, 512, 1, number))
     return bursts
@@ -285,17 +236,16 @@ def main(
     """Measure decoding and TTFT of the engine with and without adapters."""
     threads = threads or len(os.sched_getaffinity(0))
     set_threads(threads)  # before torch is imported, which reads it once
+
     from models.pull import resolve_base
 
     base_path = resolve_base("smollm2-135m", default_cache_dir())
-    vocab_size = json.loads((base_path / "config.json").read_text())["vocab_size"]
     load = Load(
         rounds=3 if quick else rounds,
         peft_rounds=2 if quick else 3,
         levels=tuple(int(level) for level in levels.split(",")),
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
-        vocab_size=vocab_size,
         threads=threads,
     )
     with tempfile.TemporaryDirectory() as folder:
