@@ -35,7 +35,8 @@ class FusedPass:
             for name in ("attention_norm", "feed_forward_norm")
         } | {"final_norm": base.norm[None, None]}
         self._eps = np.float32(base.config.rms_norm_eps)
-        self._weights = Weights(*(array(base.packed[n]) for n in ("qkv", "wo", "gate_up", "w2")), self._eps)
+        qkv, wo, gate_up, w2 = (array(base.packed[name]) for name in ("qkv", "wo", "gate_up", "w2"))
+        self._weights = Weights(qkv, wo, gate_up, w2, self._eps)
         self._head_PKF = array(base.packed["lm_head"])
         self._none_LSO = array(base.embed.new_empty(0, 0, 0))
 
