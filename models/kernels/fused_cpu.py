@@ -16,6 +16,7 @@ from models.adaptation import BatchAdaptation
 from models.adapter_config import LINEARS
 from models.kernels import layers_cpu
 from models.kernels.layers_cpu import Batch, Cache, Rows, Vectors, Weights
+from models.kernels.linear_cpu import packed_linear
 from models.kernels.scalars_cpu import array
 from models.kernels.tile_cpu import PANEL
 from models.kv_cache import KVCache, PromptCache, StepLayout
@@ -35,9 +36,12 @@ class FusedPass:
             for name in ("attention_norm", "feed_forward_norm")
         } | {"final_norm": base.norm[None, None]}
         self._eps = np.float32(base.config.rms_norm_eps)
-        self._weights = Weights(*(array(base.packed[n]) for n in ("qkv", "wo", "gate_up", "w2")), self._eps)
+        qkv, wo, gate_up, w2 = (array(base.packed[name]) for name in ("qkv", "wo", "gate_up", "w2"))
+        self._weights = Weights(qkv, wo, gate_up, w2, self._eps)
         self._head_PKF = array(base.packed["lm_head"])
         self._none_LSO = array(base.embed.new_empty(0, 0, 0))
+        # Compiled now: the first adapter's prompts would else wait for it, and everybody with them.
+        packed_linear(base.embed[:1], base.packed["qkv"][0, :1])
 
     def hidden(
         self, tokens_N: Tensor, positions_N: Any, layout: StepLayout, adaptation: BatchAdaptation | None

@@ -56,7 +56,8 @@ def _score(clamped: bool) -> Callable[..., None]:
         i = types.int64
         return types.void(q_NHD, i, i, k_PsGD, i, i, i, i, types.float32, scores_RT, i, i), build
 
-    return score
+    made: Callable[..., None] = score
+    return made
 
 
 def _row_addresses(b: Any, k: Any, first: Any, count: Any) -> list[Any]:
@@ -166,7 +167,8 @@ def _add(heads: int) -> Callable[..., None]:
         i = types.int64
         return types.void(weights_RT, i, i, v_PsGD, i, i, i, i, out_RD), build
 
-    return add
+    made: Callable[..., None] = add
+    return made
 
 
 def _widened(b: Any, address: Any, stored: Any) -> Any:

@@ -77,7 +77,8 @@ def _tile(rows: int) -> Callable[..., None]:
 
         return types.void(x, types.int64, w, types.int64, y, types.int64), build
 
-    return tile
+    made: Callable[..., None] = tile
+    return made
 
 
 def _sums(b: Any, rows: int, x_row: Any, x_stride: Any, w_panel: Any, K: Any, paired: bool) -> Any:
@@ -117,9 +118,9 @@ def multiply_add(b: Any, total: Any, x: Any, w: Any, paired: bool) -> Any:
         dot = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
         return b.call(dot, [total, b.bitcast(x, _VBF16), b.bitcast(w, _VBF16)])
     high, sixteen = ir.Constant(VI32, [0xFFFF0000] * LANES), ir.Constant(VI32, [16] * LANES)
-    for part in (lambda v: b.shl(v, sixteen), lambda v: b.and_(v, high)):
-        total = fma(b, b.bitcast(part(x), VF32), b.bitcast(part(w), VF32), total)
-    return total
+    x_1, w_1 = (b.bitcast(b.shl(v, sixteen), VF32) for v in (x, w))
+    x_2, w_2 = (b.bitcast(b.and_(v, high), VF32) for v in (x, w))
+    return fma(b, x_2, w_2, fma(b, x_1, w_1, total))
 
 
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:

@@ -1,0 +1,103 @@
+"""A step by the CPU's compiled layers gives the logits of the plain pass, whatever adapters it mixes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import CONFIGS, GQA, random_adapter, random_base
+
+from models.adapter import base_spec
+from models.adapter_config import LINEARS, AdapterConfig
+from models.config import ModelConfig
+from server.worker.runner import LoadedAdapter, Runner, StepItem
+
+PROMPT = {"prompt": {"length": 5, "layers": (1, 2, 3)}}
+KINDS = {
+    "v1": PROMPT,
+    "v2": PROMPT
+    | {
+        "norms": True,
+        "final_norm": True,
+        "head": True,
+        "scale_bias": {"scale": "output", "scale_targets": LINEARS, "bias_targets": LINEARS},
+    },
+    "biases": {"scale_bias": {"bias_targets": ("wk", "w1")}},
+    "scales": {"scale_bias": {"scale": "output", "scale_targets": ("wv", "wo", "w3")}},
+    "norms": {"norms": True},
+    "low rank": {"lora": {"rank": 3, "targets": ("wq", "w2")}},
+    "input scales": {"scale_bias": {"scale": "input", "scale_targets": ("wq", "w2")}},
+}
+SHAPES = CONFIGS | {
+    "wide heads": replace(GQA, head_dim=64, num_heads=3, num_kv_heads=1),
+    "several panels": replace(GQA, hidden_size=80, intermediate_size=144, vocab_size=149),
+}
+BLOCK = 4
+
+
+def runner(config: ModelConfig, dtype: torch.dtype, fused: bool) -> Runner:
+    base = random_base(config, dtype)
+    return Runner(
+        base.pack() if fused else base,
+        num_blocks=64,
+        block_size=BLOCK,
+        max_hot_adapters=8,
+        prompt_slots=8,
+        kernels="cpu" if fused else "none",
+    )
+
+
+def two_steps(ours: Runner, adapters: list[LoadedAdapter | None]) -> torch.Tensor:
+    """Prompts of ten, eleven, … tokens; then a decode of every second one, and chunks of the others."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(2, 97, (len(adapters), 40), generator=generator).tolist()
+    blocks = torch.randperm(64, generator=generator).tolist()
+
+    def item(b: int, start: int, count: int) -> StepItem:
+        table = blocks[b * 6 : b * 6 + 6]
+        return StepItem(tokens[b][start : start + count], start, table, adapters[b], None, slice(None))
+
+    first = ours.run([item(b, 0, 10 + b) for b in range(len(adapters))])
+    order = sorted(range(len(adapters)), key=lambda b: b % 2)
+    second = ours.run([item(b, 10 + b, 1 if b % 2 == 0 else 3) for b in order])
+    return torch.cat([first, second])
+
+
+def assert_equal_steps(config: ModelConfig, kinds: list[str], dtype: torch.dtype) -> None:
+    spec = base_spec(config).model_dump()
+    loaded: dict[str, LoadedAdapter | None] = {
+        kind: LoadedAdapter(
+            (kind, 1), random_adapter(AdapterConfig.model_validate({"base": spec, **KINDS[kind]}), seed=i)
+        )
+        for i, kind in enumerate(KINDS)
+    }
+    adapters = [loaded.get(kind) for kind in kinds]
+    plain, fused = (two_steps(runner(config, dtype, fused), adapters) for fused in (False, True))
+    tolerance = 2e-5 if dtype == torch.float32 else 0.02 * float(plain.amax() - plain.amin())
+    torch.testing.assert_close(fused, plain, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_mixed_step(shape: str, dtype: torch.dtype):
+    assert_equal_steps(SHAPES[shape], ["base", "v2", "v1", "biases", "scales", "norms", "v2", "base"], dtype)
+
+
+@pytest.mark.parametrize("kind", ["base", *KINDS])
+def test_one_adapter_for_all(kind: str):
+    assert_equal_steps(GQA, [kind] * 3, torch.float32)
+
+
+def test_what_the_layers_do_not_know_takes_the_plain_pass():
+    assert_equal_steps(GQA, ["low rank", "v2", "input scales", "base"], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype):
+    """To the last bit: what shares a step never changes a token."""
+    ours = runner(SHAPES["wide heads"], dtype, fused=True)
+    items = [StepItem([7 + b, 9, 11][: 1 if b < 3 else 3], 0, [b], None, None, slice(None)) for b in range(6)]
+    together = ours.run(items)
+    alone = torch.cat([ours.run([item]) for item in items])
+    assert torch.equal(together, alone)
