@@ -51,7 +51,7 @@ LIMITS = {
     "enforce_eager": True,
     "kv_cache_memory_bytes": 32 << 20,
     "max_num_seqs": 8,
-    "max_num_batched_tokens": 512,
+    "max_num_batched_tokens": 1024,
     "disable_log_stats": False,
 }
 
