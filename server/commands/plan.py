@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -13,8 +13,10 @@ from rich.table import Table
 
 from models.adapter_config import LINEARS, AdapterConfig, BaseSpec, PromptConfig, ScaleBiasConfig
 from models.config import ModelConfig
-from models.sizing import BASES, DEVICES, Load, Plan, plan
 from server.serving import StartupError
+
+if TYPE_CHECKING:
+    from models.sizing import Plan
 
 app = typer.Typer()
 
@@ -46,6 +48,8 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Tell memory, devices and the least time of a decode step for bases, adapters and a load."""
+    from models.sizing import BASES, DEVICES, Load, plan
+
     load = Load(sequences, context, min(adapters, sequences))
     found: list[tuple[str, str, Plan]] = []
     for name in bases or list(BASES):
@@ -66,10 +70,11 @@ def plan_command(
 
 
 def _base(name: str) -> ModelConfig:
+    from models.checkpoints.huggingface import read_config
+    from models.sizing import BASES
+
     if name in BASES:
         return BASES[name]
-    from models.checkpoints.huggingface import read_config
-
     file = Path(name).expanduser() / "config.json"
     if not file.is_file():
         raise StartupError(f"{name!r} is neither {', '.join(BASES)} nor a folder with a config.json.")
