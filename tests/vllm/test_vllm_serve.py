@@ -48,7 +48,7 @@ def test_the_api_is_the_same_and_nothing_is_left_behind(
         with client:
             check_answers(client)
             loaded = client.post("/v1/adapters", json={"id": "late", "path": "late"}, headers=admin)
-            assert loaded.status_code == 200, loaded.text
+            assert loaded.status_code == 201, loaded.text
             assert client.post("/v1/chat/completions", json=request(model="late")).status_code == 200
             assert client.delete("/v1/adapters/late", headers=admin).status_code in (200, 204)
             assert client.post("/v1/chat/completions", json=request(model="late")).status_code == 404
