@@ -118,7 +118,7 @@ class Container:
             "--pid",
             "--fork",
             "--kill-child",
-            f"--mount-proc={self.root}/proc",
+            "--mount-proc",
         )
         root = (f"--root={self.root}", f"--wd={self.image.workdir}")
         return self.host.inside(*namespaces, *root, *confined, *powerless, *words)
