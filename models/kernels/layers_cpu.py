@@ -17,6 +17,7 @@ import numba
 import numpy as np
 
 from models.kernels.paged_cpu import attend
+from models.kernels.panel_cpu import add_to_panel, scale_panel
 from models.kernels.scalars_cpu import exp, jit, narrow, parallel_jit, widen
 from models.kernels.tile_cpu import PANEL, ROWS, tile_product
 
@@ -157,22 +158,24 @@ def _adapt(
     layer: int, first: int, count: int, bias_LSO: Any, scale_LSO: Any, slots_N: Any, start: int, y_RF: Any
 ) -> None:
     """y = s ⊙ (y + b) on a panel that begins at feature `start`; past the last feature y is left alone."""
-    biased, scaled = bias_LSO.shape[0] > 0, scale_LSO.shape[0] > 0
-    if not (biased or scaled):
-        return
-    width = min(PANEL, max(bias_LSO.shape[2], scale_LSO.shape[2]) - start)
-    for r in range(count):
-        slot = slots_N[first + r]
-        if biased and scaled:
-            for c in range(width):
-                bias, scale = bias_LSO[layer, slot, start + c], scale_LSO[layer, slot, start + c]
-                y_RF[r, c] = (y_RF[r, c] + widen(bias)) * widen(scale)
-        elif biased:
-            for c in range(width):
-                y_RF[r, c] += widen(bias_LSO[layer, slot, start + c])
-        else:
-            for c in range(width):
-                y_RF[r, c] *= widen(scale_LSO[layer, slot, start + c])
+    if bias_LSO.shape[0] > 0:
+        width = bias_LSO.shape[2] - start
+        for r in range(count):
+            slot = slots_N[first + r]
+            if width >= PANEL:
+                add_to_panel(y_RF, r, bias_LSO, layer, slot, start)
+            else:
+                for c in range(width):
+                    y_RF[r, c] += widen(bias_LSO[layer, slot, start + c])
+    if scale_LSO.shape[0] > 0:
+        width = scale_LSO.shape[2] - start
+        for r in range(count):
+            slot = slots_N[first + r]
+            if width >= PANEL:
+                scale_panel(y_RF, r, scale_LSO, layer, slot, start)
+            else:
+                for c in range(width):
+                    y_RF[r, c] *= widen(scale_LSO[layer, slot, start + c])
 
 
 @parallel_jit

@@ -47,9 +47,9 @@ def _score(clamped: bool) -> Callable[..., None]:
             rows = _row_addresses(b, k, args[4:7], args[7] if clamped else None)
             size = b.mul(cgutils.unpack_tuple(b, q.shape)[2], ir.Constant(I64, kinds[0].dtype.bitwidth // 8))
             paired = kinds[0].dtype == types.uint16
-            sums = _dot_each(b, _address(b, q, args[1], args[2]), rows, size, paired)
+            sums = _dot_each(b, address(b, q, args[1], args[2]), rows, size, paired)
             total = b.fmul(_sum_each(b, sums), _splat(b, args[8]))
-            place = b.inttoptr(_address(b, out, args[10], args[11]), VF32.as_pointer())
+            place = b.inttoptr(address(b, out, args[10], args[11]), VF32.as_pointer())
             b.store(total, place, align=4)
             return context.get_dummy_value()
 
@@ -63,7 +63,7 @@ def _score(clamped: bool) -> Callable[..., None]:
 def _row_addresses(b: Any, k: Any, first: Any, count: Any) -> list[Any]:
     """Of LANES rows from indices `first`. With a `count` the last is repeated, not what lies behind it."""
     stride = cgutils.unpack_tuple(b, k.strides)[1]
-    rows = [_address(b, k, *first)]
+    rows = [address(b, k, *first)]
     for i in range(1, LANES):
         following = b.add(rows[-1], stride)
         if count is not None:
@@ -79,23 +79,23 @@ def _dot_each(b: Any, q_row: Any, rows: list[Any], size: Any, paired: bool) -> l
         b.store(ir.Constant(VF32, None), place)
     with cgutils.for_range(b, b.udiv(size, ir.Constant(I64, _STEP)), intp=I64) as loop:
         offset = b.mul(loop.index, ir.Constant(I64, _STEP))
-        q_part = _load(b, b.add(q_row, offset), VI32)
+        q_part = load(b, b.add(q_row, offset), VI32)
         for row, place in zip(rows, sums, strict=True):
-            k_part = _load(b, b.add(row, offset), VI32)
+            k_part = load(b, b.add(row, offset), VI32)
             b.store(multiply_add(b, b.load(place), k_part, q_part, paired), place)
     return [b.load(place) for place in sums]
 
 
-def _address(b: Any, array: Any, *indices: Any) -> Any:
+def address(b: Any, array: Any, *indices: Any) -> Any:
     """Of array[indices], as a number."""
-    address = b.ptrtoint(array.data, I64)
+    place = b.ptrtoint(array.data, I64)
     for index, stride in zip(indices, cgutils.unpack_tuple(b, array.strides), strict=False):
-        address = b.add(address, b.mul(index, stride))
-    return address
+        place = b.add(place, b.mul(index, stride))
+    return place
 
 
-def _load(b: Any, address: Any, kind: Any) -> Any:
-    return b.load(b.inttoptr(address, kind.as_pointer()), align=2)
+def load(b: Any, place: Any, kind: Any) -> Any:
+    return b.load(b.inttoptr(place, kind.as_pointer()), align=2)
 
 
 def _splat(b: Any, value: Any) -> Any:
@@ -133,9 +133,9 @@ def _add(heads: int) -> Callable[..., None]:
             weights, v, out = (context.make_array(kinds[i])(context, b, args[i]) for i in (0, 3, 8))
             stored, bytes_each = kinds[3].dtype, kinds[3].dtype.bitwidth // 8
             stride = cgutils.unpack_tuple(b, v.strides)[1]
-            first = [_address(b, weights, b.add(args[1], ir.Constant(I64, i)), args[2]) for i in range(heads)]
-            places = [_address(b, out, b.add(args[1], ir.Constant(I64, i))) for i in range(heads)]
-            v_row = _address(b, v, *args[4:7])
+            first = [address(b, weights, b.add(args[1], ir.Constant(I64, i)), args[2]) for i in range(heads)]
+            places = [address(b, out, b.add(args[1], ir.Constant(I64, i))) for i in range(heads)]
+            v_row = address(b, v, *args[4:7])
             D = cgutils.unpack_tuple(b, out.shape)[1]
             with cgutils.for_range(b, b.udiv(D, ir.Constant(I64, HEAD_STEP)), intp=I64) as part:
                 start = b.mul(part.index, ir.Constant(I64, HEAD_STEP))
@@ -146,16 +146,16 @@ def _add(heads: int) -> Callable[..., None]:
                 sums = [[cgutils.alloca_once(b, VF32) for _ in vectors] for _ in range(heads)]
                 for place, row in zip(places, sums, strict=True):
                     for offset, total in zip(at_lanes, row, strict=True):
-                        b.store(_load(b, b.add(b.add(place, out_part), offset), VF32), total)
+                        b.store(load(b, b.add(b.add(place, out_part), offset), VF32), total)
                 with cgutils.for_range(b, args[7], intp=I64) as loop:
                     row = b.add(v_part, b.mul(loop.index, stride))
                     values = [
-                        _widened(b, b.add(row, ir.Constant(I64, bytes_each * LANES * i)), stored)
+                        widened(b, b.add(row, ir.Constant(I64, bytes_each * LANES * i)), stored)
                         for i in vectors
                     ]
                     for weight_row, totals in zip(first, sums, strict=True):
                         place = b.add(weight_row, b.mul(loop.index, ir.Constant(I64, 4)))
-                        weight = b.bitcast(broadcast(b, _load(b, place, I32)), VF32)
+                        weight = b.bitcast(broadcast(b, load(b, place, I32)), VF32)
                         for value, total in zip(values, totals, strict=True):
                             b.store(fma(b, weight, value, b.load(total)), total)
                 for place, row in zip(places, sums, strict=True):
@@ -171,11 +171,11 @@ def _add(heads: int) -> Callable[..., None]:
     return made
 
 
-def _widened(b: Any, address: Any, stored: Any) -> Any:
+def widened(b: Any, place: Any, stored: Any) -> Any:
     """LANES stored numbers as float32."""
     if stored == types.float32:
-        return _load(b, address, VF32)
-    bits = b.zext(_load(b, address, _VI16), VI32)
+        return load(b, place, VF32)
+    bits = b.zext(load(b, place, _VI16), VI32)
     return b.bitcast(b.shl(bits, ir.Constant(VI32, [16] * LANES)), VF32)
 
 
@@ -222,7 +222,7 @@ def prefetch_rows(typing: Any, x_PsGD: Any, p: Any, g: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
         fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
         how = [ir.Constant(I32, n) for n in (0, 3, 1)]  # read, keep, data
-        first = _address(b, x, args[1], ir.Constant(I64, 0), args[2])
+        first = address(b, x, args[1], ir.Constant(I64, 0), args[2])
         with cgutils.for_range(b, shape[1], intp=I64) as row:
             start = b.add(first, b.mul(row.index, stride))
             with cgutils.for_range(b, b.udiv(size, ir.Constant(I64, _STEP)), intp=I64) as line:
