@@ -29,7 +29,7 @@ def help_of(command: str) -> str:
 @pytest.mark.parametrize(
     ("command", "settings", "hidden"),
     [
-        ("serve", GatewaySettings, {"worker_urls", "expert_urls"}),
+        ("serve", GatewaySettings, {"worker_urls", "captions"}),
         ("serve", WorkerSettings, {"uds"}),
         ("serve", ExpertSettings, {"uds"}),
         ("gateway", GatewaySettings, set()),
