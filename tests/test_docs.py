@@ -31,6 +31,7 @@ STATIC = {
     r"llama-adapter (study|data|eval) ": "takes long, or data that no package holds",
     r"llama-adapter train (?!.*max_steps=)": "takes hours",
     r"OTEL_\S+ docker ": "needs Docker's engine",
+    r"\.venv-vllm/": "needs the environment of `make vllm`, whose own tests serve over it",
 }
 ELSEWHERE = {"adapters.md": "tests/server/commands/test_adapters_guide.py"}
 
@@ -120,6 +121,8 @@ def check(command: str) -> None:
                 load_study(words[2])
             elif words[1] == "train" and words[2] != "recipe.yaml":
                 load_recipe(words[2], [word for word in words[3:] if "=" in word])
+        case ".venv-vllm/bin/llama-adapter":
+            check_options(shlex.join(["llama-adapter", *words[1:]]))
         case program:
             assert program in ("git", "pip", ".venv/bin/pip"), command
             for extras in re.findall(r"\[([a-z,]+)\]", command):
