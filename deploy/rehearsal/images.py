@@ -30,8 +30,8 @@ import httpx
 import psutil
 import typer
 
-from deploy.rehearsal.dockerfile import Builder, Image, call, mounted
 from deploy.rehearsal.hosts import Host, enter_namespaces, make_switch
+from deploy.rehearsal.stages import Builder, Image, call, mounted
 
 _ROOT = Path(__file__).resolve().parents[2]
 _BUILD = _ROOT / "build" / "rehearsal"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.rehearsal.dockerfile import Builder, Image, parse
+from deploy.rehearsal.stages import Builder, Image, parse
 from tests.deploy.test_containers import DOCKERFILE, TARGETS
 
 TEXT = """
