@@ -24,10 +24,12 @@ from server.tracing import TELEMETRY, configure_tracing
 
 _EXPERT_DRAIN_SECONDS = 5.0
 
-# A step of decoding is hundreds of short parallel regions. libgomp's own 300 000 spins between them cost
-# five times the step where another process wants a core, no spins a third of it where none does; with
-# 20 000 it was as fast as the default on an idle machine and as the latter on a busy one.
-_WORKER_SPINS = 20_000
+# A step of decoding is hundreds of short parallel regions, between which threads must not sleep. The step
+# thread is not the process's first, and libgomp counts that one too: with as many threads as cores it believes
+# that there are too many, and then spins 100 times, or 1000 where the policy is `active`. On two idle cores that
+# halves a step of one request. Where another process wants a core more spins cost more: libgomp's own 300 000
+# five times the step.
+_WORKER_SPINS = 1000
 
 ANNOUNCED = "llama-adapter serves "  # and the address: what the service prints when it is ready
 
@@ -148,6 +150,8 @@ def set_threads(count: int, spins: int = _WORKER_SPINS) -> None:
     stays.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", str(spins))
+    if spins:
+        os.environ.setdefault("OMP_WAIT_POLICY", "active")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: it needs no pool
     if count:
         os.environ.setdefault("OMP_NUM_THREADS", str(count))
