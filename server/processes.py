@@ -25,10 +25,10 @@ from server.tracing import TELEMETRY, configure_tracing
 _EXPERT_DRAIN_SECONDS = 5.0
 
 # A step of decoding is hundreds of short parallel regions, between which threads must not sleep. The step
-# thread is not the process's first, and libgomp counts that one too: with as many threads as cores it believes
-# that there are too many, and then spins 100 times, or 1000 where the policy is `active`. On two idle cores that
-# halves a step of one request. Where another process wants a core more spins cost more: libgomp's own 300 000
-# five times the step.
+# thread is not the process's first, and libgomp counts that one too: with as many threads as cores it
+# believes that there are too many, and then spins 100 times, or 1000 where the policy is `active`. On two
+# idle cores that halves a step of one request. Where another process wants a core more spins cost more:
+# libgomp's own 300 000 five times the step.
 _WORKER_SPINS = 1000
 
 ANNOUNCED = "llama-adapter serves "  # and the address: what the service prints when it is ready
