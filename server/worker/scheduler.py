@@ -33,6 +33,20 @@ class SequenceTooLong(SequenceRejected):
     """More tokens than the context or the whole KV cache holds."""
 
 
+def check_fits(num_prompt_tokens: int, max_tokens: int, max_sequence_len: int) -> None:
+    """Raises `SequenceTooLong` for more than `max_sequence_len` tokens, `SequenceRejected` for none."""
+    if num_prompt_tokens < 1 or max_tokens < 0:
+        raise SequenceRejected(
+            f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens}: "
+            "a prompt needs at least one token, and max_tokens must not be negative"
+        )
+    if num_prompt_tokens + max_tokens > max_sequence_len:
+        raise SequenceTooLong(
+            f"{num_prompt_tokens} prompt tokens and {max_tokens} to generate are more than the "
+            f"{max_sequence_len} that fit; shorten the prompt or lower max_tokens"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
     """Compute positions `start` … `start + num_tokens - 1` of `seq`, whose block table has room for them."""
@@ -164,17 +178,8 @@ class Scheduler:
         self.waiting.put(seq)
 
     def check_fits(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        """Raises `SequenceTooLong` for more than `max_sequence_len` tokens, `SequenceRejected` for none."""
-        if num_prompt_tokens < 1 or max_tokens < 0:
-            raise SequenceRejected(
-                f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens}: "
-                "a prompt needs at least one token, and max_tokens must not be negative"
-            )
-        if num_prompt_tokens + max_tokens > self.max_sequence_len:
-            raise SequenceTooLong(
-                f"{num_prompt_tokens} prompt tokens and {max_tokens} to generate are more than the "
-                f"{self.max_sequence_len} that fit; shorten the prompt or lower max_tokens"
-            )
+        """Raises what `check_fits` raises."""
+        check_fits(num_prompt_tokens, max_tokens, self.max_sequence_len)
 
     def finish(self, request_id: str) -> None:
         """End a sequence that generated all it should. Raises KeyError if it is not there."""

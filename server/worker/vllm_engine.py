@@ -43,7 +43,7 @@ from server.worker.messages import (
     Tokenized,
     TokenizeRequest,
 )
-from server.worker.scheduler import SequenceRejected, SequenceTooLong
+from server.worker.scheduler import check_fits
 from server.worker.step_loop import Prepared
 from server.worker.vllm_answer import Answer
 
@@ -62,16 +62,8 @@ class ContextRoom:
     max_sequence_len: int
 
     def check_fits(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        if num_prompt_tokens < 1 or max_tokens < 0:
-            raise SequenceRejected(
-                f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens}: "
-                "a prompt needs at least one token, and max_tokens must not be negative"
-            )
-        if num_prompt_tokens + max_tokens > self.max_sequence_len:
-            raise SequenceTooLong(
-                f"{num_prompt_tokens} prompt tokens and {max_tokens} to generate are more than the "
-                f"{self.max_sequence_len} that fit; shorten the prompt or lower max_tokens"
-            )
+        """Raises what the scheduler's `check_fits` raises."""
+        check_fits(num_prompt_tokens, max_tokens, self.max_sequence_len)
 
 
 class VllmEngine:
