@@ -25,7 +25,7 @@ STREAMS = 8
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "tiny"
-    write_tiny_base(folder)
+    write_tiny_base(folder, positions=4096)
     return folder
 
 
@@ -90,6 +90,24 @@ def start_streams(service: Service) -> list[Stream]:
     return streams
 
 
+def streams_cut_at(
+    worker: psutil.Process, other: psutil.Process, service: Service
+) -> tuple[list[Stream], list[Stream]]:
+    """Streams that `worker` began before it was stopped far from their end, and all the rest.
+
+    The other worker stands still until then, so each stream that has begun is `worker`'s.
+    """
+    other.suspend()
+    streams = [Stream(service, f"{i}: tell", max_tokens=3000) for i in range(STREAMS)]
+    until(lambda: any(stream.begun for stream in streams))
+    worker.suspend()
+    time.sleep(0.5)  # until all that it has written is read
+    cut = [stream for stream in streams if stream.begun and stream.events[-1] != "[DONE]"]
+    other.resume()
+    assert cut, "every stream was over before its worker could be stopped"
+    return cut, [stream for stream in streams if stream not in cut]
+
+
 def test_what_a_killed_worker_had_not_begun_goes_to_the_other(base: Path) -> None:
     with serving("--base", str(base), "--experts", "", "--workers", "2") as service:
         assert ready_workers(service) == {"worker-0.sock": 1, "worker-1.sock": 1}
@@ -113,34 +131,24 @@ def test_what_a_killed_worker_had_not_begun_goes_to_the_other(base: Path) -> Non
 def test_a_worker_killed_mid_stream_ends_that_stream_with_an_error_event(base: Path) -> None:
     with serving("--base", str(base), "--experts", "", "--workers", "2") as service:
         first, second = workers(service)
-        streams = start_streams(service)
-        first.suspend()
-        second.suspend()
-        unfinished = [stream for stream in streams if stream.events[-1] != "[DONE]"]
-        assert unfinished, "every stream was over before a worker could be stopped"
+        cut, others = streams_cut_at(first, second, service)
         killed = time.monotonic()
         first.kill()
-        second.resume()
-        outcomes = [stream.outcome for stream in unfinished]
-        for stream, outcome in zip(unfinished, outcomes, strict=True):
-            assert stream.ended is not None
-            assert outcome == "done" or stream.ended - killed < 5
-        assert "server_error" in outcomes, "none of the unfinished streams was the killed worker's"
-        assert service.ask({"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2})
+        assert [stream.outcome for stream in cut] == ["server_error"] * len(cut)
+        assert all(stream.ended is not None and stream.ended - killed < 5 for stream in cut)
+        assert [stream.outcome for stream in others] == ["done"] * len(others)
 
 
 def test_a_worker_that_hangs_is_started_again(base: Path) -> None:
     arguments = ("--base", str(base), "--experts", "", "--workers", "2", "--liveness-seconds", "4")
     with serving(*arguments) as service:
         first, second = workers(service)
-        streams = start_streams(service)
-        first.suspend()
-        unfinished = [stream for stream in streams if stream.events[-1] != "[DONE]"]
-        assert unfinished, "every stream was over before a worker could be stopped"
+        cut, others = streams_cut_at(first, second, service)
         until(lambda: ready_workers(service) == {"worker-0.sock": 0, "worker-1.sock": 1})
         body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
         assert service.ask(body).status_code == 200
-        assert "server_error" in [stream.outcome for stream in unfinished]  # their worker was killed
+        assert [stream.outcome for stream in cut] == ["server_error"] * len(cut)  # their worker was killed
+        assert [stream.outcome for stream in others] == ["done"] * len(others)
         until(lambda: ready_workers(service) == {"worker-0.sock": 1, "worker-1.sock": 1}, 90)
         assert workers(service)[0].pid != first.pid
         assert workers(service)[1].pid == second.pid
