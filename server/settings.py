@@ -104,6 +104,9 @@ class GatewaySettings(ImageLimits):
     worker_poll_seconds: float = Field(1.0, gt=0, description="between two looks at a worker's readiness")
     worker_connect_seconds: float = Field(3.0, gt=0, description="to connect to a worker")
     worker_read_seconds: float = Field(120.0, gt=0, description="between two events of a worker")
+    worker_lost_seconds: float = Field(
+        10.0, gt=0, description="of silence, until a worker that cannot be connected to is lost"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
 
 
