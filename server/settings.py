@@ -142,6 +142,10 @@ class WorkerSettings(_Settings):
         "images too; auto: what the adapters given at the start need",
     )
     tensor_parallel: int = Field(1, gt=0, description="devices that share one model, under vLLM")
+    nnodes: int = Field(1, gt=0, description="machines whose devices these are, equally many of each")
+    node_rank: int = Field(0, ge=0, description="of this machine; 0 leads and is asked, the others follow it")
+    master_addr: str | None = Field(None, description="of machine 0, as all of them reach it")
+    master_port: int = Field(29501, gt=0, le=65535, description="of machine 0, where the others find it")
     device: str = Field("cpu", description="of torch, such as cpu or cuda:0; vLLM has its build's")
     attention: Literal["auto", "torch", "triton"] = Field(
         "auto",

@@ -36,12 +36,22 @@ log = logging.getLogger(__name__)
 def build(settings: WorkerSettings) -> Engine:
     """The engine that the settings name. Raises `ModelError` and `StartupError`."""
     if settings.engine == "native":
-        if settings.tensor_parallel > 1:
-            raise StartupError("the native engine has one device; use --engine vllm for tensor_parallel.")
+        for name in ("tensor_parallel", "nnodes"):
+            if getattr(settings, name) > 1:
+                raise StartupError(f"the native engine has one device; use --engine vllm for {name}.")
         return build_engine(settings)
     from server.worker.vllm_build import build_vllm_engine
 
     return build_vllm_engine(settings)
+
+
+def follow(settings: WorkerSettings) -> None:
+    """Compute for an engine of another machine, until told to end. Raises as `build` does."""
+    if settings.engine == "native":
+        raise StartupError("the native engine has one machine; use --engine vllm for node_rank.")
+    from server.worker.vllm_build import follow as follow_vllm
+
+    follow_vllm(settings)
 
 
 def build_engine(settings: WorkerSettings) -> NativeEngine:
