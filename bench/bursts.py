@@ -83,8 +83,11 @@ def tell(burst: Burst) -> None:
 
 
 def ratios(mine: Sequence[Burst], other: Sequence[Burst]) -> list[float]:
-    """Tokens per second of `mine` over those of `other`, of the rounds that both ran in, ascending."""
-    by_round = {burst.round: burst.decode for burst in other}
+    """Tokens per second of `mine` over those of `other`, of the rounds that both ran in, ascending.
+
+    A burst whose first request ended before its last began says nothing.
+    """
+    by_round = {burst.round: burst.decode for burst in other if burst.decode}
     return sorted(own.decode / by_round[own.round] for own in mine if own.round in by_round)
 
 

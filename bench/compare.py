@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +57,9 @@ def peers(base: Path, threads: int) -> list[Peer]:
         Peer("llama.cpp, q4_1", ".venv-llama-cpp", "llama_cpp_bare.py", ("q4_1", count)),
         Peer(PEFT, ".venv", "transformers_peft.py", (str(base), count), slow=True),
     ]
+
+
+Save = Callable[[Sequence[Burst], dict[str, str]], None]
 
 
 class Missing(Exception):
@@ -148,7 +151,8 @@ class Comparison:
             self.missing[peer.name] = str(error)
             print(f"{peer.name}: {error}", file=sys.stderr)
 
-    async def run(self) -> None:
+    async def run(self, save: Save) -> None:
+        """`save` what there is after each round, for whoever has no time for all of them."""
         for running in self._running:
             with self._noting(running.peer):
                 running.wait_until_ready()
@@ -160,6 +164,7 @@ class Comparison:
             for level in self._load.levels:
                 await self._turn(level, self._load.prompt_tokens, self._load.max_tokens, number)
             await self._turn(1, _LONG, 2, number)
+            save(self.bursts, self.missing)
         for running in self._running:
             running.close()
 
@@ -205,13 +210,9 @@ def table(bursts: Sequence[Burst], missing: dict[str, str], load: Load) -> str:
     return "\n".join(lines).rstrip()
 
 
-async def _measure(
-    load: Load, settings: WorkerSettings, base: Path, output: Path
-) -> tuple[list[Burst], dict[str, str]]:
+async def _measure(load: Load, settings: WorkerSettings, base: Path, output: Path, save: Save) -> None:
     async with start_engine(settings) as client:
-        comparison = Comparison(client, load, base, output)
-        await comparison.run()
-        return comparison.bursts, comparison.missing
+        await Comparison(client, load, base, output).run(save)
 
 
 def main(
@@ -242,17 +243,19 @@ def main(
         max_tokens=max_tokens,
         threads=threads,
     )
+
+    def save(bursts: Sequence[Burst], missing: dict[str, str]) -> None:
+        found = {"load": asdict(load), "missing": missing, "bursts": [asdict(burst) for burst in bursts]}
+        (output / "compare.json").write_text(json.dumps(facts() | found, indent=2) + "\n")
+        (output / "compare.md").write_text(table(bursts, missing, load) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
         write_adapters(Path(folder), kind=Kind.v1)
         settings = WorkerSettings(
             adapters=(f"v1-0={folder}/v1-0",), shipped_adapters=False, dtype=dtype, num_threads=threads
         )
-        bursts, missing = asyncio.run(_measure(load, settings, base, output))
-    text = table(bursts, missing, load)
-    print(text)
-    found = {"load": asdict(load), "missing": missing, "bursts": [asdict(burst) for burst in bursts]}
-    (output / "compare.json").write_text(json.dumps(facts() | found, indent=2) + "\n")
-    (output / "compare.md").write_text(text + "\n")
+        asyncio.run(_measure(load, settings, base, output, save))
+    print((output / "compare.md").read_text())
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def table(bursts: Sequence[Burst], load: Load) -> str:
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    quick: Annotated[bool, typer.Option(help="three rounds of 64 tokens")] = False,
+    quick: Annotated[bool, typer.Option(help="three rounds")] = False,
     registered: Annotated[int, typer.Option(min=8)] = 1000,
     at_once: Annotated[int, typer.Option(min=1, help="requests")] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
@@ -105,9 +105,7 @@ def main(
     from random_adapters import Kind
     from random_adapters import main as write_adapters
 
-    if quick:
-        rounds, max_tokens = 3, 64
-    load = Load(rounds, registered, at_once, prompt_tokens, max_tokens, threads)
+    load = Load(3 if quick else rounds, registered, at_once, prompt_tokens, max_tokens, threads)
     with tempfile.TemporaryDirectory() as folder:
         write_adapters(Path(folder), kind=Kind.v1, count=min(_FILES, registered))
 
