@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-_STEPS = 31  # that an estimate is the median of: one slow step changes nothing
+# Steps that an estimate is the median of: one slow step changes nothing. A prompt's tokens grow dearer the
+# more of it there is to attend to, so that only its last ones tell.
+_DECODES, _PROMPTS = 31, 7
 
 
 class Pace:
@@ -20,7 +22,7 @@ class Pace:
         """At `least` so many tokens move on in any step; the `first` ones, nothing being known."""
         self._stretch, self._least, self._first = stretch, least, first
         self._decodes: dict[int, deque[float]] = {}  # seconds, by the bits of the number of sequences
-        self._tokens: deque[float] = deque(maxlen=_STEPS)  # seconds of a prompt's token
+        self._tokens: deque[float] = deque(maxlen=_PROMPTS)  # seconds of a prompt's token
 
     def observe(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
         """A step took so long, start to end."""
@@ -29,7 +31,7 @@ class Pace:
             self._tokens.append(max(seconds - beside, 0.0) / num_prompt_tokens)
         elif num_decodes and not num_prompt_tokens:
             bits = num_decodes.bit_length()
-            self._decodes.setdefault(bits, deque(maxlen=_STEPS)).append(seconds)
+            self._decodes.setdefault(bits, deque(maxlen=_DECODES)).append(seconds)
 
     def spare_seconds(self, num_decodes: int) -> float:
         """What may be added to a step of so many decodes; endless beside none, or nothing being known."""
