@@ -162,7 +162,9 @@ class WorkerSettings(_Settings):
     )
     max_waiting: int = Field(256, ge=0, description="over it: 429 with Retry-After")
     max_prefill_chunk: int | None = Field(
-        None, gt=0, description="prompt tokens in a step that also decodes; bounds inter-token latency"
+        None,
+        gt=0,
+        description="prompt tokens in a step that also decodes; default: what doubles its time, by the clock",
     )
     prefix_caching: bool = Field(True, description="keep the blocks of prompts that may come again")
     max_hot_adapters: int = Field(64, gt=0, description="adapters in the bank at once")

@@ -26,6 +26,7 @@ from server.worker.engine_api import Engine
 from server.worker.frontend import Frontend
 from server.worker.grammar import GrammarCompiler
 from server.worker.messages import SamplingParams
+from server.worker.pace import Pace
 from server.worker.runner import Kernels, Runner
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import Prepared, StepLoop
@@ -130,6 +131,7 @@ def _scheduler(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype
             max_model_len=max_model_len,
             max_prefill_chunk=settings.max_prefill_chunk,
             max_adapters=settings.max_hot_adapters,
+            pace=Pace(),
         )
     except ValueError as error:
         raise StartupError(f"{error}.") from error
