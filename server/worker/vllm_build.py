@@ -105,6 +105,7 @@ def _refuse(settings: WorkerSettings) -> None:
     """Say what of the settings vLLM cannot honour."""
     for given, sentence in (
         (settings.attention != "auto", "attention is vLLM's own; leave it at auto"),
+        (settings.quantization != "none", "quantization is for the native engine; leave it at none"),
         (settings.max_prefill_chunk is not None, "max_prefill_chunk is not known to it; leave it out"),
         (settings.max_num_batched_tokens < ROWS, f"max_num_batched_tokens must be {ROWS} at least"),
     ):
