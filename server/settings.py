@@ -133,6 +133,9 @@ class WorkerSettings(_Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"
     )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none", description="the base's linears in 8 or 4 bits, in the native engine on a CPU"
+    )
     engine: Literal["native", "vllm"] = Field(
         "native", description="vllm: vLLM with this project's plugin, where it is installed"
     )
