@@ -133,6 +133,9 @@ class WorkerSettings(_Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"
     )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none", description="the base's linears in 8 or 4 bits, in the native engine on a CPU"
+    )
     engine: Literal["native", "vllm"] = Field(
         "native", description="vllm: vLLM with this project's plugin, where it is installed"
     )
@@ -162,7 +165,9 @@ class WorkerSettings(_Settings):
     )
     max_waiting: int = Field(256, ge=0, description="over it: 429 with Retry-After")
     max_prefill_chunk: int | None = Field(
-        None, gt=0, description="prompt tokens in a step that also decodes; bounds inter-token latency"
+        None,
+        gt=0,
+        description="prompt tokens in a step that also decodes; default: what doubles its time, by the clock",
     )
     prefix_caching: bool = Field(True, description="keep the blocks of prompts that may come again")
     max_hot_adapters: int = Field(64, gt=0, description="adapters in the bank at once")

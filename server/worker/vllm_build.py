@@ -116,6 +116,7 @@ def _refuse(settings: WorkerSettings) -> None:
             "nnodes over 1 needs vllm_adapters prompts or all: each machine makes room by itself",
         ),
         (settings.attention != "auto", "attention is vLLM's own; leave it at auto"),
+        (settings.quantization != "none", "quantization is for the native engine; leave it at none"),
         (settings.max_prefill_chunk is not None, "max_prefill_chunk is not known to it; leave it out"),
         (settings.max_num_batched_tokens < ROWS, f"max_num_batched_tokens must be {ROWS} at least"),
     ):
