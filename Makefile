@@ -99,7 +99,8 @@ rehearse-cluster: .venv/.dev
 
 # General policies: no privileges, limits set, and some hundred more. deploy/checkov.yaml says which not.
 POLICY := .venv-policy
-RENDERED := deploy/helm/llama-adapter/values-laptop.yaml deploy/helm/llama-adapter/values-a100.yaml tests/deploy/everything.yaml
+RENDERED := deploy/helm/llama-adapter/values-laptop.yaml deploy/helm/llama-adapter/values-a100.yaml \
+  deploy/helm/llama-adapter/values-multinode.yaml tests/deploy/everything.yaml
 check-policy: $(POLICY)/.ready $(DEPLOY)/.ready
 	rm -rf build/policy && mkdir -p build/policy
 	for values in $(RENDERED); do \

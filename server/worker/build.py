@@ -12,6 +12,7 @@ from models.checkpoints.base import load_base
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.kernels.choice import use_triton
+from models.kernels.quantized_cpu import MULTIPLES, Bits
 from models.kv_cache import KVCache
 from models.llama import Llama
 from models.pull import resolve_base
@@ -37,12 +38,22 @@ log = logging.getLogger(__name__)
 def build(settings: WorkerSettings) -> Engine:
     """The engine that the settings name. Raises `ModelError` and `StartupError`."""
     if settings.engine == "native":
-        if settings.tensor_parallel > 1:
-            raise StartupError("the native engine has one device; use --engine vllm for tensor_parallel.")
+        for name in ("tensor_parallel", "nnodes"):
+            if getattr(settings, name) > 1:
+                raise StartupError(f"the native engine has one device; use --engine vllm for {name}.")
         return build_engine(settings)
     from server.worker.vllm_build import build_vllm_engine
 
     return build_vllm_engine(settings)
+
+
+def follow(settings: WorkerSettings) -> None:
+    """Compute for an engine of another machine, until told to end. Raises as `build` does."""
+    if settings.engine == "native":
+        raise StartupError("the native engine has one machine; use --engine vllm for node_rank.")
+    from server.worker.vllm_build import follow as follow_vllm
+
+    follow_vllm(settings)
 
 
 def build_engine(settings: WorkerSettings) -> NativeEngine:
@@ -53,15 +64,16 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
     began = time.monotonic()
     path = resolve_base(settings.base, settings.cache_dir)
     device, dtype = _device(settings), _dtype(settings)
-    base, embedding_fingerprint = load_base(path, dtype, device)
+    bits = _bits(settings, device)
+    # Quantised from the checkpoint's own numbers, not from numbers that were rounded before.
+    base, embedding_fingerprint = load_base(path, dtype if bits is None else torch.float32, device)
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > base.config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {base.config.vocab_size}; "
             "they belong to different models"
         )
-    if base.can_pack:
-        base.pack()
+    _pack(base, bits)
     scheduler = _scheduler(settings, base.config, dtype)
     runner = Runner(
         base,
@@ -82,7 +94,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
     step_loop = StepLoop(runner, scheduler, tokenizer)
     _warm_up(step_loop)
-    log.info("loaded %s in %s in %.1f s", path, dtype, time.monotonic() - began)
+    log.info("loaded %s in %s in %.1f s", path, bits or dtype, time.monotonic() - began)
     limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     grammars = GrammarCompiler(
         tokenizer,
@@ -97,6 +109,20 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         models,
         max_requests=settings.max_num_seqs + settings.max_waiting,
     )
+
+
+def _pack(base: Llama, bits: Bits | None) -> None:
+    """For the compiled layers, where they know the base; in `bits` they must."""
+    if base.can_pack(bits):
+        try:
+            base.pack(bits)
+        except ValueError as error:
+            raise StartupError(f"quantization {bits!r} cannot be used: {error}.") from error
+    elif bits is not None:
+        raise StartupError(
+            f"quantization {bits!r} cannot be used: {bits} takes linears of a multiple of {MULTIPLES[bits]} "
+            "inputs, and this base has others; leave it at none."
+        )
 
 
 def _scheduler(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype) -> Scheduler:
@@ -160,8 +186,27 @@ def _kernels(settings: WorkerSettings, base: Llama) -> Kernels:
     return "none" if settings.attention == "torch" else "cpu"
 
 
+def _bits(settings: WorkerSettings, device: torch.device) -> Bits | None:
+    if settings.quantization == "none":
+        return None
+    obstacles = (
+        (device.type != "cpu", f"the device is {settings.device!r}; choose cpu"),
+        (settings.attention == "torch", "attention 'torch' goes without the compiled layers; set it to auto"),
+        (
+            settings.dtype not in ("auto", "bfloat16"),
+            f"it computes in bfloat16, not in {settings.dtype}; set dtype to auto",
+        ),
+    )
+    for is_there, obstacle in obstacles:
+        if is_there:
+            raise StartupError(f"quantization {settings.quantization!r} cannot be used: {obstacle}.")
+    return settings.quantization
+
+
 def _dtype(settings: WorkerSettings) -> torch.dtype:
-    """`auto` is bfloat16 where the processor multiplies in it, float32 elsewhere."""
+    """`auto` is bfloat16 where the processor multiplies in it, float32 elsewhere; quantised it always is."""
+    if settings.quantization != "none":
+        return torch.bfloat16
     if settings.dtype != "auto":
         dtype: torch.dtype = getattr(torch, settings.dtype)
         return dtype

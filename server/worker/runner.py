@@ -87,7 +87,8 @@ class Runner:
         wanted = [range(len(item.tokens))[item.wants_logits] for item in items]
         rows_M = [start + i for start, chunk in zip(layout.starts, wanted, strict=False) for i in chunk]
         adaptation = self._adaptation(adapter_slots, counts)
-        of_rows = self._adaptation(adapter_slots, [len(chunk) for chunk in wanted])
+        wanted_counts = [len(chunk) for chunk in wanted]
+        of_rows = adaptation if wanted_counts == counts else self._adaptation(adapter_slots, wanted_counts)
         positions_N = np.concatenate([np.arange(item.start, item.start + len(item.tokens)) for item in items])
         if self._fused is not None and (adaptation is None or adaptation.is_elementwise):
             hidden_NC = self._fused.hidden(tokens_N, positions_N, layout, adaptation)
@@ -148,7 +149,7 @@ class Runner:
         active = sorted({slot for slot, count in zip(slots, counts, strict=True) if count})
         if not self.bank.keys_of(active):
             return None
-        slots_N = torch.tensor(slots).repeat_interleave(torch.tensor(counts))
+        slots_N = torch.from_numpy(np.repeat(np.array(slots), counts))
         return self._batch_adaptation(self.bank, slots_N.to(self.base.device), active)
 
     def _layout(self, items: Sequence[StepItem], prompt_slots: Sequence[int]) -> StepLayout:
