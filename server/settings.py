@@ -138,7 +138,16 @@ class WorkerSettings(_Settings):
         description="what vLLM makes room for: prompts alone; all: norms, biases, scales, low-rank terms and "
         "images too; auto: what the adapters given at the start need",
     )
+    vllm_compile: bool = Field(
+        True,
+        description="let vLLM compile the model, as it does by itself: faster, but starts a minute later",
+    )
     tensor_parallel: int = Field(1, gt=0, description="devices that share one model, under vLLM")
+    data_parallel: int = Field(
+        1,
+        gt=0,
+        description="copies of the model that share the requests, each on devices of its own, under vLLM",
+    )
     device: str = Field("cpu", description="of torch, such as cpu or cuda:0; vLLM has its build's")
     attention: Literal["auto", "torch", "triton"] = Field(
         "auto",

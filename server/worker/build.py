@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 def build(settings: WorkerSettings) -> Engine:
     """The engine that the settings name. Raises `ModelError` and `StartupError`."""
     if settings.engine == "native":
-        if settings.tensor_parallel > 1:
-            raise StartupError("the native engine has one device; use --engine vllm for tensor_parallel.")
+        for name in ("tensor_parallel", "data_parallel"):
+            if getattr(settings, name) > 1:
+                raise StartupError(f"the native engine has one device; use --engine vllm for {name}.")
         return build_engine(settings)
     from server.worker.vllm_build import build_vllm_engine
 
@@ -51,7 +52,8 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
     """
     began = time.monotonic()
     path = resolve_base(settings.base, settings.cache_dir)
-    device, dtype = _device(settings), _dtype(settings)
+    device = _device(settings)
+    dtype = pick_dtype(settings.dtype, device.type)
     base, embedding_fingerprint = load_base(path, dtype, device)
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > base.config.vocab_size:
@@ -158,12 +160,12 @@ def _kernels(settings: WorkerSettings, base: Llama) -> Kernels:
     return "none" if settings.attention == "torch" else "cpu"
 
 
-def _dtype(settings: WorkerSettings) -> torch.dtype:
+def pick_dtype(name: str, device_type: str) -> torch.dtype:
     """`auto` is bfloat16 where the processor multiplies in it, float32 elsewhere."""
-    if settings.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, settings.dtype)
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
         return dtype
-    if settings.device != "cpu":
+    if device_type != "cpu":
         return torch.bfloat16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from models.checkpoints.layout import BaseCheckpoint
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.fingerprint import fingerprint
+from models.kv_cache import KVCache
 from models.pull import resolve_base
 from models.tokenizer import load_tokenizer
 from models.vision.images import ImageLimits
@@ -23,7 +25,7 @@ from models.vllm_plugin.options import engine_options
 from server.serving import StartupError
 from server.settings import MIB, WorkerSettings
 from server.worker.adapter_loading import AdapterLoader
-from server.worker.build import base_id
+from server.worker.build import base_id, pick_dtype
 from server.worker.frontend import Frontend, ServedModel
 from server.worker.grammar import GrammarCompiler
 from server.worker.vllm_engine import ContextRoom, VllmEngine
@@ -59,6 +61,8 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
             f"max_model_len {max_model_len} is more than the base's context of "
             f"{config.max_position_embeddings} tokens."
         )
+    dtype = pick_dtype(settings.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    max_model_len = min(max_model_len, _room_in_cache(settings, config, dtype))
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
@@ -81,7 +85,7 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
         max_model_len=max_model_len,
         max_adapters=settings.max_hot_adapters,
     )
-    vllm = _start(options | _limits(settings), config, sorted(tokenizer.eos_ids))
+    vllm = _start(options | _limits(settings, dtype), config, sorted(tokenizer.eos_ids))
     log.info("vLLM serves %s after %.1f s", path, time.monotonic() - began)
     images = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     grammars = GrammarCompiler(
@@ -112,10 +116,21 @@ def _refuse(settings: WorkerSettings) -> None:
             raise StartupError(f"with --engine vllm {sentence}.")
 
 
-def _limits(settings: WorkerSettings) -> dict[str, Any]:
+def _room_in_cache(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype) -> int:
+    """Tokens of one request that the KV cache holds beside its placeholders; vLLM keeps a block to itself."""
+    shard = replace(config, num_kv_heads=max(config.num_kv_heads // settings.tensor_parallel, 1))
+    blocks = settings.kv_cache_mib * MIB // KVCache.bytes_per_block(shard, ROWS, dtype)
+    if blocks < 3:
+        raise StartupError(f"a KV cache of {settings.kv_cache_mib} MiB holds no request; raise kv_cache_mib.")
+    return (blocks - 2) * ROWS
+
+
+def _limits(settings: WorkerSettings, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "dtype": settings.dtype,
+        "dtype": str(dtype).removeprefix("torch."),
+        "enforce_eager": not settings.vllm_compile,
         "tensor_parallel_size": settings.tensor_parallel,
+        "data_parallel_size": settings.data_parallel,
         "kv_cache_memory_bytes": settings.kv_cache_mib * MIB,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,

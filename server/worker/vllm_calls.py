@@ -67,7 +67,9 @@ class Vllm:
         self._llm.shutdown()
 
     def stats(self) -> EngineStats:
-        return self._stats.snapshot(self._llm.vllm_config.cache_config.num_gpu_blocks or 0)
+        config = self._llm.vllm_config
+        engines = config.parallel_config.data_parallel_size
+        return self._stats.snapshot(config.cache_config.num_gpu_blocks or 0, engines)
 
     async def add_adapter(self, name: str, folder: Path) -> LoRARequest:
         lora = LoRARequest(name, self._next_id, str(folder))
@@ -161,13 +163,13 @@ class _Stats:
         if iteration is not None:
             self._preemptions += iteration.num_preempted_reqs
 
-    def snapshot(self, blocks_of_an_engine: int) -> EngineStats:
+    def snapshot(self, blocks_of_an_engine: int, num_engines: int) -> EngineStats:
         engines = self._engines.values()
         hot: set[str] = set().union(*(engine.running_lora_adapters for engine in engines))
         return EngineStats(
             running=sum(engine.num_running_reqs for engine in engines),
             waiting=sum(engine.num_waiting_reqs + engine.num_skipped_waiting_reqs for engine in engines),
-            kv_blocks_total=blocks_of_an_engine * max(len(engines), 1),
+            kv_blocks_total=blocks_of_an_engine * num_engines,
             kv_blocks_used=sum(round(engine.kv_cache_usage * blocks_of_an_engine) for engine in engines),
             prefix_cache_queries=self._queries,
             prefix_cache_hits=self._hits,
