@@ -8,9 +8,12 @@ from typing import Any
 
 from adapter_files import reference_7b, save_sample
 from PIL import Image
-from tiny_base import tiny_config, write_adapter, write_tiny_base
+from support import random_adapter
+from tiny_base import adapter_config, tiny_config, write_adapter, write_tiny_base
 from vllm_support import HEAD_DIM
 
+from models.adapter_config import AdapterConfig, PromptConfig, ScaleBiasConfig
+from models.checkpoints.native import save_adapter
 from models.vision.efficientnet import EfficientNetLite0
 from server.settings import WorkerSettings
 from server.worker.engine_api import Engine
@@ -31,8 +34,25 @@ def write_models(folder: Path) -> None:
     write_tiny_base(folder / "tiny", head_dim=HEAD_DIM)
     for seed, (name, kind) in enumerate((("v1", "v1"), ("v2", "v2"), ("sees", "sight"), ("other", "v1"))):
         write_adapter(folder / "adapters" / name, kind, seed, HEAD_DIM)
+    save_adapter(random_adapter(early(), seed=5), folder / "adapters" / "early")
     tokens = {"encoder": "efficientnet-lite0", "F": EfficientNetLite0.token_dim}
     save_sample(reference_7b(tiny_config(head_dim=HEAD_DIM), **tokens), folder / "adapters" / "7b.pth")
+
+
+def early() -> AdapterConfig:
+    """V2 multimodal: one visual token in lower layers, static prompts of another length above, and biases."""
+    return adapter_config("sight", HEAD_DIM).model_copy(
+        update={
+            "prompt": PromptConfig(length=4, layers=(3,)),
+            "vision": adapter_config("sight", HEAD_DIM).vision.model_copy(
+                update={"fusion": "early", "layers": (1, 2)}
+            ),
+            "norms": True,
+            "scale_bias": ScaleBiasConfig(
+                scale="output", scale_targets=("wk", "wv"), bias_targets=("wk", "wv")
+            ),
+        }
+    )
 
 
 def settings(folder: Path, engine: str, **changes: Any) -> WorkerSettings:
@@ -46,7 +66,7 @@ def settings(folder: Path, engine: str, **changes: Any) -> WorkerSettings:
         max_hot_adapters=4,
         vllm_compile=False,
         adapters=(
-            *(f"{name}={adapters / name}" for name in ("v1", "v2", "sees")),
+            *(f"{name}={adapters / name}" for name in ("v1", "v2", "sees", "early")),
             f"7b={adapters / '7b.pth'},encoder=efficientnet-lite0",
         ),
         adapter_root=adapters,

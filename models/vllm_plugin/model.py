@@ -39,6 +39,7 @@ from models.vllm_plugin.carriers import (
     PROMPT,
     ROWS,
     SEES,
+    STATIC,
     VECTORS,
     Room,
     final_vectors,
@@ -100,6 +101,8 @@ class AdapterAttention(LlamaAttention):
             q, k, v = self._qkv(x_NC, step)
         else:
             q, k, v = tuned.linears(("wq", "wk", "wv"), x_NC, lambda x: self._qkv(x, step))
+        if step.placeholder_N1 is not None:
+            v = torch.where(step.placeholder_N1 & ~self._has_rows(step), 0, v)
         q, k = self.rotary_emb(positions, q, k)
         out = self.attn(q, k, v)
         if step.own_N1 is not None:
@@ -124,6 +127,15 @@ class AdapterAttention(LlamaAttention):
             sees_N1 = self.carrier.lora_b_stacked[0][step.slot_N, 0, 0, SEES, None]
             rows_NC = rows_NC + sees_N1 * step.visual_NC
         return rows_NC
+
+    def _has_rows(self, step: Step) -> Tensor:
+        """Whether the layer has prompt rows, [N, 1]: where only images bring them, what a bias makes of
+        none must not be attended to."""
+        facts_NR = self.carrier.lora_b_stacked[0][step.slot_N, 0, 0]
+        has_N1: Tensor = facts_NR[:, STATIC, None] > 0
+        if step.visual_NC is not None:
+            has_N1 = has_N1 | ((facts_NR[:, SEES, None] > 0) & (step.visual_NC != 0).any(-1, keepdim=True))
+        return has_N1
 
     def _prompts_part(self, q: Tensor, step: Step, own_N1: Tensor) -> Tensor:
         """g · softmax(q·k_aᵀ/√D)·v_a, [N, h·D]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from models.pull import resolve_base
 from models.tokenizer import load_tokenizer
 from models.vision.images import ImageLimits
 from models.vllm_plugin import ENDS_WITH_PARENT
-from models.vllm_plugin.carriers import EVERYTHING, ROWS, Room
+from models.vllm_plugin.carriers import EVERYTHING, ROWS, Room, check_carried
 from models.vllm_plugin.options import engine_options
 from server.serving import StartupError
 from server.settings import MIB, WorkerSettings
@@ -78,6 +79,9 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
     )
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
     room = _room_for(settings, models)
+    for model in models:  # before the start, which takes its time
+        if model.adapter:
+            check_carried(model.adapter.adapter.config, model.info.id, room)
     options = engine_options(
         path,
         config,
@@ -125,10 +129,20 @@ def _room_in_cache(settings: WorkerSettings, config: ModelConfig, dtype: torch.d
     return (blocks - 2) * ROWS
 
 
+def _compiles(settings: WorkerSettings) -> bool:
+    """For a processor torch compiles with a C++ compiler, which not every container has."""
+    if not settings.vllm_compile or torch.cuda.is_available():
+        return settings.vllm_compile
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        log.warning("vLLM does not compile the model: there is no C++ compiler (g++, or what CXX names)")
+        return False
+    return True
+
+
 def _limits(settings: WorkerSettings, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "enforce_eager": not settings.vllm_compile,
+        "enforce_eager": not _compiles(settings),
         "tensor_parallel_size": settings.tensor_parallel,
         "data_parallel_size": settings.data_parallel,
         "kv_cache_memory_bytes": settings.kv_cache_mib * MIB,

@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm import SamplingParams as VllmParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -25,13 +26,15 @@ from models.config import ModelConfig
 from models.vllm_plugin.carriers import ROWS
 from models.vllm_plugin.options import placeholders
 from models.vllm_plugin.sight import seeing_prompt
-from server.errors import ServerFailure, Unavailable
+from server.errors import InvalidRequest, ServerFailure, Unavailable
 from server.worker.messages import EngineStats, FinishReason
 from server.worker.step_loop import Prepared
 from server.worker.vllm_answer import Step
 from server.worker.vllm_grammar import GrammarProcessor, grammar_args
 
 log = logging.getLogger(__name__)
+
+_OF_MINUS_ONE = 2**63 - 1  # a seed, where vLLM takes -1 for none
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +86,19 @@ class Vllm:
     async def generate(
         self, prepared: Prepared, lora: LoRARequest | None, rows_RC: Tensor | None
     ) -> AsyncGenerator[Output, None]:
-        """`rows_RC` are what the adapter sees. Raises `Unavailable` where vLLM died.
+        """`rows_RC` are what the adapter sees. Closing it aborts the request.
 
-        Closing it aborts the request.
+        Raises `InvalidRequest` for what vLLM takes for no request, and `Unavailable` where it died.
         """
         prompt = self._prompt(prepared, rows_RC)
         id = f"{prepared.request_id}-{uuid.uuid4().hex}"
-        outputs = self._llm.generate(prompt, self._params(prepared), id, lora_request=lora)
         try:
+            outputs = self._llm.generate(prompt, self._params(prepared), id, lora_request=lora)
             async with aclosing(outputs):
                 async for output in outputs:
                     yield _read(output)
+        except VLLMValidationError as error:
+            raise InvalidRequest(f"vLLM cannot do this: {error}") from error
         except EngineDeadError as error:
             raise Unavailable("The engine stopped; the worker is restarting.", retry_after=5) from error
 
@@ -113,7 +118,7 @@ class Vllm:
             top_p=ours.top_p,
             top_k=ours.top_k,
             min_p=ours.min_p,
-            seed=ours.seed,
+            seed=_OF_MINUS_ONE if ours.seed == -1 else ours.seed,
             presence_penalty=ours.presence_penalty,
             frequency_penalty=ours.frequency_penalty,
             repetition_penalty=ours.repetition_penalty,

@@ -15,9 +15,10 @@ from tiny_base import write_adapter, write_tiny_base
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny`, a base, and two adapters on it: `poet` for text alone, `sight`, which reads images."""
     folder = tmp_path_factory.mktemp("clients")
-    write_tiny_base(folder / "tiny", positions=2048)  # its tokens are short, and what tells of tools is long
-    write_adapter(folder / "adapters" / "poet", "v1")
-    write_adapter(folder / "adapters" / "sight", "sight")
+    # Its tokens are short, and what tells of tools is long; vLLM's CPU build knows no smaller heads.
+    write_tiny_base(folder / "tiny", positions=2048, head_dim=32)
+    write_adapter(folder / "adapters" / "poet", "v1", head_dim=32)
+    write_adapter(folder / "adapters" / "sight", "sight", head_dim=32)
     return folder
 
 

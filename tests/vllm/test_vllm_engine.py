@@ -57,6 +57,8 @@ REQUESTS = {
     "no picture": ask("What is this?", "sees", logprobs=1),
     "released form": ask("What is this?", "7b", "red", logprobs=1),
     "released form without picture": ask("What is this?", "7b", logprobs=1),
+    "early fusion": ask("What is this?", "early", "red", logprobs=1),
+    "early fusion without picture": ask("What is this?", "early", logprobs=1),
     "scored without picture": ask(TextPrompt("the quick"), "sees", prompt_logprobs=0, max_tokens=1),
     "scored with picture": ask(TextPrompt("the quick"), "sees", "red", prompt_logprobs=0, max_tokens=1),
     "penalised with picture": ask("a a a", "sees", "red", repetition_penalty=1.5),
@@ -161,6 +163,20 @@ async def test_what_does_not_fit_is_refused_in_the_same_words(started: tuple[Eng
                 await events_of(engine, request)
             sentences.append((type(refused.value), refused.value.message))
         assert sentences[0] == sentences[1]
+
+
+async def test_what_vllm_takes_for_no_request_is_the_clients_mistake(started: tuple[Engine, Engine]) -> None:
+    """Nothing that the API lets pass; were there anything, it would not be a server's error."""
+    with pytest.raises(InvalidRequest, match="vLLM cannot do this: temperature"):
+        await events_of(started[0], ask("a", "v1", temperature=3.0))
+
+
+async def test_every_seed_repeats_itself(started: tuple[Engine, Engine]) -> None:
+    """Also -1, which vLLM takes for none."""
+    for seed in (-1, -(2**63), 0, 2**63 - 1):
+        request = ask("a", "v1", temperature=1.5, seed=seed, max_tokens=20)
+        first, second = [text_of(await events_of(started[0], request)) for _ in range(2)]
+        assert first == second
 
 
 async def test_an_adapter_that_vllm_cannot_carry_is_refused(
