@@ -128,6 +128,11 @@ def _tokens(load: Load, vocab_size: int) -> list[int]:
 
 def _serve(pipe: Connection, start: Any, base: Path, options: dict[str, Any], adapters: Path) -> None:
     """The times of the tokens of each request of each load, in seconds since the load was sent."""
+    from llvmlite.binding import ffi
+
+    # For vLLM, which looks at the attributes of everything in every module, and trips over this object of
+    # the native engine's kernels: asked for any name, it makes up a function.
+    ffi.lib._fntab["__dict__"] = {}
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
