@@ -22,8 +22,10 @@ from models.adapter_config import LinearName
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.kernels.linear_cpu import can_pack, num_panels, pack, packed_linear, packed_shape
+from models.kernels.quantized_cpu import Bits
 
 Head = Literal["head"]
+_PACKED_DTYPES = {"int8": torch.int8, "int4": torch.uint8}
 
 
 class Attend(Protocol):
@@ -81,13 +83,12 @@ class Linear(nn.Module):
         parts: tuple[Tensor, ...] = self.weight.split(self.out_features)
         return parts[self.names.index(name)]
 
-    @property
-    def packed_shape(self) -> tuple[int, int, int]:
-        return packed_shape(self.weight.split(self.out_features))
+    def packed_shape(self, bits: Bits | None) -> tuple[int, int, int]:
+        return packed_shape(self.weight.split(self.out_features), bits)
 
-    def pack(self, place: Tensor) -> None:
+    def pack(self, place: Tensor, bits: Bits | None) -> None:
         """Keep the weights packed only, in `place`."""
-        self._packed = place.copy_(pack(self.weight.split(self.out_features)))
+        self._packed = place.copy_(pack(self.weight.split(self.out_features), bits))
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def apply_one(self, name: LinearName, x: Tensor) -> Tensor:
@@ -226,24 +227,30 @@ class Llama(nn.Module):
             y_MV = F.linear(h_MC, self.lm_head)
         return y_MV if adaptation is None else adaptation.after(-1, "head", h_MC, y_MV)
 
-    @property
-    def can_pack(self) -> bool:
-        """Whether the kernels of `models.kernels.linear_cpu` know these weights."""
+    def can_pack(self, bits: Bits | None = None) -> bool:
+        """Whether the kernels of `models.kernels.linear_cpu` know these weights, in `bits` where given."""
         layer = self.layers[0]
         assert isinstance(layer, Layer)
-        return all(can_pack(module.weight) for module in layer.linears) and can_pack(self.lm_head)
+        return all(can_pack(w, bits) for w in (*(m.weight for m in layer.linears), self.lm_head))
 
-    def pack(self) -> Llama:
-        """Lay the weights out as the CPU multiplies them, once and for all. For serving; no way back."""
+    def pack(self, bits: Bits | None = None) -> Llama:
+        """Lay the weights out as the CPU multiplies them, once and for all. For serving; no way back.
+
+        With `bits` the linears are quantised and the rest becomes bfloat16; of "int4" the output head has
+        8 bits. Raises ValueError for weights that cannot be quantised.
+        """
         for name in ("qkv", "wo", "gate_up", "w2"):
             modules: list[Linear] = [getattr(layer, name) for layer in self.layers]
-            self.packed[name] = self.embed.new_empty(len(modules), *modules[0].packed_shape)
+            dtype = None if bits is None else _PACKED_DTYPES[bits]
+            self.packed[name] = self.embed.new_empty(
+                len(modules), *modules[0].packed_shape(bits), dtype=dtype
+            )
             for module, place in zip(modules, self.packed[name], strict=True):
-                module.pack(place)
-        self.packed["lm_head"] = pack([self.lm_head])
+                module.pack(place, bits)
+        self.packed["lm_head"] = pack([self.lm_head], None if bits is None else "int8")
         if self.lm_head is not self.embed:
             self.lm_head = nn.Parameter(self.lm_head.new_empty(0), requires_grad=False)
-        return self
+        return self if bits is None else self.to(torch.bfloat16)
 
     def rotary(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [N, 1, D] of the positions, in the model's dtype."""

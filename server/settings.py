@@ -104,6 +104,9 @@ class GatewaySettings(ImageLimits):
     worker_poll_seconds: float = Field(1.0, gt=0, description="between two looks at a worker's readiness")
     worker_connect_seconds: float = Field(3.0, gt=0, description="to connect to a worker")
     worker_read_seconds: float = Field(120.0, gt=0, description="between two events of a worker")
+    worker_lost_seconds: float = Field(
+        10.0, gt=0, description="of silence, until a worker that cannot be connected to is lost"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
 
 
@@ -130,6 +133,9 @@ class WorkerSettings(_Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"
     )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none", description="the base's linears in 8 or 4 bits, in the native engine on a CPU"
+    )
     engine: Literal["native", "vllm"] = Field(
         "native", description="vllm: vLLM with this project's plugin, where it is installed"
     )
@@ -148,6 +154,10 @@ class WorkerSettings(_Settings):
         gt=0,
         description="copies of the model that share the requests, each on devices of its own, under vLLM",
     )
+    nnodes: int = Field(1, gt=0, description="machines whose devices these are, equally many of each")
+    node_rank: int = Field(0, ge=0, description="of this machine; 0 leads and is asked, the others follow it")
+    master_addr: str | None = Field(None, description="of machine 0, as all of them reach it")
+    master_port: int = Field(29501, gt=0, le=65535, description="of machine 0, where the others find it")
     device: str = Field("cpu", description="of torch, such as cpu or cuda:0; vLLM has its build's")
     attention: Literal["auto", "torch", "triton"] = Field(
         "auto",
@@ -164,7 +174,9 @@ class WorkerSettings(_Settings):
     )
     max_waiting: int = Field(256, ge=0, description="over it: 429 with Retry-After")
     max_prefill_chunk: int | None = Field(
-        None, gt=0, description="prompt tokens in a step that also decodes; bounds inter-token latency"
+        None,
+        gt=0,
+        description="prompt tokens in a step that also decodes; default: what doubles its time, by the clock",
     )
     prefix_caching: bool = Field(True, description="keep the blocks of prompts that may come again")
     max_hot_adapters: int = Field(64, gt=0, description="adapters in the bank at once")

@@ -39,6 +39,7 @@ class FusedPass:
         qkv, wo, gate_up, w2 = (array(base.packed[name]) for name in ("qkv", "wo", "gate_up", "w2"))
         self._weights = Weights(qkv, wo, gate_up, w2, self._eps)
         self._head_PKF = array(base.packed["lm_head"])
+        self._stored = array(base.embed).dtype
         self._none_LSO = array(base.embed.new_empty(0, 0, 0))
         # Compiled now: the first adapter's prompts would else wait for it, and everybody with them.
         packed_linear(base.embed[:1], base.packed["qkv"][0, :1])
@@ -56,7 +57,7 @@ class FusedPass:
         """[M, V] in float32 of M rows of the hidden states; `adaptation` must be that of those rows."""
         M, C = x_MC.shape
         slots_M = self._slots(adaptation, M)
-        h_MC = np.empty((M, C), self._head_PKF.dtype)
+        h_MC = np.empty((M, C), self._stored)
         layers_cpu.norm(x_MC.numpy(), self._norm("final_norm", adaptation)[0], slots_M, self._eps, h_MC)
         logits_MV = torch.empty(M, self._base.config.vocab_size)
         bias, scale = (self._stack(f"{kind}.head", adaptation) for kind in ("bias", "scale_out"))
@@ -108,7 +109,7 @@ class FusedPass:
         )
 
     def _rows(self, tokens_N: Tensor) -> Rows:
-        config, stored = self._base.config, self._head_PKF.dtype
+        config, stored = self._base.config, self._stored
         N, H, D = len(tokens_N), config.num_heads, config.head_dim
         return Rows(
             F.embedding(tokens_N, self._base.embed).float().numpy(),

@@ -2,6 +2,7 @@
 
 A packed weight holds panels of PANEL output features, the last one filled up with zeros. Within a panel
 the features of one input lie together, in bfloat16 those of two inputs, as the processor multiplies them.
+In fewer bits they lie as `models.kernels.quantized_cpu` says.
 
 Shapes: M rows, K inputs (of a packed weight: steps of one or two), P panels, F numbers of a step.
 """
@@ -17,23 +18,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.kernels.product_cpu import group_sums, spare_panels, tile_product, unpack
+from models.kernels.quantized_cpu import MULTIPLES, Bits, quantize, quantized_shape
 from models.kernels.scalars_cpu import SUPPORTED_DTYPES, array, parallel_jit
-from models.kernels.tile_cpu import PANEL, ROWS, tile_product
+from models.kernels.tile_cpu import PANEL, ROWS
 
 
-def can_pack(weight_OK: Tensor) -> bool:
-    per_step = 4 // weight_OK.element_size()
+def can_pack(weight_OK: Tensor, bits: Bits | None = None) -> bool:
+    """Whether `pack` knows weights of this kind, to be kept as they are or in fewer bits."""
+    multiple = 4 // weight_OK.element_size() if bits is None else MULTIPLES[bits]
     cpu = weight_OK.device.type == "cpu"
-    return cpu and weight_OK.dtype in SUPPORTED_DTYPES and weight_OK.shape[1] % per_step == 0
+    return cpu and weight_OK.dtype in SUPPORTED_DTYPES and weight_OK.shape[1] % multiple == 0
 
 
-def pack(weights_OK: Sequence[Tensor]) -> Tensor:
-    """Weights [out, in] on one input, each in panels of its own, one after another; [P, K, F]."""
-    return torch.cat([_panels(weight_OK) for weight_OK in weights_OK])
+def pack(weights_OK: Sequence[Tensor], bits: Bits | None = None) -> Tensor:
+    """Weights [out, in] on one input, each in panels of its own, one after another; [P, K, F].
+
+    With `bits` quantised, to be multiplied with bfloat16 inputs; raises ValueError as `quantize` does.
+    """
+    return torch.cat([_panels(w_OK) if bits is None else quantize(w_OK, bits) for w_OK in weights_OK])
 
 
-def packed_shape(weights_OK: Sequence[Tensor]) -> tuple[int, int, int]:
+def packed_shape(weights_OK: Sequence[Tensor], bits: Bits | None = None) -> tuple[int, int, int]:
     """Of what `pack` gives."""
+    if bits is not None:
+        return quantized_shape([len(weight_OK) for weight_OK in weights_OK], weights_OK[0].shape[1], bits)
     per_step = 4 // weights_OK[0].element_size()
     P = sum(num_panels(weight_OK.shape[0]) for weight_OK in weights_OK)
     return P, weights_OK[0].shape[1] // per_step, PANEL * per_step
@@ -63,12 +72,15 @@ def packed_linear(x: Tensor, w_PKF: Tensor) -> Tensor:
 @parallel_jit
 def _multiply(x_MK: Any, w_PKF: Any, y_MO: Any) -> None:
     M = x_MK.shape[0]
+    sums, spare = group_sums(x_MK, w_PKF), spare_panels(w_PKF, M, 1)
     for task in numba.prange(w_PKF.shape[0]):
         panel = np.int64(task)
+        own = np.int64(numba.get_thread_id())
+        unpack(w_PKF, panel, spare, own)
         y_RF = np.empty((ROWS, PANEL), np.float32)
         for first in range(0, M, ROWS):
             last = min(first + ROWS, M)
-            tile_product(x_MK, first, last, w_PKF, panel, y_RF)
+            tile_product(x_MK, sums, first, last, w_PKF, panel, spare, own, y_RF)
             for r in range(last - first):
                 for c in range(PANEL):
                     y_MO[first + r, panel * PANEL + c] = y_RF[r, c]

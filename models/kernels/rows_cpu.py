@@ -98,6 +98,14 @@ def load(b: Any, place: Any, kind: Any) -> Any:
     return b.load(b.inttoptr(place, kind.as_pointer()), align=2)
 
 
+def prefetch(b: Any, place: Any) -> None:
+    """Ask for the line of memory at an address, which may be any."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
+    fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    how = [ir.Constant(I32, n) for n in (0, 3, 1)]  # read, keep, data
+    b.call(fetch, [b.inttoptr(place, ir.IntType(8).as_pointer()), *how])
+
+
 def _splat(b: Any, value: Any) -> Any:
     return b.bitcast(broadcast(b, b.bitcast(value, I32)), VF32)
 
@@ -219,15 +227,11 @@ def prefetch_rows(typing: Any, x_PsGD: Any, p: Any, g: Any) -> Any:
         x = context.make_array(signature.args[0])(context, b, args[0])
         shape, stride = cgutils.unpack_tuple(b, x.shape), cgutils.unpack_tuple(b, x.strides)[1]
         size = b.mul(shape[3], ir.Constant(I64, signature.args[0].dtype.bitwidth // 8))
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
-        fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-        how = [ir.Constant(I32, n) for n in (0, 3, 1)]  # read, keep, data
         first = address(b, x, args[1], ir.Constant(I64, 0), args[2])
         with cgutils.for_range(b, shape[1], intp=I64) as row:
             start = b.add(first, b.mul(row.index, stride))
             with cgutils.for_range(b, b.udiv(size, ir.Constant(I64, _STEP)), intp=I64) as line:
-                place = b.add(start, b.mul(line.index, ir.Constant(I64, _STEP)))
-                b.call(fetch, [b.inttoptr(place, ir.IntType(8).as_pointer()), *how])
+                prefetch(b, b.add(start, b.mul(line.index, ir.Constant(I64, _STEP))))
         return context.get_dummy_value()
 
     return types.void(x_PsGD, types.int64, types.int64), build

@@ -35,8 +35,8 @@ parallel_jit = numba.njit(parallel=True, **_OPTIONS)
 
 
 def array(x: Tensor) -> Any:
-    """The tensor's memory as numpy's: float32, or uint16 for bfloat16. Nothing is copied."""
-    return (x if x.dtype == torch.float32 else x.view(torch.uint16)).numpy()
+    """The tensor's memory as numpy's, with uint16 for bfloat16. Nothing is copied."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 @intrinsic

@@ -1,27 +1,23 @@
 """The innermost loops of the CPU's kernels, which numba cannot say in Python: LLVM instructions by hand.
 
-`tile_product` multiplies a few rows with a panel of packed weights and keeps the sums in registers. It is
+`tile_sums` multiplies a few rows with a panel of packed weights and keeps the sums in registers. It is
 written for vectors of sixteen float32; LLVM cuts them to what the processor has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-
-from models.kernels.scalars_cpu import intrinsic, jit
 
 LANES = 16
 VECTORS = 3
 PANEL = LANES * VECTORS  # output features that are computed at once
 
 _FEATURES = llvm.get_host_cpu_features()
-_MULTIPLIES_BFLOAT16 = bool(_FEATURES.get("avx512bf16"))
+MULTIPLIES_BFLOAT16 = bool(_FEATURES.get("avx512bf16"))
 # Sums of 8 rows fill 24 of AVX-512's 32 registers; of 2 rows 12 of AVX2's 16.
 ROWS = 8 if _FEATURES.get("avx512f") else 2
 
@@ -42,47 +38,16 @@ class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
         return "bfloat"
 
 
-_VBF16 = ir.VectorType(_BFloat(), 2 * LANES)
+VBF16 = ir.VectorType(_BFloat(), 2 * LANES)
 
 
-def _tile(rows: int) -> Callable[..., None]:
-    """The product of `rows` rows; what `tile_product` calls."""
+def tile_sums(
+    b: Any, rows: int, x_row: Any, x_stride: Any, w_panel: Any, K: Any, paired: bool
+) -> list[list[Any]]:
+    """Emit the loop over K steps: rows × VECTORS vectors of sums, in registers as soon as LLVM optimises.
 
-    @intrinsic
-    def tile(typing: Any, x: Any, row: Any, w: Any, panel: Any, y: Any, out: Any) -> Any:
-        def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            x_type, _, w_type, _, y_type, _ = signature.args
-            x_MK, w_PKF, y_MF = (
-                context.make_array(t)(context, b, args[i]) for t, i in ((x_type, 0), (w_type, 2), (y_type, 4))
-            )
-            paired = w_type.dtype == types.uint16
-
-            def start(array: Any, index: Any) -> Any:
-                stride = cgutils.unpack_tuple(b, array.strides)[0]
-                return b.add(b.ptrtoint(array.data, I64), b.mul(index, stride))
-
-            x_row = start(x_MK, args[1])
-            x_stride = cgutils.unpack_tuple(b, x_MK.strides)[0]
-            w_panel = start(w_PKF, args[3])
-            K = cgutils.unpack_tuple(b, w_PKF.shape)[1]
-            sums = _sums(b, rows, x_row, x_stride, w_panel, K, paired)
-            y_row = start(y_MF, args[5])
-            y_stride = cgutils.unpack_tuple(b, y_MF.strides)[0]
-            for r in range(rows):
-                for v in range(VECTORS):
-                    offset = b.add(b.mul(y_stride, ir.Constant(I64, r)), ir.Constant(I64, 4 * LANES * v))
-                    place = b.inttoptr(b.add(y_row, offset), VF32.as_pointer())
-                    b.store(b.load(sums[r][v]), place, align=4)
-            return context.get_dummy_value()
-
-        return types.void(x, types.int64, w, types.int64, y, types.int64), build
-
-    made: Callable[..., None] = tile
-    return made
-
-
-def _sums(b: Any, rows: int, x_row: Any, x_stride: Any, w_panel: Any, K: Any, paired: bool) -> Any:
-    """Emit the loop over K steps: rows × VECTORS vectors of sums, in registers as soon as LLVM optimises."""
+    At the addresses `x_row` and `w_panel` are the first row, `x_stride` bytes before the next, and the panel.
+    """
     sums = [[cgutils.alloca_once(b, VF32) for _ in range(VECTORS)] for _ in range(rows)]
     for row in sums:
         for place in row:
@@ -99,7 +64,7 @@ def _sums(b: Any, rows: int, x_row: Any, x_stride: Any, w_panel: Any, K: Any, pa
             x = broadcast(b, b.load(place, align=2))
             for v in range(VECTORS):
                 b.store(multiply_add(b, b.load(sums[r][v]), x, ws[v], paired), sums[r][v])
-    return sums
+    return [[b.load(total) for total in row] for row in sums]
 
 
 def broadcast(b: Any, value: Any) -> Any:
@@ -113,10 +78,10 @@ def multiply_add(b: Any, total: Any, x: Any, w: Any, paired: bool) -> Any:
     """total + x·w by 32-bit lanes; `paired`: each holds two bfloat16, and both products are added."""
     if not paired:
         return fma(b, b.bitcast(x, VF32), b.bitcast(w, VF32), total)
-    if _MULTIPLIES_BFLOAT16:
-        kind = ir.FunctionType(VF32, [VF32, _VBF16, _VBF16])
+    if MULTIPLIES_BFLOAT16:
+        kind = ir.FunctionType(VF32, [VF32, VBF16, VBF16])
         dot = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        return b.call(dot, [total, b.bitcast(x, _VBF16), b.bitcast(w, _VBF16)])
+        return b.call(dot, [total, b.bitcast(x, VBF16), b.bitcast(w, VBF16)])
     high, sixteen = ir.Constant(VI32, [0xFFFF0000] * LANES), ir.Constant(VI32, [16] * LANES)
     x_1, w_1 = (b.bitcast(b.shl(v, sixteen), VF32) for v in (x, w))
     x_2, w_2 = (b.bitcast(b.and_(v, high), VF32) for v in (x, w))
@@ -127,26 +92,3 @@ def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
     """x·y + z."""
     kind = ir.FunctionType(VF32, [VF32, VF32, VF32])
     return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.fma.v{LANES}f32"), [x, y, z])
-
-
-_tile_8, _tile_4, _tile_2, _tile_1 = (_tile(rows) for rows in (8, 4, 2, 1))
-
-
-@jit
-def tile_product(x_MK: Any, first: int, last: int, w_PKF: Any, panel: int, y_RF: Any) -> None:
-    """y = rows `first` … `last - 1` of x (at most ROWS) times one packed panel, in float32."""
-    row, out = first, 0
-    while row < last:
-        left = last - row
-        if left >= 8 and ROWS >= 8:
-            _tile_8(x_MK, row, w_PKF, panel, y_RF, out)
-            row, out = row + 8, out + 8
-        elif left >= 4 and ROWS >= 8:
-            _tile_4(x_MK, row, w_PKF, panel, y_RF, out)
-            row, out = row + 4, out + 4
-        elif left >= 2:
-            _tile_2(x_MK, row, w_PKF, panel, y_RF, out)
-            row, out = row + 2, out + 2
-        else:
-            _tile_1(x_MK, row, w_PKF, panel, y_RF, out)
-            row, out = row + 1, out + 1

@@ -12,6 +12,7 @@ from models.checkpoints.base import load_base
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.kernels.choice import use_triton
+from models.kernels.quantized_cpu import MULTIPLES, Bits
 from models.kv_cache import KVCache
 from models.llama import Llama
 from models.pull import resolve_base
@@ -26,6 +27,7 @@ from server.worker.engine_api import Engine
 from server.worker.frontend import Frontend
 from server.worker.grammar import GrammarCompiler
 from server.worker.messages import SamplingParams
+from server.worker.pace import Pace
 from server.worker.runner import Kernels, Runner
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import Prepared, StepLoop
@@ -36,13 +38,22 @@ log = logging.getLogger(__name__)
 def build(settings: WorkerSettings) -> Engine:
     """The engine that the settings name. Raises `ModelError` and `StartupError`."""
     if settings.engine == "native":
-        for name in ("tensor_parallel", "data_parallel"):
+        for name in ("tensor_parallel", "data_parallel", "nnodes"):
             if getattr(settings, name) > 1:
                 raise StartupError(f"the native engine has one device; use --engine vllm for {name}.")
         return build_engine(settings)
     from server.worker.vllm_build import build_vllm_engine
 
     return build_vllm_engine(settings)
+
+
+def follow(settings: WorkerSettings) -> None:
+    """Compute for an engine of another machine, until told to end. Raises as `build` does."""
+    if settings.engine == "native":
+        raise StartupError("the native engine has one machine; use --engine vllm for node_rank.")
+    from server.worker.vllm_build import follow as follow_vllm
+
+    follow_vllm(settings)
 
 
 def build_engine(settings: WorkerSettings) -> NativeEngine:
@@ -53,16 +64,17 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
     began = time.monotonic()
     path = resolve_base(settings.base, settings.cache_dir)
     device = _device(settings)
-    dtype = pick_dtype(settings.dtype, device.type)
-    base, embedding_fingerprint = load_base(path, dtype, device)
+    dtype = torch.bfloat16 if settings.quantization != "none" else pick_dtype(settings.dtype, device.type)
+    bits = _bits(settings, device)
+    # Quantised from the checkpoint's own numbers, not from numbers that were rounded before.
+    base, embedding_fingerprint = load_base(path, dtype if bits is None else torch.float32, device)
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > base.config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {base.config.vocab_size}; "
             "they belong to different models"
         )
-    if base.can_pack:
-        base.pack()
+    _pack(base, bits)
     scheduler = _scheduler(settings, base.config, dtype)
     runner = Runner(
         base,
@@ -83,7 +95,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
     step_loop = StepLoop(runner, scheduler, tokenizer)
     _warm_up(step_loop)
-    log.info("loaded %s in %s in %.1f s", path, dtype, time.monotonic() - began)
+    log.info("loaded %s in %s in %.1f s", path, bits or dtype, time.monotonic() - began)
     limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     grammars = GrammarCompiler(
         tokenizer,
@@ -98,6 +110,20 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         models,
         max_requests=settings.max_num_seqs + settings.max_waiting,
     )
+
+
+def _pack(base: Llama, bits: Bits | None) -> None:
+    """For the compiled layers, where they know the base; in `bits` they must."""
+    if base.can_pack(bits):
+        try:
+            base.pack(bits)
+        except ValueError as error:
+            raise StartupError(f"quantization {bits!r} cannot be used: {error}.") from error
+    elif bits is not None:
+        raise StartupError(
+            f"quantization {bits!r} cannot be used: {bits} takes linears of a multiple of {MULTIPLES[bits]} "
+            "inputs, and this base has others; leave it at none."
+        )
 
 
 def _scheduler(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype) -> Scheduler:
@@ -122,6 +148,7 @@ def _scheduler(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype
             max_model_len=max_model_len,
             max_prefill_chunk=settings.max_prefill_chunk,
             max_adapters=settings.max_hot_adapters,
+            pace=Pace(),
         )
     except ValueError as error:
         raise StartupError(f"{error}.") from error
@@ -158,6 +185,23 @@ def _kernels(settings: WorkerSettings, base: Llama) -> Kernels:
     except ValueError as error:
         raise StartupError(f"{error}.") from error
     return "none" if settings.attention == "torch" else "cpu"
+
+
+def _bits(settings: WorkerSettings, device: torch.device) -> Bits | None:
+    if settings.quantization == "none":
+        return None
+    obstacles = (
+        (device.type != "cpu", f"the device is {settings.device!r}; choose cpu"),
+        (settings.attention == "torch", "attention 'torch' goes without the compiled layers; set it to auto"),
+        (
+            settings.dtype not in ("auto", "bfloat16"),
+            f"it computes in bfloat16, not in {settings.dtype}; set dtype to auto",
+        ),
+    )
+    for is_there, obstacle in obstacles:
+        if is_there:
+            raise StartupError(f"quantization {settings.quantization!r} cannot be used: {obstacle}.")
+    return settings.quantization
 
 
 def pick_dtype(name: str, device_type: str) -> torch.dtype:

@@ -7,7 +7,9 @@ import os
 import shutil
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -23,6 +25,7 @@ from models.vision.images import ImageLimits
 from models.vllm_plugin import ENDS_WITH_PARENT
 from models.vllm_plugin.carriers import EVERYTHING, ROWS, Room, check_carried
 from models.vllm_plugin.options import engine_options
+from models.vllm_plugin.sharing import SHARED_ADAPTERS
 from server.serving import StartupError
 from server.settings import MIB, WorkerSettings
 from server.worker.adapter_loading import AdapterLoader
@@ -30,9 +33,6 @@ from server.worker.build import base_id, pick_dtype
 from server.worker.frontend import Frontend, ServedModel
 from server.worker.grammar import GrammarCompiler
 from server.worker.vllm_engine import ContextRoom, VllmEngine
-
-if TYPE_CHECKING:
-    from server.worker.vllm_calls import Vllm
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +56,7 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
     path = resolve_base(settings.base, settings.cache_dir)
     checkpoint = open_base(path)
     config, tokenizer = checkpoint.config, load_tokenizer(path)
-    max_model_len = settings.max_model_len or config.max_position_embeddings
-    if max_model_len > config.max_position_embeddings:
-        raise StartupError(
-            f"max_model_len {max_model_len} is more than the base's context of "
-            f"{config.max_position_embeddings} tokens."
-        )
-    dtype = pick_dtype(settings.dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    max_model_len = min(max_model_len, _room_in_cache(settings, config, dtype))
+    max_model_len = _context(settings, config)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
@@ -82,14 +75,8 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
     for model in models:  # before the start, which takes its time
         if model.adapter:
             check_carried(model.adapter.adapter.config, model.info.id, room)
-    options = engine_options(
-        path,
-        config,
-        room=room,
-        max_model_len=max_model_len,
-        max_adapters=settings.max_hot_adapters,
-    )
-    vllm = _start(options | _limits(settings, dtype), config, sorted(tokenizer.eos_ids))
+    calls = _import_vllm()
+    vllm = calls.Vllm(_options(settings, path, config, room), config, sorted(tokenizer.eos_ids))
     log.info("vLLM serves %s after %.1f s", path, time.monotonic() - began)
     images = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     grammars = GrammarCompiler(
@@ -109,10 +96,34 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
     )
 
 
+def follow(settings: WorkerSettings) -> None:
+    """Compute this machine's share of a model that machine 0 serves, until told to end, or that one ends.
+
+    Raises as `build_vllm_engine` does.
+    """
+    _refuse(settings)
+    path = resolve_base(settings.base, settings.cache_dir)
+    config = open_base(path).config
+    options = _options(settings, path, config, _room_for(settings, []))
+    log.info("computes for %s:%d", settings.master_addr, settings.master_port)
+    _import_vllm().follow(options)
+    raise StartupError("what computed here for machine 0 has ended; the lines above say why.")
+
+
 def _refuse(settings: WorkerSettings) -> None:
     """Say what of the settings vLLM cannot honour."""
+    several = settings.nnodes > 1
     for given, sentence in (
+        (settings.tensor_parallel % settings.nnodes != 0, "nnodes must divide tensor_parallel"),
+        (settings.node_rank >= settings.nnodes, "node_rank must be below nnodes"),
+        (several and settings.data_parallel > 1, "nnodes over 1 takes no data_parallel"),
+        (several and settings.master_addr is None, "nnodes over 1 needs master_addr"),
+        (
+            several and settings.vllm_adapters == "auto",
+            "nnodes over 1 needs vllm_adapters prompts or all: each machine makes room by itself",
+        ),
         (settings.attention != "auto", "attention is vLLM's own; leave it at auto"),
+        (settings.quantization != "none", "quantization is for the native engine; leave it at none"),
         (settings.max_prefill_chunk is not None, "max_prefill_chunk is not known to it; leave it out"),
         (settings.max_num_batched_tokens < ROWS, f"max_num_batched_tokens must be {ROWS} at least"),
     ):
@@ -120,10 +131,14 @@ def _refuse(settings: WorkerSettings) -> None:
             raise StartupError(f"with --engine vllm {sentence}.")
 
 
-def _room_in_cache(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype) -> int:
+def _dtype(settings: WorkerSettings) -> torch.dtype:
+    return pick_dtype(settings.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _room_in_cache(settings: WorkerSettings, config: ModelConfig) -> int:
     """Tokens of one request that the KV cache holds beside its placeholders; vLLM keeps a block to itself."""
     shard = replace(config, num_kv_heads=max(config.num_kv_heads // settings.tensor_parallel, 1))
-    blocks = settings.kv_cache_mib * MIB // KVCache.bytes_per_block(shard, ROWS, dtype)
+    blocks = settings.kv_cache_mib * MIB // KVCache.bytes_per_block(shard, ROWS, _dtype(settings))
     if blocks < 3:
         raise StartupError(f"a KV cache of {settings.kv_cache_mib} MiB holds no request; raise kv_cache_mib.")
     return (blocks - 2) * ROWS
@@ -139,9 +154,34 @@ def _compiles(settings: WorkerSettings) -> bool:
     return True
 
 
-def _limits(settings: WorkerSettings, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
+def _context(settings: WorkerSettings, config: ModelConfig) -> int:
+    """Tokens of text in one request: the base's context, or less where that is asked for or all that fits."""
+    asked, most = settings.max_model_len, config.max_position_embeddings
+    if asked is not None and asked > most:
+        raise StartupError(f"max_model_len {asked} is more than the base's context of {most} tokens.")
+    return min(asked or most, _room_in_cache(settings, config))
+
+
+def _options(settings: WorkerSettings, path: Path, config: ModelConfig, room: Room) -> dict[str, Any]:
+    """The same on all machines that share a model, but for its rank."""
+    options = engine_options(
+        path,
+        config,
+        room=room,
+        max_model_len=_context(settings, config),
+        max_adapters=settings.max_hot_adapters,
+    )
+    if settings.nnodes > 1:
+        options |= {
+            "distributed_executor_backend": "mp",
+            "nnodes": settings.nnodes,
+            "node_rank": settings.node_rank,
+            "master_addr": settings.master_addr,
+            "master_port": settings.master_port,
+            "worker_extension_cls": SHARED_ADAPTERS,
+        }
+    return options | {
+        "dtype": str(_dtype(settings)).removeprefix("torch."),
         "enforce_eager": not _compiles(settings),
         "tensor_parallel_size": settings.tensor_parallel,
         "data_parallel_size": settings.data_parallel,
@@ -161,14 +201,15 @@ def _fingerprint(checkpoint: BaseCheckpoint) -> str:
     return next(fingerprint(tensor) for name, tensor in checkpoint.tensors() if name == "embed.weight")
 
 
-def _start(options: dict[str, Any], config: ModelConfig, eos_ids: list[int]) -> Vllm:
+def _import_vllm() -> ModuleType:
+    """`server.worker.vllm_calls`, with vLLM set up as we need it."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        from server.worker.vllm_calls import Vllm
+        from server.worker import vllm_calls
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
         raise StartupError("vLLM is not installed; docs/vllm.md says how.") from error
     logging.getLogger("vllm").setLevel(logging.WARNING)
-    return Vllm(options, config, eos_ids)
+    return vllm_calls

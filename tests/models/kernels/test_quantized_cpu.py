@@ -1,0 +1,79 @@
+"""Weights in 8 and 4 bits: what they round to, and products as with the weights they stand for."""
+
+import pytest
+import torch
+
+from models.kernels.linear_cpu import pack, packed_linear, packed_shape
+from models.kernels.quantized_cpu import Bits, dequantize, quantize
+from models.kernels.quantized_tile_cpu import GROUP
+
+BITS: list[Bits] = ["int8", "int4"]
+ROWS = (96, 97, 5)
+
+
+def weights(seed: int = 0, inputs: int = 3 * GROUP) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, inputs, generator=generator) for rows in ROWS]
+
+
+def test_int8_is_off_by_half_a_step_at_most():
+    for weight in weights():
+        steps = weight.abs().amax(1, keepdim=True) / 127
+        assert ((dequantize(quantize(weight, "int8"), len(weight)) - weight).abs() <= 0.5001 * steps).all()
+
+
+def test_int4_is_off_by_half_a_step_at_most():
+    """And by what float16 takes from a minimum and fifteen steps."""
+    for weight in weights():
+        groups = weight.unflatten(1, (-1, GROUP))
+        least, most = groups.aminmax(dim=2, keepdim=True)
+        bound = (most - least) / 30 + 2**-10 * (least.abs() + most - least)
+        ours = dequantize(quantize(weight, "int4"), len(weight)).unflatten(1, (-1, GROUP))
+        assert ((ours - groups).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_what_was_quantised_is_found_again(bits: Bits):
+    """To the last bit in int4: a base that was quantised so in its file loses nothing more."""
+    for weight in weights():
+        once = dequantize(quantize(weight, bits), len(weight))
+        twice = dequantize(quantize(once, bits), len(weight))
+        torch.testing.assert_close(twice, once, atol=0, rtol=0 if bits == "int4" else 1e-6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_equal_weights_and_zeros(bits: Bits):
+    weight = torch.stack((torch.zeros(GROUP), torch.full((GROUP,), 0.5), torch.full((GROUP,), -3.0)))
+    torch.testing.assert_close(dequantize(quantize(weight, bits), 3), weight)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 3e38])
+def test_what_scales_cannot_hold_is_refused(number: float):
+    weight = torch.zeros(2, GROUP)
+    weight[1, 3] = number
+    with pytest.raises(ValueError, match="not finite, or too large"):
+        quantize(weight, "int4")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@torch.inference_mode()
+def test_products_are_those_of_the_dequantised(bits: Bits):
+    generator = torch.Generator().manual_seed(1)
+    packed = pack(weights(), bits)
+    assert packed.shape == packed_shape(weights(), bits)
+    for rows in [*range(1, 19), 69]:
+        x = torch.randn(rows, 3 * GROUP, generator=generator).bfloat16()
+        y = packed_linear(x, packed)
+        for weight, start in zip(weights(), (0, 96, 240), strict=True):
+            plain = x.double() @ dequantize(quantize(weight, bits), len(weight)).double().T
+            torch.testing.assert_close(y[:, start : start + len(weight)].double(), plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_the_others(bits: Bits):
+    """To the last bit, whether a panel is unpacked for many rows or in registers for one."""
+    x = torch.randn(69, 3 * GROUP, generator=torch.Generator().manual_seed(2)).bfloat16()
+    packed = pack(weights(), bits)
+    alone = torch.cat([packed_linear(row[None], packed) for row in x])
+    assert torch.equal(packed_linear(x, packed), alone)
