@@ -16,15 +16,15 @@ FAST := not weights and not server and not clip and not gpu and not paddle and n
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
-.PHONY: help serve test test-paddle test-vllm vllm lint bench bench-engine image manifests check-deploy check-policy \
+.PHONY: help serve test test-paddle test-vllm vllm lint bench bench-serve peers image manifests check-deploy check-policy \
   rehearse-cluster rehearse-images clients chromium screenshots constraints clean
 
 help:
 	@echo 'make serve   start the service at http://$(HOST):$(PORT)   [HOST= PORT= ARGS="--adapter poet=./poet"]'
 	@echo 'make test    every test that this machine can run           [TESTS=tests/server]'
 	@echo 'make lint    style, types, import directions, insecure code, known vulnerabilities'
-	@echo 'make bench   tokens per second of the server at PORT        [ARGS="--models base"]'
-	@echo 'make bench-engine   the engine with and without adapters, beside transformers + PEFT   [ARGS=--quick]'
+	@echo 'make bench   the engine beside its peers, the price of adapters, scheduling, training   [BENCHES=engine]'
+	@echo 'make bench-serve   tokens per second of the server at PORT        [ARGS="--models base"]'
 	@echo 'make image   build the container images                     [TARGETS="gateway worker" TORCH_INDEX=]'
 
 serve: .venv/.serve
@@ -56,11 +56,29 @@ lint: .venv/.dev
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml server models experts train
 	$(BIN)/python .ci/audit.py constraints.txt
 
+# The short set. Peers that cannot be installed are left out, and the tables say so.
+BENCHES ?= compare engine many_adapters scheduling
 bench: .venv/.dev
+	-$(MAKE) --no-print-directory peers
+	$(BIN)/llama-adapter pull smollm2-135m
+	for bench in $(BENCHES); do echo; echo "== $$bench"; $(BIN)/python bench/$$bench.py --quick $(ARGS) || exit 1; done
+	echo; echo '== train_step'; $(BIN)/python bench/train_step.py --rounds 5
+	@echo; echo '== aims'; $(BIN)/python bench/report.py
+
+bench-serve: .venv/.dev
 	$(BIN)/python bench/serve.py --url http://$(HOST):$(PORT) $(ARGS)
 
-bench-engine: .venv/.dev
-	$(BIN)/python bench/engine.py $(ARGS)
+# What the engine is measured beside, each in an environment of its own. llama.cpp is built here, for this
+# processor, which takes minutes.
+LLAMA_CPP := .venv-llama-cpp
+peers:
+	-$(MAKE) --no-print-directory vllm
+	-$(MAKE) --no-print-directory $(LLAMA_CPP)/.ready
+
+$(LLAMA_CPP)/.ready: bench/peers/requirements-llama-cpp.txt
+	test -x $(LLAMA_CPP)/bin/python || $(PYTHON) -m venv $(LLAMA_CPP)
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(LLAMA_CPP)/bin/pip install --quiet --no-deps --requirement $<
+	touch $@
 
 image:
 	@command -v docker >/dev/null || { echo 'make image needs docker, which is not installed here.' >&2; exit 1; }
@@ -81,7 +99,8 @@ rehearse-cluster: .venv/.dev
 
 # General policies: no privileges, limits set, and some hundred more. deploy/checkov.yaml says which not.
 POLICY := .venv-policy
-RENDERED := deploy/helm/llama-adapter/values-laptop.yaml deploy/helm/llama-adapter/values-a100.yaml tests/deploy/everything.yaml
+RENDERED := deploy/helm/llama-adapter/values-laptop.yaml deploy/helm/llama-adapter/values-a100.yaml \
+  deploy/helm/llama-adapter/values-multinode.yaml tests/deploy/everything.yaml
 check-policy: $(POLICY)/.ready $(DEPLOY)/.ready
 	rm -rf build/policy && mkdir -p build/policy
 	for values in $(RENDERED); do \
@@ -170,4 +189,4 @@ constraints: .venv/.dev
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch(vision)?==[^+]*)\+.*/\1/' > constraints.txt
 
 clean:
-	rm -rf .venv .venv-paddle $(VLLM) $(CLIENTS) $(DEPLOY) $(POLICY) $(NODE_CLIENTS)/node_modules build dist *.egg-info
+	rm -rf .venv .venv-paddle $(VLLM) $(LLAMA_CPP) $(CLIENTS) $(DEPLOY) $(POLICY) $(NODE_CLIENTS)/node_modules build dist *.egg-info

@@ -14,7 +14,6 @@ import asyncio
 import itertools
 import json
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -26,6 +25,7 @@ from typing import Annotated, Any
 
 import typer
 from engine_client import EngineClient, start_engine
+from machine import facts
 
 from server.processes import set_threads
 from server.settings import WorkerSettings
@@ -159,26 +159,6 @@ def report(
     return "\n".join(lines)
 
 
-def plot(samples: list[Sample], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    itl_axes, ttft_axes = figure.subplots(1, 2)
-    for sort in SORTS:
-        mine = [sample for sample in samples if sample.sort == sort.name]
-        for axes, values in (
-            (itl_axes, [gap for sample in mine for gap in sample.gaps]),
-            (ttft_axes, [sample.ttft for sample in mine]),
-        ):
-            ordered = sorted(1e3 * value for value in values)
-            axes.plot(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], label=sort.name)
-    for axes, name in ((itl_axes, "ITL, ms"), (ttft_axes, "TTFT, ms")):
-        axes.set(xlabel=name, xscale="log", ylabel="share of them")
-        axes.grid(alpha=0.3)
-    itl_axes.legend()
-    figure.savefig(path, dpi=110)
-
-
 async def _measure(settings: WorkerSettings, folder: Path, rate: float, seconds: float, rounds: int) -> Any:
     async with start_engine(settings) as client:
         await open_loop(client, rate, 5, seed=1)  # compile what is not yet, fill the banks
@@ -190,14 +170,15 @@ def main(
     rate: Annotated[float, typer.Option(min=0.01, help="requests that arrive in a second")] = 2.0,
     seconds: Annotated[float, typer.Option(min=1)] = 60.0,
     rounds: Annotated[int, typer.Option(min=1, help="of prefix hits and of swaps")] = 5,
+    quick: Annotated[bool, typer.Option(help="half a minute, three rounds")] = False,
     max_prefill_chunk: Annotated[int, typer.Option(help="as of the worker; 0: its default")] = 0,
     threads: Annotated[int, typer.Option(help="of the engine")] = os.cpu_count() or 1,
-    output: Annotated[Path, typer.Option(help="folder for scheduling.json, .md and .png")] = Path(
-        "bench/out"
-    ),
+    output: Annotated[Path, typer.Option(help="folder for scheduling.json and .md")] = Path("bench/out"),
 ) -> None:
     """Measure inter-token latency under mixed load, prefix hits, and the price of swapping adapters."""
     set_threads(threads)  # before torch is imported, which reads them once
+    if quick:
+        seconds, rounds = 30.0, 3
     from random_adapters import Kind
     from random_adapters import main as write_adapters
 
@@ -218,15 +199,15 @@ def main(
     print(text)
     output.mkdir(parents=True, exist_ok=True)
     load = {"rate": rate, "seconds": seconds, "rounds": rounds, "max_prefill_chunk": max_prefill_chunk}
-    facts = {
-        "machine": platform.platform(),
+    found = {
         "load": load,
         "samples": [asdict(s) for s in samples],
         "hits": hits,
+        "quiet": gaps[0],
+        "disturbed": gaps[1],
     }
-    (output / "scheduling.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (output / "scheduling.json").write_text(json.dumps(facts() | found) + "\n")
     (output / "scheduling.md").write_text(text + "\n")
-    plot(samples, output / "scheduling.png")
 
 
 if __name__ == "__main__":

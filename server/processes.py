@@ -43,6 +43,7 @@ _READY = """
 
 def run_service(settings: ServiceSettings) -> None:
     """Gateway, worker and experts on this machine; see `server.supervisor`. Raises `StartupError`."""
+    _refuse_several_machines(settings)
     configure_logging(settings.gateway.log_level)
     configure_tracing("llama-adapter-gateway")
     settings = dataclasses.replace(settings, worker=with_folders(settings.worker))
@@ -78,10 +79,17 @@ def run_gateway(settings: GatewaySettings) -> None:
 
 
 def run_worker(settings: WorkerSettings) -> None:
-    """One engine behind the routes of `server.worker.app`. Raises what `build` raises."""
+    """One engine behind the routes of `server.worker.app`. Raises what `build` raises.
+
+    Where machine 0 of several has the engine, this one computes for it, and has no routes.
+    """
     configure_logging(settings.log_level)
     configure_tracing("llama-adapter-worker")
     set_threads(settings.num_threads)
+    if settings.node_rank:
+        from server.worker.build import follow
+
+        return follow(settings)
     from server.worker.adapter_state import AdapterState
     from server.worker.app import create_app
     from server.worker.build import build
@@ -129,6 +137,16 @@ def pull_base(name: str, cache_dir: Path) -> Path:
 
     with Progress(console=Console(stderr=True)) as progress:
         return pull(name, cache_dir, progress)
+
+
+def _refuse_several_machines(settings: ServiceSettings) -> None:
+    """Where they cannot be. Raises `StartupError`."""
+    if settings.worker.node_rank:
+        raise StartupError(
+            "a machine with a node_rank follows machine 0, and has no API: run `llama-adapter worker` on it."
+        )
+    if settings.worker.nnodes > 1 and settings.workers > 1:
+        raise StartupError("workers over 1 and nnodes over 1 exclude each other: both would be machine 0.")
 
 
 def _fetch_base(worker: WorkerSettings) -> None:

@@ -104,6 +104,9 @@ class GatewaySettings(ImageLimits):
     worker_poll_seconds: float = Field(1.0, gt=0, description="between two looks at a worker's readiness")
     worker_connect_seconds: float = Field(3.0, gt=0, description="to connect to a worker")
     worker_read_seconds: float = Field(120.0, gt=0, description="between two events of a worker")
+    worker_lost_seconds: float = Field(
+        10.0, gt=0, description="of silence, until a worker that cannot be connected to is lost"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
 
 
@@ -142,6 +145,10 @@ class WorkerSettings(_Settings):
         "images too; auto: what the adapters given at the start need",
     )
     tensor_parallel: int = Field(1, gt=0, description="devices that share one model, under vLLM")
+    nnodes: int = Field(1, gt=0, description="machines whose devices these are, equally many of each")
+    node_rank: int = Field(0, ge=0, description="of this machine; 0 leads and is asked, the others follow it")
+    master_addr: str | None = Field(None, description="of machine 0, as all of them reach it")
+    master_port: int = Field(29501, gt=0, le=65535, description="of machine 0, where the others find it")
     device: str = Field("cpu", description="of torch, such as cpu or cuda:0; vLLM has its build's")
     attention: Literal["auto", "torch", "triton"] = Field(
         "auto",
@@ -158,7 +165,9 @@ class WorkerSettings(_Settings):
     )
     max_waiting: int = Field(256, ge=0, description="over it: 429 with Retry-After")
     max_prefill_chunk: int | None = Field(
-        None, gt=0, description="prompt tokens in a step that also decodes; bounds inter-token latency"
+        None,
+        gt=0,
+        description="prompt tokens in a step that also decodes; default: what doubles its time, by the clock",
     )
     prefix_caching: bool = Field(True, description="keep the blocks of prompts that may come again")
     max_hot_adapters: int = Field(64, gt=0, description="adapters in the bank at once")

@@ -30,7 +30,7 @@ STATIC = {
     r"git clone|source |(.venv/bin/)?pip ": "changes the environment that the tests run in",
     r"llama-adapter (study|data|eval) ": "takes long, or data that no package holds",
     r"llama-adapter train (?!.*max_steps=)": "takes hours",
-    r"OTEL_\S+ docker ": "needs Docker's engine",
+    r"[A-Z_]+=\S+ docker ": "needs Docker's engine",
     r"\.venv-vllm/": "needs the environment of `make vllm`, whose own tests serve over it",
 }
 ELSEWHERE = {"adapters.md": "tests/server/commands/test_adapters_guide.py"}

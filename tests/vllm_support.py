@@ -37,8 +37,9 @@ from models.vllm_plugin.export import export_adapter
 from models.vllm_plugin.options import engine_options, placeholders
 from server.worker.blocks import BlockManager
 from server.worker.messages import Delta, SamplingParams
-from server.worker.runner import LoadedAdapter, Runner
+from server.worker.runner import Runner
 from server.worker.scheduler import Scheduler
+from server.worker.sight import LoadedAdapter
 from server.worker.step_loop import Prepared, StepLoop
 
 HEAD_DIM = 32  # the smallest of the CPU's attention in vLLM

@@ -9,7 +9,8 @@ D head size, K prompt rows, S slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from models.attention import Prompts
 # On the CPU, PyTorch's fused kernel has a slow backward pass: for 64 captions in bfloat16 it took 28 ms
 # where the formula itself takes 4. The formula keeps its probabilities, T² of them, so it has an end.
 _LONGEST = 512
-_BLOCK = 128  # causal queries that are multiplied at once; what lies beyond their block is never computed
+_BLOCK = 64  # causal queries that are multiplied at once; what lies beyond their block is never computed
 
 
 class PackedAttend:
@@ -56,7 +57,7 @@ class PackedAttend:
         if self._fused:
             out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=True)
         else:
-            out_BHTD = attention(q_BHTD, k_BGTD, v_BGTD)
+            out_BHTD = causal_attention(q_BHTD, k_BGTD, v_BGTD)
         K = self._lens_L[layer] if self._lens_L else 0
         if K and self._slots_B is not None:
             prompted_BHTD = self._prompted(layer, K, q_BHTD, self._slots_B)
@@ -72,7 +73,7 @@ class PackedAttend:
         gate_SH = self._gate_L[layer]
         if slots_B is not None:
             k_SGKD, v_SGKD, gate_SH = (x.index_select(0, slots_B) for x in (k_SGKD, v_SGKD, gate_SH))
-        return attention(q_BHTD, k_SGKD, v_SGKD, gate_SH)
+        return prompt_attention(q_BHTD, k_SGKD, v_SGKD, gate_SH)
 
     def _pad(self, x_NHD: Tensor) -> Tensor:
         """[N, H, D] → [B, H, T, D]."""
@@ -89,78 +90,128 @@ class PackedAttend:
         return x_NHD if self._places_N is None else x_NHD.index_select(0, self._places_N)
 
 
-def attention(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, gate_BH: Tensor | None = None) -> Tensor:
-    """g · softmax(q·kᵀ/√D)·v, [B, H, T, D]; without a gate causal: query t sees keys 0 to t, and g is 1.
+def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√D)·v where query t sees keys 0 to t, [B, H, T, D].
 
     Scores and softmax are float32 at least, whatever the inputs are. Heads that share keys are rows of one
     product, so that keys and values are never repeated.
     """
-    gate_BGM1 = None
-    if gate_BH is not None:
-        gate_BGR = gate_BH.unflatten(1, (k_BGKD.shape[1], -1))
-        gate_BGM1 = gate_BGR.repeat_interleave(q_BHTD.shape[2], 2)[..., None]
-    out: Tensor = _Attention.apply(q_BHTD, k_BGKD, v_BGKD, gate_BGM1)  # type: ignore[no-untyped-call]
+    out: Tensor = _CausalAttention.apply(q_BHTD, k_BGTD, v_BGTD)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Attention(torch.autograd.Function):
-    """M = R · T, the rows that share keys, of a block of T if causal; K also counts a block's visible keys.
+def prompt_attention(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, gate_BH: Tensor) -> Tensor:
+    """g · softmax(q·k_aᵀ/√D)·v_a, [B, H, T, D]; every query sees every row. Precision as above."""
+    gate_BGR = gate_BH.unflatten(1, (k_BGKD.shape[1], -1))
+    gate_BG1M = gate_BGR.repeat_interleave(q_BHTD.shape[2], 2)[:, :, None]
+    out: Tensor = _PromptAttention.apply(q_BHTD, k_BGKD, v_BGKD, gate_BG1M)  # type: ignore[no-untyped-call]
+    return out
 
-    P = softmax(S), S = q·kᵀ/√D, O = g P·v. Backward, with dP = dO·vᵀ: dg = Σ P ⊙ dP,
-    dS = g P ⊙ (dP − Σ P ⊙ dP), dq = dS·k/√D, dk = dSᵀ·q/√D, dv = g Pᵀ·dO.
+
+class _CausalAttention(torch.autograd.Function):
+    """M = R · T', the rows that share keys, of a block of T' queries; U: the keys that a block sees.
+
+    P = softmax(S), S = q·kᵀ/√D, O = P·v. Backward, with dP = dO·vᵀ: dS = P ⊙ (dP − Σ P ⊙ dP),
+    dq = dS·k/√D, dk = dSᵀ·q/√D, dv = Pᵀ·dO.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, gate_BGM1: Tensor | None) -> Tensor:
-        q_BGRTD = q_BHTD.unflatten(1, (k_BGKD.shape[1], -1))
-        T, D = q_BGRTD.shape[-2:]
-        causal = gate_BGM1 is None
-        wide = torch.promote_types(q_BHTD.dtype, torch.float32)
-        k_BGDK = k_BGKD.to(wide).mT * D**-0.5
-        ctx.size = _BLOCK if causal else T
+    def forward(ctx: Any, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+        q_BGRTD = q_BHTD.unflatten(1, (k_BGTD.shape[1], -1))
+        R, T, D = q_BGRTD.shape[2:]
         outs, probs = [], []
-        for start in range(0, T, ctx.size):
-            q_BGMD = q_BGRTD[..., start : start + ctx.size, :].flatten(2, 3)
-            end = start + ctx.size if causal else k_BGDK.shape[-1]
-            scores_BGMK = q_BGMD.to(wide) @ k_BGDK[..., :end]
-            if causal:
-                _mask_future(scores_BGMK, start, min(ctx.size, T - start))
-            p_BGMK = scores_BGMK.softmax(-1)
-            gated_BGMK = p_BGMK if gate_BGM1 is None else p_BGMK * gate_BGM1
-            out_BGMD = gated_BGMK.to(v_BGKD.dtype) @ v_BGKD[:, :, :end]
-            outs.append(out_BGMD.unflatten(2, (q_BGRTD.shape[2], -1)))
-            probs.append(p_BGMK.to(v_BGKD.dtype))
-        ctx.save_for_backward(q_BGRTD, k_BGKD, v_BGKD, gate_BGM1, *probs)
+        for start in range(0, T, _BLOCK):
+            q_BGMD = q_BGRTD[..., start : start + _BLOCK, :].flatten(2, 3)
+            end = start + q_BGMD.shape[2] // R
+            scores_BGMU = _scores(q_BGMD, k_BGTD[:, :, :end], D**-0.5)
+            _mask_future(scores_BGMU, start)
+            p_BGMU = scores_BGMU.softmax(-1).to(v_BGTD.dtype)
+            outs.append((p_BGMU @ v_BGTD[:, :, :end]).unflatten(2, (R, -1)))
+            probs.append(p_BGMU)
+        ctx.save_for_backward(q_BGRTD, k_BGTD, v_BGTD, *probs)
         return torch.cat(outs, dim=3).flatten(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, grad_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        q_BGRTD, k_BGKD, v_BGKD, gate_BGM1, *probs = ctx.saved_tensors
+    def backward(ctx: Any, grad_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_BGRTD, k_BGTD, v_BGTD, *probs = ctx.saved_tensors
         grad_BGRTD = grad_BHTD.unflatten(1, q_BGRTD.shape[1:3])
         R, D = q_BGRTD.shape[2], q_BGRTD.shape[-1]
         wide = torch.promote_types(q_BGRTD.dtype, torch.float32)
-        dk_BGKD, dv_BGKD = torch.zeros_like(k_BGKD, dtype=wide), torch.zeros_like(v_BGKD, dtype=wide)
-        dgate_BGM1 = None
+        dk_BGTD, dv_BGTD = torch.zeros_like(k_BGTD, dtype=wide), torch.zeros_like(v_BGTD, dtype=wide)
         dqs = []
-        for index, p_BGMK in enumerate(probs):
-            block = slice(index * ctx.size, (index + 1) * ctx.size)
+        for index, p_BGMU in enumerate(probs):
+            block = slice(index * _BLOCK, (index + 1) * _BLOCK)
             q_BGMD, grad_BGMD = (x[..., block, :].flatten(2, 3) for x in (q_BGRTD, grad_BGRTD))
-            end = p_BGMK.shape[-1]
-            dp_BGMK = grad_BGMD @ v_BGKD[:, :, :end].mT
-            if gate_BGM1 is not None:
-                dgate_BGM1 = (dp_BGMK.to(wide) * p_BGMK).sum(-1, keepdim=True).to(gate_BGM1.dtype)
-                dp_BGMK = dp_BGMK * gate_BGM1.to(dp_BGMK.dtype)
-                grad_BGMD = grad_BGMD * gate_BGM1.to(grad_BGMD.dtype)
-            ds_BGMK = torch._softmax_backward_data(dp_BGMK, p_BGMK, -1, p_BGMK.dtype).mul_(D**-0.5)
-            dqs.append((ds_BGMK @ k_BGKD[:, :, :end]).unflatten(2, (R, -1)))
-            dk_BGKD[:, :, :end] += ds_BGMK.mT @ q_BGMD
-            dv_BGKD[:, :, :end] += p_BGMK.mT @ grad_BGMD
+            end = p_BGMU.shape[-1]
+            dp_BGMU = grad_BGMD @ v_BGTD[:, :, :end].mT
+            ds_BGMU = torch._softmax_backward_data(dp_BGMU, p_BGMU, -1, p_BGMU.dtype).mul_(D**-0.5)
+            dqs.append((ds_BGMU @ k_BGTD[:, :, :end]).unflatten(2, (R, -1)))
+            dk_BGTD[:, :, :end] += ds_BGMU.mT @ q_BGMD
+            dv_BGTD[:, :, :end] += p_BGMU.mT @ grad_BGMD
         dq_BHTD = torch.cat(dqs, dim=3).flatten(1, 2)
-        return dq_BHTD, dk_BGKD.to(k_BGKD.dtype), dv_BGKD.to(v_BGKD.dtype), dgate_BGM1
+        return dq_BHTD, dk_BGTD.to(k_BGTD.dtype), dv_BGTD.to(v_BGTD.dtype)
 
 
-def _mask_future(scores_BGMK: Tensor, start: int, length: int) -> None:
+class _PromptAttention(torch.autograd.Function):
+    """M = R · T, the rows that share a prompt's keys.
+
+    Sᵀ = k·qᵀ/√D, P = softmax(S), O = g P·v. Backward, with dP = dO·vᵀ: dg = Σ P ⊙ dP,
+    dS = g P ⊙ (dP − Σ P ⊙ dP), dq = dS·k/√D, dk = dSᵀ·q/√D, dv = g Pᵀ·dO. All transposed: with a prompt's
+    few rows innermost a softmax takes eight times as long on the CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, gate_BG1M: Tensor) -> Tensor:
+        q_BGMD = q_BHTD.unflatten(1, (k_BGKD.shape[1], -1)).flatten(2, 3)
+        p_BGKM = _scores(k_BGKD, q_BGMD, q_BGMD.shape[-1] ** -0.5).softmax(-2)
+        out_BGMD = (p_BGKM * gate_BG1M).to(v_BGKD.dtype).mT @ v_BGKD
+        ctx.save_for_backward(q_BGMD, k_BGKD, v_BGKD, gate_BG1M, p_BGKM.to(v_BGKD.dtype))
+        return out_BGMD.reshape(q_BHTD.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q_BGMD, k_BGKD, v_BGKD, gate_BG1M, p_BGKM = ctx.saved_tensors
+        grad_BGMD = grad_BHTD.reshape(q_BGMD.shape)
+        wide = torch.promote_types(q_BGMD.dtype, torch.float32)
+        dp_BGKM = v_BGKD @ grad_BGMD.mT
+        dgate_BG1M = (dp_BGKM.to(wide) * p_BGKM).sum(-2, keepdim=True).to(gate_BG1M.dtype)
+        gate_BG1M = gate_BG1M.to(dp_BGKM.dtype)
+        ds_BGKM = torch._softmax_backward_data(dp_BGKM * gate_BG1M, p_BGKM, -2, p_BGKM.dtype)
+        ds_BGKM.mul_(q_BGMD.shape[-1] ** -0.5)
+        dq_BHTD = (ds_BGKM.mT @ k_BGKD).reshape(grad_BHTD.shape)
+        return dq_BHTD, ds_BGKM @ q_BGMD, (p_BGKM * gate_BG1M) @ grad_BGMD, dgate_BG1M
+
+
+def _scores(a_BGXD: Tensor, b_BGYD: Tensor, scale: float) -> Tensor:
+    """scale · a·bᵀ, [B, G, X, Y] in float32 at least."""
+    wide = torch.promote_types(a_BGXD.dtype, torch.float32)
+    a_NXD, b_NYD = (x.to(wide).flatten(0, 1) for x in (a_BGXD, b_BGYD))
+    nothing = a_NXD.new_empty(()).expand(len(a_NXD), a_NXD.shape[1], b_NYD.shape[1])
+    with _rounded_inputs(a_BGXD.dtype == torch.bfloat16):
+        scores_NXY: Tensor = torch.baddbmm(nothing, a_NXD, b_NYD.mT, beta=0, alpha=scale)
+    scores_BGXY: Tensor = scores_NXY.unflatten(0, a_BGXD.shape[:2])
+    return scores_BGXY
+
+
+@contextmanager
+def _rounded_inputs(to_bfloat16: bool) -> Iterator[None]:
+    """Products of float32 on the CPU with inputs rounded to bfloat16, sums in float32.
+
+    Of inputs that were bfloat16 the rounding takes nothing, and it is twice as fast. Such a product of
+    bfloat16 tensors themselves would round its result, too.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if to_bfloat16 else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _mask_future(scores_BGMU: Tensor, start: int) -> None:
     """Minus infinity where a query of a block, from position `start` on, would see a later key."""
-    future = torch.ones(length, length, dtype=torch.bool, device=scores_BGMK.device).triu(1)
-    scores_BGRTK = scores_BGMK.unflatten(2, (-1, length))
-    scores_BGRTK[..., start:].masked_fill_(future, float("-inf"))
+    length = scores_BGMU.shape[-1] - start
+    future = torch.ones(length, length, dtype=torch.bool, device=scores_BGMU.device).triu(1)
+    scores_BGRTU = scores_BGMU.unflatten(2, (-1, length))
+    scores_BGRTU[..., start:].masked_fill_(future, float("-inf"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,9 +64,11 @@ class Forward:
         total = torch.zeros((), dtype=torch.float32, device=leaf_MC.device)
         # Each chunk's graph ends at the leaf and is freed at once; then one pass through the layers.
         for x_MC, targets_M in self._chunks(leaf_MC, batch.targets_M):
-            loss = _loss(self._base.logits(x_MC, adaptation), targets_M)
-            (loss * scale).backward()
-            total += loss.detach()
+            logits_MV = self._base.logits(x_MC, adaptation)
+            gradient_MV = logits_MV.detach()
+            total += _loss(gradient_MV, targets_M, scale)
+            if logits_MV.requires_grad:
+                logits_MV.backward(gradient_MV)
         if hidden_MC.requires_grad:
             hidden_MC.backward(leaf_MC.grad)
         return total
@@ -131,35 +132,24 @@ class Forward:
         return features
 
 
-class _SummedLoss(torch.autograd.Function):
-    """Σ −log softmax(logits)[target]; its gradient, softmax − one-hot, is made at once, in place."""
+def _loss(logits_MV: Tensor, targets_M: Tensor, scale: Tensor | float | None = None) -> Tensor:
+    """Σ −log softmax(logits)[target]. With a `scale` the logits become scale · gradient, in their own memory.
 
-    @staticmethod
-    def forward(ctx: Any, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-        gradient_MV = torch.empty_like(logits_MV)
-        wide = torch.promote_types(logits_MV.dtype, torch.float32)
-        losses = []
-        # Few rows at a time: their float32 probabilities never leave the processor's cache.
-        for start in range(0, len(targets_M), _SOFTMAX_ROWS):
-            part = slice(start, start + _SOFTMAX_ROWS)
-            x_mV, target_m1 = logits_MV[part], targets_M[part, None]
-            p_mV = x_mV.softmax(-1, dtype=wide)
-            # log Σ exp by the largest one: that of the target may be too small a number to be.
-            total_m = x_mV.amax(-1).to(wide) - p_mV.amax(-1).log()
-            losses.append(total_m - x_mV.gather(1, target_m1)[:, 0])
-            gradient_MV[part] = p_mV.scatter_add_(1, target_m1, p_mV.new_full(target_m1.shape, -1))
-        ctx.save_for_backward(gradient_MV)
-        return torch.cat(losses).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        [gradient_MV] = ctx.saved_tensors
-        return gradient_MV * grad, None
-
-
-def _loss(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    loss: Tensor = _SummedLoss.apply(logits_MV, targets_M)  # type: ignore[no-untyped-call]
-    return loss
+    The gradient is softmax − one-hot. Few rows at a time: their float32 probabilities never leave the
+    processor's cache.
+    """
+    wide = torch.promote_types(logits_MV.dtype, torch.float32)
+    losses = []
+    for x_mV, target_m in zip(logits_MV.split(_SOFTMAX_ROWS), targets_M.split(_SOFTMAX_ROWS), strict=True):
+        target_m1 = target_m[:, None]
+        p_mV = x_mV.softmax(-1, dtype=wide)
+        # log Σ exp by the largest one: that of the target may be too small a number to be.
+        total_m = x_mV.amax(-1).to(wide) - p_mV.amax(-1).log()
+        losses.append(total_m - x_mV.gather(1, target_m1)[:, 0])
+        if scale is not None:
+            p_mV.scatter_add_(1, target_m1, p_mV.new_full(target_m1.shape, -1))
+            x_mV.copy_(p_mV.mul_(scale))
+    return torch.cat(losses).sum()
 
 
 def _recomputed(layer: Layer) -> Callable[..., Tensor]:

@@ -2,10 +2,10 @@
 
     make rehearse-cluster
 
-Gateway, two workers, two experts and Redis run as real processes on hosts that are network namespaces
-(`hosts.py`); clients ask without a pause (`traffic.py`). In every case no request may be lost without a
-word, no answer may be another than from a whole cluster, and nobody may be refused or cut off whom the
-fault need not have touched. Needs Linux, iproute2, and root or user namespaces.
+Two gateways behind a balancer, two workers, two experts and Redis run as real processes on hosts that are
+network namespaces (`hosts.py`); clients ask without a pause (`traffic.py`). In every case no request may be
+lost without a word, no answer may be another than from a whole cluster, and nobody may be refused or cut off
+whom the fault need not have touched. Needs Linux, iproute2, and root or user namespaces.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import httpx
 import typer
 
 from deploy.rehearsal.hosts import NoNamespaces, enter_namespaces, make_switch
-from deploy.rehearsal.stack import ADMIN_KEY, DISK_BYTES, Cluster
+from deploy.rehearsal.stack import ADMIN_KEY, DISK_BYTES, SPARE, Cluster
 from deploy.rehearsal.traffic import PATIENCE_SECONDS, Answer, Load, Outcome, expected_answers, questions
 
 ROLLED = "math-2"  # an adapter that the new version of workers brings
@@ -82,7 +82,13 @@ async def kill_worker(cluster: Cluster) -> None:
 
 async def cut_link(cluster: Cluster) -> None:
     cluster.hosts["worker-1"].cut()
-    await asyncio.sleep(20)
+    await asyncio.sleep(5)
+    cluster.hosts["worker-1"].mend()
+
+
+async def lose_worker(cluster: Cluster) -> None:
+    cluster.hosts["worker-1"].cut()
+    await asyncio.sleep(40)
     cluster.hosts["worker-1"].mend()
 
 
@@ -159,16 +165,30 @@ async def roll(cluster: Cluster) -> None:
         raise Unmet("the new version of workers is not the one that serves")
 
 
+async def roll_gateways(cluster: Cluster) -> None:
+    """Gateway by gateway: start a new one, and only then end an old one."""
+    cluster.renew_gateways("--no-page")
+    old, other = cluster.gateways
+    for name, successor in ((old, SPARE), (other, old)):
+        if code := await cluster.replace_gateway(name, successor):
+            raise Unmet(f"{name} was drained and ended with {code}")
+    async with cluster.client(PATIENCE_SECONDS) as http:
+        if (await http.get("/")).status_code != 404:
+            raise Unmet("the new version of gateways is not the one that serves")
+
+
 SCENARIOS = (
     Scenario("nothing, for comparison", nothing),
     Scenario("a worker is killed, and started again after 3 s", kill_worker, frozenset()),
-    Scenario("a worker's link is cut for 20 s", cut_link),
+    Scenario("a worker's link is cut for 5 s", cut_link),
+    Scenario("a worker's link is cut for 40 s", lose_worker, frozenset({Outcome.REFUSED})),
     Scenario("a worker's link delays by 0.2 s each way, for 15 s", delay_link),
     Scenario("an expert is killed, and started again after 5 s", kill_expert),
     Scenario("a worker's disk is full for 5 s, adapters are loaded", fill_disk),
     Scenario("Redis is killed, and started again after 8 s", restart_redis),
     Scenario("Redis' link is cut for 8 s", cut_redis),
     Scenario("a new version of both workers is rolled out", roll),
+    Scenario("a new version of both gateways is rolled out", roll_gateways, frozenset({Outcome.CUT})),
 )
 
 

@@ -2,13 +2,14 @@
 
     make rehearse-images
 
-Each stage's steps run in a Debian root that debootstrap makes, in layers. Then gateway, worker and expert
-start as their user, with a root that is read only, without capabilities, on a host (`hosts.py`) each, with
-compose's environment and volumes. Needs root, debootstrap and a Debian mirror; where pip finds packages on
-this machine alone, `--mount` shows it those places.
+Each stage's steps run in a Debian root that debootstrap makes, in layers. Then a tiny training runs, and
+gateway, worker and expert start as their user, with a root that is read only, without capabilities, on a host
+(`hosts.py`) each, with compose's environment and volumes; then once more with the worker on vLLM's CPU build.
+Needs root, debootstrap and a Debian mirror; where pip finds packages on this machine alone, `--mount` shows
+it those places.
 
 What this is not: Debian's Python 3.11 stands in for the image of Python, and compose's limits of memory and
-processors and its networks are not set.
+processors, its shared memory and its networks are not set.
 """
 
 from __future__ import annotations
@@ -35,8 +36,15 @@ from deploy.rehearsal.stages import Builder, Image, call, mounted
 
 _ROOT = Path(__file__).resolve().parents[2]
 _BUILD = _ROOT / "build" / "rehearsal"
-_SERVICES = ("worker", "expert", "gateway")  # in the order that they start
-_READY_SECONDS = 240.0
+_WORKERS = ("worker", "worker-vllm")  # in turn
+_READY_SECONDS = 600.0
+_ADMIN_KEY = "rehearsal"
+# What a tiny training is told, and where compose's volumes then have it.
+_TRAIN = (
+    "train", "smollm2-text", "data.instruct.path=/data/instruct.jsonl", "optimizer.max_steps=2",
+    "optimizer.batch_size=2",
+)  # fmt: skip
+_TRAINED = "smollm2-text/adapter"
 
 
 def debian(mirror: str) -> Path:
@@ -59,7 +67,9 @@ def compose() -> dict[str, Any]:
     """The services as Docker Compose reads them."""
     program = _ROOT / ".venv-deploy" / "bin" / "docker-compose"
     clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    words = [str(program), "--profile", "cpu", "config", "--format", "json"]
+    clean |= {"ADMIN_KEYS": json.dumps([_ADMIN_KEY]), "KV_CACHE_MIB": "256", "VLLM": "cpu"}
+    profiles = [f"--profile={name}" for name in ("cpu", "vllm", "train")]
+    words = [str(program), *profiles, "config", "--format", "json"]
     done = subprocess.run(words, cwd=_ROOT, env=clean, capture_output=True, text=True, check=True)
     services: dict[str, Any] = json.loads(done.stdout)["services"]
     return services
@@ -96,6 +106,7 @@ class Container:
         call(["mount", "--rbind", "/dev", str(self.root / "dev")])
         for mount in self.service["tmpfs"]:
             path, _, options = mount.partition(":")
+            options = f"noexec,nosuid,nodev,{options}"  # Docker's own, the last word counts
             call(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.root / path.lstrip("/"))])
         for volume in self.service.get("volumes", ()):
             place = str(self.root / volume["target"].lstrip("/"))
@@ -105,7 +116,8 @@ class Container:
 
     @property
     def environment(self) -> dict[str, str]:
-        return self.image.env | {name: value or "" for name, value in self.service["environment"].items()}
+        told = self.service.get("environment", {})
+        return self.image.env | {name: value or "" for name, value in told.items()}
 
     def inside(self, *words: str) -> tuple[str, ...]:
         """The command that runs `words` in here, as the image's user and confined as compose says."""
@@ -123,8 +135,8 @@ class Container:
         root = (f"--root={self.root}", f"--wd={self.image.workdir}")
         return self.host.inside(*namespaces, *root, *confined, *powerless, *words)
 
-    def start(self) -> None:
-        words = [*self.image.entrypoint, *self.image.command]
+    def start(self, *command: str) -> None:
+        words = [*self.image.entrypoint, *(command or self.image.command)]
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
                 self.inside(*words), env=self.environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
@@ -155,13 +167,20 @@ class Container:
 def smoke(url: str) -> list[str]:
     """What is not as it should be with the service at `url`."""
     faults = []
-    with httpx.Client(base_url=url, timeout=120, trust_env=False) as http:
+    shipped = [folder.name for folder in (_ROOT / "models" / "shipped").iterdir() if folder.is_dir()]
+    with httpx.Client(base_url=url, timeout=300, trust_env=False) as http:
+        admin = {"authorization": f"Bearer {_ADMIN_KEY}"}
+        loaded = http.post("/v1/adapters", json={"id": "trained", "path": _TRAINED}, headers=admin)
+        if loaded.status_code not in (201, 409):
+            faults.append(f"what was trained is not loaded: {loaded.text}")
         models = [model["id"] for model in http.get("/v1/models").json()["data"]]
-        if models != ["smollm2-135m", "caption", "math"]:
+        if models != ["smollm2-135m", *sorted([*shipped, "trained"])]:
             faults.append(f"models: {models}")
         text = _chat(http, "What is the capital of France?")["choices"][0]["message"]["content"]
         if "Paris" not in text:
             faults.append(f"an answer: {text!r}")
+        for adapter in (*shipped, "trained"):
+            _chat(http, "What is the capital of France?", adapter)
         picture = base64.b64encode((_ROOT / "docs" / "sign.png").read_bytes()).decode()
         image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
         answer = _chat(http, [{"type": "text", "text": "What does this sign say?"}, image])
@@ -174,24 +193,52 @@ def smoke(url: str) -> list[str]:
     return faults
 
 
-def _chat(http: httpx.Client, content: Any) -> dict[str, Any]:
+def _chat(http: httpx.Client, content: Any, model: str = "smollm2-135m") -> dict[str, Any]:
     messages = [{"role": "user", "content": content}]
-    body = {"model": "smollm2-135m", "messages": messages, "max_tokens": 32, "temperature": 0}
+    body = {"model": model, "messages": messages, "max_tokens": 32, "temperature": 0}
     answer: dict[str, Any] = http.post("/v1/chat/completions", json=body).raise_for_status().json()
     return answer
 
 
-def rehearse(images: dict[str, Image], folder: Path) -> list[str]:
-    """Start them as compose does, ask, and stop them; what is not as it should be."""
-    services = compose()
-    hosts = {name: Host(name, 10 + i) for i, name in enumerate(_SERVICES)}
-    names = folder / "hosts"
-    lines = ["127.0.0.1 localhost", *(f"{host.address} {name}" for name, host in hosts.items())]
+def train(image: Image, service: dict[str, Any], folder: Path) -> list[str]:
+    """Run a tiny training as compose does; what is not as it should be."""
+    host = Host("train", 9)
+    host.connect()
+    host.cut()  # `network_mode: none`
+    data = folder / "volumes" / "data"
+    data.mkdir(parents=True)
+    rows = [
+        {"instruction": f"Count to {n}.", "output": " ".join(map(str, range(1, n + 1)))} for n in range(2, 12)
+    ]
+    (data / "instruct.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = folder / "hosts-train"
+    names.write_text("127.0.0.1 localhost\n")
+    container = Container("train", image, service, host, folder / "running" / "train", folder / "train.log")
+    container.prepare(names, folder / "volumes")
+    begun = time.monotonic()
+    container.start(*_TRAIN)
+    assert container.process is not None
+    code = container.process.wait(_READY_SECONDS)
+    print(f"train ended with {code} after {time.monotonic() - begun:.1f} s", flush=True)
+    adapter = folder / "volumes" / "runs" / _TRAINED / "adapter.json"
+    if code or not adapter.is_file():
+        return [f"train: {code}, {container.log.read_text()[-4000:]}"]
+    return []
+
+
+def rehearse(images: dict[str, Image], services: dict[str, Any], worker: str, folder: Path) -> list[str]:
+    """Start the service with this worker as compose does, ask, and stop it; what is not as it should be."""
+    started = (worker, "expert", "gateway")
+    first = 10 * (1 + _WORKERS.index(worker))
+    hosts = {name: Host(f"{name[:8]}-{first + i}", first + i) for i, name in enumerate(started)}
+    names = folder / f"hosts-{worker}"
+    aliases = {name: "worker" if name == worker else name for name in started}
+    lines = ["127.0.0.1 localhost", *(f"{host.address} {aliases[name]}" for name, host in hosts.items())]
     names.write_text("\n".join(lines) + "\n")
     containers = []
     for name, host in hosts.items():
         host.connect()
-        root, log = folder / "running" / name, folder / f"{name}.log"
+        root, log = folder / "running" / worker / name, folder / f"{worker}-{name}.log"
         containers.append(Container(name, images[name], services[name], host, root, log))
     for container in containers:
         container.prepare(names, folder / "volumes")
@@ -226,7 +273,9 @@ def main(
     mount: Annotated[list[Path] | None, typer.Option(help="of this machine, for pip to see")] = None,
     mirror: Annotated[str, typer.Option(help="of Debian")] = "http://deb.debian.org/debian",
     torch_index: Annotated[str | None, typer.Option(help="the build argument")] = None,
-    targets: Annotated[str, typer.Option(help="besides those that are started")] = "train",
+    workers: Annotated[str, typer.Option(help="with which the service is started in turn")] = " ".join(
+        _WORKERS
+    ),
 ) -> None:
     """Exit code 1 if anything is not as it should be. The images are gone afterwards."""
     if os.geteuid():
@@ -234,15 +283,18 @@ def main(
     if not shutil.which("debootstrap"):
         sys.exit("error: debootstrap is not installed; apt-get install debootstrap.")
     enter_namespaces("deploy.rehearsal.images")
-    args = {} if torch_index is None else {"TORCH_INDEX": torch_index}
+    args = {"VLLM": "cpu"} | ({} if torch_index is None else {"TORCH_INDEX": torch_index})
     _BUILD.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=_BUILD))
     try:
         file = _ROOT / "deploy" / "Dockerfile"
         builder = Builder(file, _ROOT, debian(mirror), folder / "stages", mount or [], args)
-        images = {target: builder.build(target) for target in (*_SERVICES, *targets.split())}
+        targets = ("train", "expert", "gateway", *workers.split())
+        images, services = {target: builder.build(target) for target in targets}, compose()
         make_switch()
-        faults = rehearse(images, folder)
+        faults = train(images["train"], services["train"], folder)
+        for worker in workers.split():
+            faults += rehearse(images, services, worker, folder)
     finally:
         _clean(folder)
     print("\n".join(faults) or "Built, started, asked and stopped: all as it should be.")

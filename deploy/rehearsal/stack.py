@@ -1,4 +1,4 @@
-"""The service on hosts of its own: gateway, workers, experts and Redis, all real processes."""
+"""The service on hosts of its own, all real processes: gateways, a balancer, workers, experts and Redis."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from deploy.rehearsal.hosts import Host, command
 KEY, ADMIN_KEY = "rehearsal", "rehearsal-admin"
 _SHIPPED = Path(models.__file__).parent / "shipped"
 _START_SECONDS = 180.0
+_PRE_STOP_SECONDS = 5.0  # the chart's `gateway.preStopSeconds`
+_READY_SECONDS = 3.0
+SPARE = "gateway-2"  # a host for one more than there are at other times
 DISK_BYTES = 4 * 2**20
 
 
@@ -34,7 +37,10 @@ def _redis_server() -> str:
 
 
 class Cluster:
-    """Each worker's state of adapters and log are on a small disk of its own, `disk(name)`."""
+    """Each worker's state of adapters and log are on a small disk of its own, `disk(name)`.
+
+    `gateways` are those that the balancer may send clients to.
+    """
 
     workers = ("worker-0", "worker-1")
     experts = ("ocr", "classifier")
@@ -43,10 +49,12 @@ class Cluster:
         self._folder = folder
         self._base = base
         self._version: tuple[str, ...] = ()  # further options of the version of workers that is rolled out
-        names = ("gateway", *self.workers, *self.experts, "redis")
+        self._gateway_version: tuple[str, ...] = ()  # likewise
+        self.gateways = ["gateway-0", "gateway-1"]
+        names = ("balancer", *self.gateways, SPARE, *self.workers, *self.experts, "redis")
         self.hosts = {name: Host(name, 10 + number) for number, name in enumerate(names)}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self.url = f"http://{self.hosts['gateway'].address}:8000"
+        self.url = self._address("balancer", 8000)
 
     async def start(self) -> None:
         for name, host in self.hosts.items():
@@ -55,7 +63,8 @@ class Cluster:
             if name in self.workers:
                 size = f"size={DISK_BYTES}"
                 command("mount", "-t", "tmpfs", "-o", size, "tmpfs", str(self.disk(name)))
-        for name in ("redis", *self.experts, *self.workers, "gateway"):
+        self._tell_balancer()
+        for name in ("redis", *self.experts, *self.workers, *self.gateways, "balancer"):
             self.launch(name)
         await self.until_whole()
 
@@ -72,11 +81,14 @@ class Cluster:
         address = self.hosts[name].address
         if name == "redis":
             return (_redis_server(), "--bind", address, "--save", "", "--protected-mode", "no")
+        if name == "balancer":
+            listen = f"{address}:8000"
+            return (sys.executable, "-m", "deploy.rehearsal.balancer", listen, str(self._endpoints))
         ours = (sys.executable, "-m", "server.cli")
-        if name == "gateway":
+        if name.startswith("gateway"):
             workers = [word for n in self.workers for word in ("--worker", self._address(n, 8001))]
             experts = [word for n in self.experts for word in ("--expert", f"{n}={self._address(n, 8002)}")]
-            return (*ours, "gateway", "--host", address, *workers, *experts)
+            return (*ours, "gateway", "--host", address, *workers, *experts, *self._gateway_version)
         if name in self.experts:
             return (*ours, "expert", name, "--host", address)
         state = str(self.disk(name) / "adapters.json")
@@ -115,6 +127,31 @@ class Cluster:
         """Workers that are launched from now on have these `options` too."""
         self._version = options
 
+    def renew_gateways(self, *options: str) -> None:
+        self._gateway_version = options
+
+    async def replace_gateway(self, old: str, new: str) -> int:
+        """As a Deployment does with a pod: start `new`, wait for it, end `old`; the exit code of that one."""
+        self.launch(new)
+        self.gateways.append(new)
+        await self.until_whole()
+        self._tell_balancer()
+        await asyncio.sleep(_READY_SECONDS)  # until the balancer has seen that it is ready
+        self.gateways.remove(old)
+        self._tell_balancer()
+        await asyncio.sleep(_PRE_STOP_SECONDS)
+        return await self.drain(old)
+
+    @property
+    def _endpoints(self) -> Path:
+        return self._folder / "endpoints"
+
+    def _tell_balancer(self) -> None:
+        lines = [f"{self.hosts[name].address}:8000" for name in self.gateways]
+        beside = self._endpoints.with_suffix(".new")
+        beside.write_text("\n".join(lines))
+        beside.replace(self._endpoints)
+
     @property
     def shipped(self) -> Path:
         """The folder that adapters may be loaded from at run time."""
@@ -129,7 +166,10 @@ class Cluster:
         deadline = time.monotonic() + _START_SECONDS
         async with self.client(timeout=5) as http:
             while not await self._whole(http):
-                dead = [name for name, process in self._running.items() if process.poll() is not None]
+                ended = {name for name, process in self._running.items() if process.poll() is not None}
+                dead = sorted(
+                    name for name in ended if not name.startswith("gateway") or name in self.gateways
+                )
                 if dead or time.monotonic() > deadline:
                     what = f"{', '.join(dead)} ended" if dead else "the cluster is not whole in time"
                     raise RuntimeError(f"{what}; the logs are in {self._folder}")
@@ -137,11 +177,16 @@ class Cluster:
 
     async def _whole(self, http: httpx.AsyncClient) -> bool:
         try:
-            text = (await http.get("/metrics")).text
             for name in self.experts:
                 (await http.get(f"{self._address(name, 8002)}/health/ready")).raise_for_status()
+            (await http.get("/v1/models")).raise_for_status()
+            texts = [(await http.get(f"{self._address(name, 8000)}/metrics")).text for name in self.gateways]
         except httpx.HTTPError:
             return False
+        return all(map(self._sees_all, texts))
+
+    def _sees_all(self, text: str) -> bool:
+        """Whether the gateway with these metrics does."""
         samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
         ready = [s.value for s in samples if s.name == "llama_adapter:worker_ready"]
         shut = [s.value for s in samples if s.name == "llama_adapter:expert_circuit_open"]

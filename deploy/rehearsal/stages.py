@@ -72,7 +72,8 @@ class Builder:
         mounts: list[Path],
         args: dict[str, str],
     ) -> None:
-        _, self.stages = parse(dockerfile.read_text())
+        before, self.stages = parse(dockerfile.read_text())
+        self._before = before | {name: value for name, value in args.items() if name in before}
         self._ignored = (context / ".dockerignore").read_text().split()
         self._context = context
         self._debian = debian
@@ -87,9 +88,10 @@ class Builder:
         if name not in self._built:
             print(f"building {name}", flush=True)
             stage = self.stages[name]
-            if stage.parent in self.stages:
-                below = self.build(stage.parent)
-                layers = self._layers[stage.parent]
+            parent = _expanded(stage.parent, self._before)
+            if parent in self.stages:
+                below = self.build(parent)
+                layers = self._layers[parent]
             else:
                 below, layers = Image(self._debian, _PYTHON_ENV), [self._debian]
             image = replace(below, root=self._overlay(name, layers))

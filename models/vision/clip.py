@@ -8,6 +8,7 @@ brings it by itself.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.errors import CheckpointError, ModelError
+from models.vision.encoder import Features, run_to_end
 from models.vision.preprocess import Color, center_crop, to_pixels
 
 _SCALES = 4  # blocks whose class token goes into the global features
@@ -48,25 +50,30 @@ class ClipEncoder:
         """An RGB image → [3, image_size, image_size] float32."""
         return to_pixels(center_crop(image, self.image_size, self.image_size), self._mean, self._std, color)
 
-    @torch.no_grad()
     def tokens(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] → [B, num_tokens, token_dim], the class token first."""
-        tokens_BTF: Tensor = self._visual.ln_post(self._hidden(pixels_BCHW)[-1]) @ self._visual.proj
-        return tokens_BTF
+        return run_to_end(self.by_layers("tokens", pixels_BCHW))
 
-    @torch.no_grad()
     def global_features(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] → [B, global_dim]."""
-        hidden = self._hidden(pixels_BCHW)
-        return torch.cat([self._visual.ln_post(x_BTF[:, 0]) for x_BTF in hidden], dim=-1)
+        return run_to_end(self.by_layers("global", pixels_BCHW))
 
-    def _hidden(self, pixels_BCHW: Tensor) -> list[Tensor]:
-        """The token sequence after each of `self._blocks`, the last block's last."""
-        embedded = self._visual._embeds(pixels_BCHW.to(self._device))
-        hidden: list[Tensor] = self._visual.transformer.forward_intermediates(embedded, indices=self._blocks)[
-            1
-        ]
-        return hidden
+    @torch.no_grad()
+    def by_layers(self, features: Features, pixels_BCHW: Tensor) -> Generator[None, None, Tensor]:
+        visual, hidden = self._visual, []
+        x = visual._embeds(pixels_BCHW.to(self._device))
+        batch_first = visual.transformer.batch_first
+        if not batch_first:
+            x = x.transpose(0, 1)
+        for i, block in enumerate(visual.transformer.resblocks):
+            x = block(x)
+            if i in self._blocks:
+                hidden.append(x if batch_first else x.transpose(0, 1))
+            yield
+        if features == "tokens":
+            tokens_BTF: Tensor = visual.ln_post(hidden[-1]) @ visual.proj
+            return tokens_BTF
+        return torch.cat([visual.ln_post(x_BTF[:, 0]) for x_BTF in hidden], dim=-1)
 
 
 def load_clip(name: str, device: torch.device | str = "cpu") -> ClipEncoder:

@@ -6,7 +6,7 @@ The weights come in a package of their own, so that there is an encoder where no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.errors import CheckpointError, ModelError
+from models.vision.encoder import Features, run_to_end
 from models.vision.preprocess import Color, center_crop, to_pixels
 
 NAME = "efficientnet-lite0"
@@ -52,27 +53,34 @@ class EfficientNetLite0:
 
     def tokens(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, 3, 224, 224] → [B, 49, 1280], row by row."""
-        return self._maps(pixels_BCHW)[-1].flatten(2).transpose(1, 2)
+        return run_to_end(self.by_layers("tokens", pixels_BCHW))
 
     def global_features(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, 3, 224, 224] → [B, 1752]: means of the maps at strides 8, 16, 32 and of the head's."""
-        return torch.cat([feature_map.mean((2, 3)) for feature_map in self._maps(pixels_BCHW)], dim=1)
+        return run_to_end(self.by_layers("global", pixels_BCHW))
+
+    def by_layers(self, features: Features, pixels_BCHW: Tensor) -> Generator[None, None, Tensor]:
+        maps = yield from self._maps(pixels_BCHW)
+        if features == "tokens":
+            return maps[-1].flatten(2).transpose(1, 2)
+        return torch.cat([feature_map.mean((2, 3)) for feature_map in maps], dim=1)
 
     @torch.no_grad()
     def logits(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, 3, 224, 224] → scores [B, 1000] of the classes in `imagenet_labels()`."""
-        scores: Tensor = self._model._fc(self._maps(pixels_BCHW)[-1].mean((2, 3)))
+        scores: Tensor = self._model._fc(run_to_end(self._maps(pixels_BCHW))[-1].mean((2, 3)))
         return scores
 
     # no_grad, not inference_mode: a projector in training keeps these features for its backward pass.
     @torch.no_grad()
-    def _maps(self, pixels_BCHW: Tensor) -> list[Tensor]:
+    def _maps(self, pixels_BCHW: Tensor) -> Generator[None, None, list[Tensor]]:
         net, maps = self._model, []
         x = net._swish(net._bn0(net._conv_stem(pixels_BCHW.to(self._device))))
         for i, block in enumerate(net._blocks):
             x = block(x)
             if i in _STAGES:
                 maps.append(x)
+            yield
         return [*maps, net._swish(net._bn1(net._conv_head(x)))]
 
 

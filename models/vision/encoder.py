@@ -5,8 +5,9 @@ Shapes: B images, T tokens of one image, F features, H×W pixels (both `image_si
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -15,6 +16,9 @@ from torch import Tensor
 from models.adapter_config import VisionConfig
 from models.errors import ModelError
 from models.vision.preprocess import Color
+
+T = TypeVar("T")
+Features = Literal["global", "tokens"]
 
 
 class FeatureDims(Protocol):
@@ -58,6 +62,19 @@ class VisionEncoder(FeatureDims, Protocol):
 
     def global_features(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] → pooled features of several scales, concatenated [B, global_dim] (V1 eq. 9)."""
+
+    def by_layers(self, features: Features, pixels_BCHW: Tensor) -> Generator[None, None, Tensor]:
+        """`tokens` or `global_features`, yielding after each layer: something else can be done between."""
+
+
+def run_to_end(layers: Generator[None, None, T]) -> T:
+    """What a generator returns."""
+    while True:
+        try:
+            next(layers)
+        except StopIteration as done:
+            found: T = done.value
+            return found
 
 
 def load_encoder(name: str, device: torch.device | str = "cpu") -> VisionEncoder:

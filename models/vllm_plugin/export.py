@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,7 +38,18 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def export_adapter(adapter: Adapter, folder: Path, room: Room) -> None:
     """Write `folder`, of an adapter that `check_carried` lets pass, for an engine with this room.
 
-    It is whole, or not there.
+    As `whole_folder` does.
+    """
+
+    def fill(place: Path) -> None:
+        save_file(carried(adapter, room), place / _WEIGHTS)
+        (place / _CONFIG).write_text(json.dumps(_peft_config()), encoding="utf-8")
+
+    whole_folder(folder, fill)
+
+
+def whole_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make `folder` with what `fill` writes into the one that it is given. It is whole, or not there.
 
     A folder that exists is left alone: name it by what is in it.
     """
@@ -46,8 +58,7 @@ def export_adapter(adapter: Adapter, folder: Path, room: Room) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        save_file(carried(adapter, room), beside / _WEIGHTS)
-        (beside / _CONFIG).write_text(json.dumps(_peft_config()), encoding="utf-8")
+        fill(beside)
         beside.chmod(0o755)
         beside.rename(folder)
     except OSError:

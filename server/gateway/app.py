@@ -99,7 +99,7 @@ def _middleware(gateway: Gateway, open_paths: Set[str]) -> list[Middleware]:
     )
     return [
         Middleware(middleware.RequestContext, metrics=gateway.metrics),
-        Middleware(middleware.AnswerHeaders),
+        Middleware(middleware.AnswerHeaders, drain=gateway.drain),
         *([cors] if settings.cors_origins else []),
         Middleware(middleware.Errors),
         Middleware(Authentication, keys=gateway.keys, open_paths=open_paths),

@@ -90,7 +90,10 @@ class RequestContext:
 
 
 class AnswerHeaders:
-    """Adds headers to every answer, errors included: fixed ones, and the scope's `answer_headers`."""
+    """Adds headers to every answer, errors included: fixed ones, and the scope's `answer_headers`.
+
+    While draining, also the word that ends the connection: a client's next request finds another gateway.
+    """
 
     FIXED: ClassVar[dict[str, str]] = {
         "cache-control": "no-store",  # an answer belongs to whoever asked
@@ -99,8 +102,9 @@ class AnswerHeaders:
         "x-content-type-options": "nosniff",
     }
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, drain: Drain) -> None:
         self._app = app
+        self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,7 +115,8 @@ class AnswerHeaders:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(self.FIXED | told)
+                closing = {"connection": "close"} if self._drain.draining else {}
+                MutableHeaders(scope=message).update(self.FIXED | told | closing)
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -18,7 +18,7 @@ from models.vision.encoder import VisionEncoder, load_encoder
 from server.errors import InvalidRequest
 from server.worker.frontend import ServedModel
 from server.worker.messages import ModelInfo
-from server.worker.runner import LoadedAdapter
+from server.worker.sight import LoadedAdapter
 
 
 class AdapterLoader:

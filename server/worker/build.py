@@ -27,6 +27,7 @@ from server.worker.engine_api import Engine
 from server.worker.frontend import Frontend
 from server.worker.grammar import GrammarCompiler
 from server.worker.messages import SamplingParams
+from server.worker.pace import Pace
 from server.worker.runner import Kernels, Runner
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import Prepared, StepLoop
@@ -37,12 +38,22 @@ log = logging.getLogger(__name__)
 def build(settings: WorkerSettings) -> Engine:
     """The engine that the settings name. Raises `ModelError` and `StartupError`."""
     if settings.engine == "native":
-        if settings.tensor_parallel > 1:
-            raise StartupError("the native engine has one device; use --engine vllm for tensor_parallel.")
+        for name in ("tensor_parallel", "nnodes"):
+            if getattr(settings, name) > 1:
+                raise StartupError(f"the native engine has one device; use --engine vllm for {name}.")
         return build_engine(settings)
     from server.worker.vllm_build import build_vllm_engine
 
     return build_vllm_engine(settings)
+
+
+def follow(settings: WorkerSettings) -> None:
+    """Compute for an engine of another machine, until told to end. Raises as `build` does."""
+    if settings.engine == "native":
+        raise StartupError("the native engine has one machine; use --engine vllm for node_rank.")
+    from server.worker.vllm_build import follow as follow_vllm
+
+    follow_vllm(settings)
 
 
 def build_engine(settings: WorkerSettings) -> NativeEngine:
@@ -136,6 +147,7 @@ def _scheduler(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype
             max_model_len=max_model_len,
             max_prefill_chunk=settings.max_prefill_chunk,
             max_adapters=settings.max_hot_adapters,
+            pace=Pace(),
         )
     except ValueError as error:
         raise StartupError(f"{error}.") from error

@@ -28,8 +28,8 @@ from server.worker.messages import (
     TextPrompt,
     TokenPrompt,
 )
-from server.worker.runner import ImageInput, LoadedAdapter
 from server.worker.scheduler import SequenceRejected
+from server.worker.sight import ImageInput, LoadedAdapter
 from server.worker.step_loop import Prepared
 
 Prompt = ChatPrompt | TextPrompt | TokenPrompt

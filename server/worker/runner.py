@@ -6,7 +6,6 @@ cache. It decides nothing about who runs.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,32 +16,14 @@ import torch
 from torch import Tensor
 
 from models.adaptation import AdapterBank, BatchAdaptation
-from models.adapter import Adapter
 from models.attention import Prompts
 from models.kernels.fused_cpu import FusedPass
 from models.kv_cache import KVCache, PagedAttend, PromptCache, StepLayout
 from models.llama import Attend, Llama
-from models.vision.encoder import VisionEncoder
 from server.worker.adapter_slots import SlotTable
+from server.worker.sight import ImageInput, LoadedAdapter, Sight
 
 Kernels = Literal["cpu", "triton", "none"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LoadedAdapter:
-    """One version of one adapter. Requests hold on to theirs, whatever is loaded or unloaded meanwhile."""
-
-    key: tuple[str, int]  # id, version
-    adapter: Adapter
-    encoder: VisionEncoder | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageInput:
-    """Pixels [3, H, W] as the adapter's encoder wants them. `key` is the image's hash."""
-
-    key: str
-    pixels: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +60,7 @@ class Runner:
         self.adapter_slots = SlotTable(max_hot_adapters)
         self.prompt_cache = PromptCache(config, prompt_slots, base.dtype, base.device)
         self.prompt_slots = SlotTable(prompt_slots)
-        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._feature_cache_entries = feature_cache_entries
+        self.sight = Sight(base.device, feature_cache_entries)
         self._attend: Callable[[KVCache, PromptCache, StepLayout], Attend]
         self._attend = partial(PagedAttend, fused=kernels == "cpu")
         self._batch_adaptation = BatchAdaptation
@@ -117,6 +97,10 @@ class Runner:
         positions = torch.from_numpy(positions_N).to(self.base.device)
         hidden_NC = self.base(tokens_N, positions, attend, adaptation)
         return self.base.logits(hidden_NC[rows_M], of_rows).float()
+
+    def has_seen(self, loaded: LoadedAdapter, image: ImageInput) -> bool:
+        """Whether a step with this image need not encode it."""
+        return self.sight.knows(loaded, image) or (loaded.key, image.key) in self.prompt_slots
 
     def forget(self, key: tuple[str, int]) -> None:
         """Give back the slots of one version of an adapter."""
@@ -157,26 +141,8 @@ class Runner:
     def _prompts(self, loaded: LoadedAdapter, images: Sequence[ImageInput]) -> Prompts:
         if not images:
             return loaded.adapter.prompts(self.base)
-        visual_SnC = loaded.adapter.see(self._see(loaded, images))
+        visual_SnC = loaded.adapter.see(self.sight.see(loaded, images))
         return loaded.adapter.prompts(self.base, visual_SnC)
-
-    def _see(self, loaded: LoadedAdapter, images: Sequence[ImageInput]) -> Tensor:
-        """Encoder features [S, …] of the images, from the cache or computed in one batch."""
-        vision, encoder = loaded.adapter.config.vision, loaded.encoder
-        assert vision is not None
-        assert encoder is not None
-        keys = [(encoder.name, encoder.version, vision.features, vision.color, i.key) for i in images]
-        missing = {key: i.pixels for key, i in zip(keys, images, strict=True) if key not in self._features}
-        if missing:
-            see = encoder.global_features if vision.features == "global" else encoder.tokens
-            features = see(torch.stack(list(missing.values())).to(self.base.device))
-            self._features.update(zip(missing, features.unbind(), strict=True))
-        found = [self._features[key] for key in keys]
-        for key in keys:
-            self._features.move_to_end(key)
-        while len(self._features) > self._feature_cache_entries:
-            self._features.popitem(last=False)
-        return torch.stack(found)
 
     def _adaptation(self, slots: Sequence[int], counts: Sequence[int]) -> BatchAdaptation | None:
         """Of `counts[b]` tokens for each item; None where no adapter changes norms or linears."""

@@ -22,6 +22,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 from server.worker.blocks import BlockManager
+from server.worker.pace import Pace
 from server.worker.sequence import Sequence, SequenceStatus
 
 
@@ -125,8 +126,8 @@ class Scheduler:
     """Plans steps of at most `max_num_batched_tokens` tokens of at most `max_num_seqs` sequences.
 
     `max_prefill_chunk` bounds the prompt tokens of a step that also decodes, and with them the time
-    between two tokens of a stream. `max_adapters` bounds the different adapters that run at once, for
-    a bank with fewer places than `max_num_seqs`.
+    between two tokens of a stream; without it `pace` does, by the clock. `max_adapters` bounds the
+    different adapters that run at once, for a bank with fewer places than `max_num_seqs`.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Scheduler:
         max_model_len: int,
         max_prefill_chunk: int | None = None,
         max_adapters: int | None = None,
+        pace: Pace | None = None,
     ) -> None:
         limits = [max_num_seqs, max_model_len, max_prefill_chunk, max_adapters]
         if any(limit is not None and limit < 1 for limit in limits):
@@ -154,6 +156,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prefill_chunk = max_prefill_chunk
         self.max_adapters = max_adapters
+        self.pace = pace
         # Positions that one sequence may have: the context, or all of the KV cache where that is less.
         self.max_sequence_len = min(max_model_len, blocks.num_blocks * blocks.block_size)
         self.running: list[Sequence] = []  # by arrival
@@ -199,14 +202,29 @@ class Scheduler:
             if seq.cache_key is not None and matches(seq.cache_key):
                 seq.cache_key = None
 
-    def schedule(self) -> Batch:
-        """Plan the next step; empty only when there is no work. The step before must have come back."""
+    @property
+    def num_sequences(self) -> int:
+        """Running and waiting."""
+        return len(self._sequences)
+
+    @property
+    def num_decoding(self) -> int:
+        """Running sequences that lack one token."""
+        return sum(seq.num_uncomputed_tokens == 1 for seq in self.running)
+
+    def schedule(self, spent: float = 0.0) -> Batch:
+        """Plan the next step; empty only when there is no work. The step before must have come back.
+
+        `spent` seconds of it are gone already, which leaves less for prompts beside decodes.
+        """
         assert not self._in_flight.sequences, "the last batch was neither postprocessed nor discarded"
         assert not any(seq.is_complete for seq in self.running), "a complete sequence was not finished"
         decodes = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(decodes)
         if decodes and self.max_prefill_chunk is not None:
             budget = min(budget, self.max_prefill_chunk)
+        elif decodes and self.pace is not None:
+            budget = min(budget, self.pace.prompt_tokens(len(decodes), spent))
         prefills = self._continue_prefills(budget)
         prefills += self._admit(budget - sum(item.num_tokens for item in prefills))
         self._in_flight = Batch((*decodes, *prefills), num_decodes=len(decodes))

@@ -32,10 +32,11 @@ from server.worker.messages import (
     Usage,
 )
 from server.worker.output import OutputStream
-from server.worker.runner import ImageInput, LoadedAdapter, Runner, StepItem
+from server.worker.runner import Runner, StepItem
 from server.worker.sampler import SamplerState, log_probabilities, sample
-from server.worker.scheduler import Batch, ScheduledSequence, Scheduler
+from server.worker.scheduler import Batch, ScheduledSequence, Scheduler, SequenceRejected
 from server.worker.sequence import Sequence as TokenSequence
+from server.worker.sight import ImageInput, ImageQueue, LoadedAdapter
 from server.worker.tool_calls import ToolCallEvents
 
 log = logging.getLogger(__name__)
@@ -91,12 +92,13 @@ class StepLoop:
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._requests: dict[str, ActiveRequest] = {}
+        self._images = ImageQueue(runner.sight)
         self._eos_ids = tuple(sorted(tokenizer.eos_ids))
         self.num_steps = 0
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return bool(self._requests)
 
     def add(self, prepared: Prepared, emit: Callable[[Event], None]) -> None:
         """Queue a request. Raises `SequenceRejected` for one that can never run."""
@@ -109,7 +111,7 @@ class StepLoop:
             cache_key=prepared.cache_key,
             skip_prefix_lookup=params.prompt_logprobs is not None,
         )
-        self._scheduler.add(seq)
+        self._queue(prepared, seq)
         if params.grammar is not None and params.grammar.tools:
             emit = ToolCallEvents(emit)
         self._requests[prepared.request_id] = ActiveRequest(
@@ -128,9 +130,21 @@ class StepLoop:
             ),
         )
 
+    def _queue(self, prepared: Prepared, seq: TokenSequence) -> None:
+        """To the scheduler, or first to those whose images are still to be encoded."""
+        loaded, image = prepared.adapter, prepared.image
+        if loaded is None or image is None or self._runner.has_seen(loaded, image):
+            self._scheduler.add(seq)
+            return
+        self._scheduler.check_fits(seq.num_prompt_tokens, seq.max_tokens)
+        if prepared.request_id in self._requests:
+            raise SequenceRejected(f"a request {prepared.request_id!r} is running already; choose another id")
+        self._images.put(prepared.request_id, loaded, image)
+
     def abort(self, request_id: str) -> None:
         """End a request, if it still runs; its blocks are free before the next step."""
         if self._requests.pop(request_id, None):
+            self._images.remove(request_id)
             self._scheduler.abort(request_id)
 
     def forget(self, adapter_key: tuple[str, int]) -> None:
@@ -139,7 +153,30 @@ class StepLoop:
         self._scheduler.forget(lambda key: isinstance(key, tuple) and key[0] == adapter_key)
 
     def step(self) -> None:
-        batch = self._scheduler.schedule()
+        began = time.perf_counter()
+        self._encode_images()
+        if not self._scheduler.has_work:
+            return
+        encoded = time.perf_counter()
+        batch = self._scheduler.schedule(spent=encoded - began)
+        self._compute(batch)
+        if self._scheduler.pace is not None:
+            num_prompt_tokens = batch.num_tokens - batch.num_decodes
+            self._scheduler.pace.observe(batch.num_decodes, num_prompt_tokens, time.perf_counter() - encoded)
+
+    def _encode_images(self) -> None:
+        """As much as may stand beside the decodes; whose image is done joins the scheduler's queue."""
+        if not len(self._images):
+            return
+        pace, num_decodes = self._scheduler.pace, self._scheduler.num_decoding
+        seconds = float("inf") if pace is None else pace.spare_seconds(num_decodes)
+        done, failed = self._images.work(seconds)
+        for request_id in done:
+            self._scheduler.add(self._requests[request_id].seq)
+        for request_id in failed:
+            self._requests.pop(request_id).emit(_failure("The engine failed to encode this request's image."))
+
+    def _compute(self, batch: Batch) -> None:
         items = sorted(batch.sequences, key=lambda item: item.num_tokens != 1)
         self._tell_scheduled(items)
         try:
@@ -162,7 +199,7 @@ class StepLoop:
         scheduler, blocks = self._scheduler, self._scheduler.blocks.stats
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(self._images),
             kv_blocks_total=scheduler.blocks.num_blocks,
             kv_blocks_used=blocks.used,
             prefix_cache_queries=blocks.prefix_queries,
@@ -178,7 +215,7 @@ class StepLoop:
         self._scheduler.check_integrity()
         self._runner.adapter_slots.check_integrity()
         self._runner.prompt_slots.check_integrity()
-        assert self._scheduler.has_work == bool(self._requests), "a request is lost"
+        assert self._scheduler.num_sequences + len(self._images) == len(self._requests), "a request is lost"
 
     def _tell_scheduled(self, items: Sequence[ScheduledSequence]) -> None:
         for item in items:
@@ -268,7 +305,7 @@ class StepLoop:
         self._drop(request)
 
     def _refuse(self, request: ActiveRequest, message: str) -> None:
-        request.emit(Failed(status=500, message=message, error_type="server_error", code="internal_error"))
+        request.emit(_failure(message))
         self._drop(request)
 
     def _break_off(self, request: ActiveRequest, grammar: GrammarState) -> None:
@@ -349,3 +386,7 @@ class StepLoop:
                 tokens, chosen_M.tolist(), top_Mn.tolist(), ids_Mn.tolist(), strict=True
             )
         ]
+
+
+def _failure(message: str) -> Failed:
+    return Failed(status=500, message=message, error_type="server_error", code="internal_error")

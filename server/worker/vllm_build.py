@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -20,6 +22,7 @@ from models.vision.images import ImageLimits
 from models.vllm_plugin import ENDS_WITH_PARENT
 from models.vllm_plugin.carriers import EVERYTHING, ROWS, Room
 from models.vllm_plugin.options import engine_options
+from models.vllm_plugin.sharing import SHARED_ADAPTERS
 from server.serving import StartupError
 from server.settings import MIB, WorkerSettings
 from server.worker.adapter_loading import AdapterLoader
@@ -27,9 +30,6 @@ from server.worker.build import base_id
 from server.worker.frontend import Frontend, ServedModel
 from server.worker.grammar import GrammarCompiler
 from server.worker.vllm_engine import ContextRoom, VllmEngine
-
-if TYPE_CHECKING:
-    from server.worker.vllm_calls import Vllm
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +53,7 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
     path = resolve_base(settings.base, settings.cache_dir)
     checkpoint = open_base(path)
     config, tokenizer = checkpoint.config, load_tokenizer(path)
-    max_model_len = settings.max_model_len or config.max_position_embeddings
-    if max_model_len > config.max_position_embeddings:
-        raise StartupError(
-            f"max_model_len {max_model_len} is more than the base's context of "
-            f"{config.max_position_embeddings} tokens."
-        )
+    max_model_len = _context(settings, config)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
@@ -74,14 +69,8 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
     )
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
     room = _room_for(settings, models)
-    options = engine_options(
-        path,
-        config,
-        room=room,
-        max_model_len=max_model_len,
-        max_adapters=settings.max_hot_adapters,
-    )
-    vllm = _start(options | _limits(settings), config, sorted(tokenizer.eos_ids))
+    calls = _import_vllm()
+    vllm = calls.Vllm(_options(settings, path, config, room), config, sorted(tokenizer.eos_ids))
     log.info("vLLM serves %s after %.1f s", path, time.monotonic() - began)
     images = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     grammars = GrammarCompiler(
@@ -101,9 +90,31 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
     )
 
 
+def follow(settings: WorkerSettings) -> None:
+    """Compute this machine's share of a model that machine 0 serves, until told to end, or that one ends.
+
+    Raises as `build_vllm_engine` does.
+    """
+    _refuse(settings)
+    path = resolve_base(settings.base, settings.cache_dir)
+    config = open_base(path).config
+    options = _options(settings, path, config, _room_for(settings, []))
+    log.info("computes for %s:%d", settings.master_addr, settings.master_port)
+    _import_vllm().follow(options)
+    raise StartupError("what computed here for machine 0 has ended; the lines above say why.")
+
+
 def _refuse(settings: WorkerSettings) -> None:
     """Say what of the settings vLLM cannot honour."""
+    several = settings.nnodes > 1
     for given, sentence in (
+        (settings.tensor_parallel % settings.nnodes != 0, "nnodes must divide tensor_parallel"),
+        (settings.node_rank >= settings.nnodes, "node_rank must be below nnodes"),
+        (several and settings.master_addr is None, "nnodes over 1 needs master_addr"),
+        (
+            several and settings.vllm_adapters == "auto",
+            "nnodes over 1 needs vllm_adapters prompts or all: each machine makes room by itself",
+        ),
         (settings.attention != "auto", "attention is vLLM's own; leave it at auto"),
         (settings.quantization != "none", "quantization is for the native engine; leave it at none"),
         (settings.max_prefill_chunk is not None, "max_prefill_chunk is not known to it; leave it out"),
@@ -113,8 +124,33 @@ def _refuse(settings: WorkerSettings) -> None:
             raise StartupError(f"with --engine vllm {sentence}.")
 
 
-def _limits(settings: WorkerSettings) -> dict[str, Any]:
-    return {
+def _context(settings: WorkerSettings, config: ModelConfig) -> int:
+    """Tokens of text in one request."""
+    asked, most = settings.max_model_len, config.max_position_embeddings
+    if asked is not None and asked > most:
+        raise StartupError(f"max_model_len {asked} is more than the base's context of {most} tokens.")
+    return asked or most
+
+
+def _options(settings: WorkerSettings, path: Path, config: ModelConfig, room: Room) -> dict[str, Any]:
+    """The same on all machines that share a model, but for its rank."""
+    options = engine_options(
+        path,
+        config,
+        room=room,
+        max_model_len=_context(settings, config),
+        max_adapters=settings.max_hot_adapters,
+    )
+    if settings.nnodes > 1:
+        options |= {
+            "distributed_executor_backend": "mp",
+            "nnodes": settings.nnodes,
+            "node_rank": settings.node_rank,
+            "master_addr": settings.master_addr,
+            "master_port": settings.master_port,
+            "worker_extension_cls": SHARED_ADAPTERS,
+        }
+    return options | {
         "dtype": settings.dtype,
         "tensor_parallel_size": settings.tensor_parallel,
         "kv_cache_memory_bytes": settings.kv_cache_mib * MIB,
@@ -133,14 +169,15 @@ def _fingerprint(checkpoint: BaseCheckpoint) -> str:
     return next(fingerprint(tensor) for name, tensor in checkpoint.tensors() if name == "embed.weight")
 
 
-def _start(options: dict[str, Any], config: ModelConfig, eos_ids: list[int]) -> Vllm:
+def _import_vllm() -> ModuleType:
+    """`server.worker.vllm_calls`, with vLLM set up as we need it."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        from server.worker.vllm_calls import Vllm
+        from server.worker import vllm_calls
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
         raise StartupError("vLLM is not installed; docs/vllm.md says how.") from error
     logging.getLogger("vllm").setLevel(logging.WARNING)
-    return Vllm(options, config, eos_ids)
+    return vllm_calls

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -17,13 +24,16 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from models.config import ModelConfig
 from models.vllm_plugin.carriers import ROWS
 from models.vllm_plugin.options import placeholders
+from models.vllm_plugin.sharing import packed
 from models.vllm_plugin.sight import seeing_prompt
 from server.errors import ServerFailure, Unavailable
 from server.worker.messages import EngineStats, FinishReason
@@ -32,6 +42,9 @@ from server.worker.vllm_answer import Step
 from server.worker.vllm_grammar import GrammarProcessor, grammar_args
 
 log = logging.getLogger(__name__)
+
+_LEADER_SECONDS = 5.0  # between a follower's looks for its leader, and for one of them
+_LEADER_FAILURES = 3  # in a row, until it is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +68,8 @@ class Vllm:
         self._stats = _Stats()
         self._next_id = 1
         self._stopped = False
-        args = AsyncEngineArgs(**options, logits_processors=[GrammarProcessor], enable_log_requests=False)
-        self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[self._stats.logger])
+        self._shared = options.get("nnodes", 1) > 1
+        self._llm = AsyncLLM.from_engine_args(_engine_args(options), stat_loggers=[self._stats.logger])
 
     @property
     def healthy(self) -> bool:
@@ -72,11 +85,16 @@ class Vllm:
     async def add_adapter(self, name: str, folder: Path) -> LoRARequest:
         lora = LoRARequest(name, self._next_id, str(folder))
         self._next_id += 1
+        if self._shared:
+            files = await asyncio.to_thread(packed, folder)
+            await self._llm.collective_rpc("hold_adapter", args=(str(folder), files))
         await self._llm.add_lora(lora)
         return lora
 
     async def remove_adapter(self, lora: LoRARequest) -> None:
         await self._llm.remove_lora(lora.lora_int_id)
+        if self._shared:
+            await self._llm.collective_rpc("drop_adapter", args=(lora.lora_path,))
 
     async def generate(
         self, prepared: Prepared, lora: LoRARequest | None, rows_RC: Tensor | None
@@ -125,6 +143,40 @@ class Vllm:
             extra_args=grammar_args(ours.grammar),
             output_kind=RequestOutputKind.DELTA,
         )
+
+
+def follow(options: dict[str, Any]) -> None:
+    """Compute the share of a machine that is not the first; returns when the process that does so has ended.
+
+    SIGTERM ends this process with 0. So does the end of machine 0, with 1.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    config = _engine_args(options).create_engine_config(UsageContext.ENGINE_CONTEXT, headless=True)
+    executor = MultiprocExecutor(config, monitor_workers=False)
+    leader = (options["master_addr"], options["master_port"])
+    threading.Thread(target=_end_with, args=leader, name="leader-watch", daemon=True).start()
+    try:
+        executor.start_worker_monitor(inline=True)
+    finally:
+        executor.shutdown()
+
+
+def _end_with(address: str, port: int) -> None:
+    """End this process when nobody listens there any more: it would wait for its leader for ever."""
+    failures = 0
+    while failures < _LEADER_FAILURES:
+        time.sleep(_LEADER_SECONDS)
+        try:
+            socket.create_connection((address, port), timeout=_LEADER_SECONDS).close()
+            failures = 0
+        except OSError:
+            failures += 1
+    log.error("machine 0 cannot be reached any more; ending, to start anew with it")
+    os._exit(1)
+
+
+def _engine_args(options: dict[str, Any]) -> AsyncEngineArgs:
+    return AsyncEngineArgs(**options, logits_processors=[GrammarProcessor], enable_log_requests=False)
 
 
 def _read(output: Any) -> Output:

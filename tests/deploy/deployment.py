@@ -25,6 +25,12 @@ VALUES: dict[str, Object | Path] = {
     "default": {},
     "laptop": CHART / "values-laptop.yaml",
     "a100": CHART / "values-a100.yaml",
+    "multinode": CHART / "values-multinode.yaml",
     "everything": Path(__file__).with_name("everything.yaml"),
+    "one node of vLLM": {"worker": {"vllm": {"enabled": True, "gpus": 4}, "state": {"size": "64Mi"}}},
+    "groups that scale": {
+        "worker": {"vllm": {"enabled": True, "nodes": 2}, "autoscaling": {"kind": "hpa"}},
+        "adapters": {"objectStorage": {"source": "store:bucket"}},
+    },
     "keda": {"worker": {"autoscaling": {"kind": "keda"}}, "expert": {"enabled": False}},
 }

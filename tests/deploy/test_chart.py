@@ -20,9 +20,11 @@ from tests.deploy.deployment import CHART, ROOT, VALUES, Object, Render, run
 SETTINGS: dict[str, type[BaseSettings]] = {
     "gateway": GatewaySettings,
     "worker": WorkerSettings,
+    "follower": WorkerSettings,
     "expert": ExpertSettings,
 }
-WITHOUT_SCHEMA = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}  # of operators, not of Kubernetes
+# Of operators, not of Kubernetes.
+WITHOUT_SCHEMA = {"ServiceMonitor", "PrometheusRule", "ScaledObject", "LeaderWorkerSet"}
 MANIFESTS = ROOT / "deploy" / "kubernetes"
 
 
@@ -35,13 +37,41 @@ def component(thing: Object) -> str:
     return str(thing["metadata"]["labels"]["app.kubernetes.io/component"])
 
 
-def pods(objects: list[Object]) -> dict[str, Object]:
-    """The pod template's spec by component."""
-    return {
-        component(thing): thing["spec"]["template"]["spec"]
+def templates(objects: list[Object]) -> dict[str, Object]:
+    """The pod templates by component; of a worker of several pods, those but its leader are `follower`."""
+    found = {
+        component(thing): thing["spec"]["template"]
         for thing in objects
         if "template" in thing.get("spec", {})
     }
+    for group in of_kind(objects, "LeaderWorkerSet").values():
+        made = group["spec"]["leaderWorkerTemplate"]
+        found |= {"worker": made["leaderTemplate"], "follower": made["workerTemplate"]}
+    return found
+
+
+def pods(objects: list[Object]) -> dict[str, Object]:
+    """The pod template's spec by component."""
+    return {name: template["spec"] for name, template in templates(objects).items()}
+
+
+def of_groups(objects: list[Object]) -> list[Object]:
+    """The StatefulSets that the controller makes of LeaderWorkerSets, one of leaders and one of a group."""
+    return [
+        {
+            "apiVersion": "apps/v1",
+            "kind": "StatefulSet",
+            "metadata": {"name": f"{name}-{kind}"},
+            "spec": {
+                "serviceName": name,
+                "selector": {"matchLabels": template["metadata"]["labels"]},
+                "template": template,
+            },
+        }
+        for name in of_kind(objects, "LeaderWorkerSet")
+        for kind, template in templates(objects).items()
+        if kind in ("worker", "follower")
+    ]
 
 
 def of_kind(objects: list[Object], kind: str) -> dict[str, Object]:
@@ -57,6 +87,9 @@ def environment(container: Object) -> dict[str, str]:
 def test_kubernetes_takes_it(render: Render, version: str, tools: Path, tmp_path: Path) -> None:
     made = {yaml.safe_dump(thing): thing for values in VALUES.values() for thing in render(values)}
     known = [text for text, thing in made.items() if thing["kind"] not in WITHOUT_SCHEMA]
+    groups = of_groups(list(made.values()))
+    assert len(groups) == 2
+    known += map(yaml.safe_dump, groups)
     assert len(known) > 30
     file = tmp_path / "objects.yaml"
     file.write_text("---\n".join(known))
@@ -67,7 +100,9 @@ def test_kubernetes_takes_it(render: Render, version: str, tools: Path, tmp_path
 def test_names_are_unique(objects: list[Object]) -> None:
     names = [(thing["kind"], thing["metadata"]["name"]) for thing in objects]
     assert len(names) == len(set(names))
-    assert {kind for kind, _ in names} >= {"Deployment", "StatefulSet", "Service", "NetworkPolicy"}
+    kinds = {kind for kind, _ in names}
+    assert kinds >= {"Deployment", "Service", "NetworkPolicy"}
+    assert len(kinds & {"StatefulSet", "LeaderWorkerSet"}) == 1
 
 
 @pytest.mark.deploy
@@ -96,8 +131,8 @@ def test_pods_are_restricted(objects: list[Object]) -> None:
 
 @pytest.mark.deploy
 def test_volumes_and_mounts_match(objects: list[Object]) -> None:
-    [workers] = of_kind(objects, "StatefulSet").values()
-    claimed = [claim["metadata"]["name"] for claim in workers["spec"].get("volumeClaimTemplates", ())]
+    claims = [set["spec"].get("volumeClaimTemplates", ()) for set in of_kind(objects, "StatefulSet").values()]
+    claimed = [claim["metadata"]["name"] for one in claims for claim in one]
     for name, pod in pods(objects).items():
         volumes = [volume["name"] for volume in pod["volumes"]] + (claimed if name == "worker" else [])
         containers = [*pod["containers"], *pod.get("initContainers", ())]
@@ -121,7 +156,8 @@ def test_settings_load(objects: list[Object], monkeypatch: pytest.MonkeyPatch) -
             for key, value in given.items():
                 patch.setenv(key, value or "memory://")
             settings()
-        assert container["ports"][0]["containerPort"] == settings.model_fields["port"].default
+        if name != "follower":
+            assert container["ports"][0]["containerPort"] == settings.model_fields["port"].default
 
 
 @pytest.mark.deploy
@@ -136,7 +172,8 @@ def test_threads_are_those_that_the_limit_allows(objects: list[Object]) -> None:
 def test_probes_and_grace_periods_match_the_servers(objects: list[Object]) -> None:
     for name, pod in pods(objects).items():
         [container] = pod["containers"]
-        if name == "train":
+        if name in ("train", "follower"):
+            assert not [key for key in container if key.endswith("Probe")], "nothing listens"
             continue
         probes = {
             kind: container[f"{kind}Probe"]["httpGet"]["path"]
@@ -154,28 +191,32 @@ def test_probes_and_grace_periods_match_the_servers(objects: list[Object]) -> No
 
 @pytest.mark.deploy
 def test_services_lead_to_pods_and_the_gateway_to_services(objects: list[Object]) -> None:
-    templates = {
-        component(thing): thing["spec"]["template"]["metadata"]["labels"]
-        for thing in objects
-        if "template" in thing.get("spec", {})
-    }
+    labels = {name: template["metadata"]["labels"] for name, template in templates(objects).items()}
     services = of_kind(objects, "Service")
+    if of_kind(objects, "LeaderWorkerSet"):  # its controller's own
+        labels["worker"] |= {"leaderworkerset.sigs.k8s.io/worker-index": "0"}
     for service in services.values():
-        assert service["spec"]["selector"].items() <= templates[component(service)].items()
+        assert service["spec"]["selector"].items() <= labels[component(service)].items()
     [gateway] = pods(objects)["gateway"]["containers"]
     workers = json.loads(environment(gateway)["LLAMA_ADAPTER_WORKER_URLS"])
-    [worker] = of_kind(objects, "StatefulSet").values()
+    groups = of_kind(objects, "LeaderWorkerSet")
+    [worker] = [*of_kind(objects, "StatefulSet").values(), *groups.values()]
     scalers = [
         *of_kind(objects, "HorizontalPodAutoscaler").values(),
         *of_kind(objects, "ScaledObject").values(),
     ]
     bounds = [s["spec"] for s in scalers if s["spec"]["scaleTargetRef"]["name"] == worker["metadata"]["name"]]
+    assert all(one["scaleTargetRef"]["kind"] == worker["kind"] for one in bounds)
     most = (
         bounds[0].get("maxReplicas") or bounds[0]["maxReplicaCount"] if bounds else worker["spec"]["replicas"]
     )
-    name, domain = worker["metadata"]["name"], worker["spec"]["serviceName"]
+    name = worker["metadata"]["name"]
+    domain = name if groups else worker["spec"]["serviceName"]
     assert workers == [f"http://{name}-{i}.{domain}:8001" for i in range(most)]
-    assert services[domain]["spec"]["clusterIP"] == "None"
+    if groups:
+        assert domain not in services, "the controller makes it"
+    else:
+        assert services[domain]["spec"]["clusterIP"] == "None"
     for url in json.loads(environment(gateway).get("LLAMA_ADAPTER_EXPERT_URLS", "{}")).values():
         assert re.fullmatch(r"http://(.*):8002", url)[1] in services  # type: ignore[index]
 
@@ -183,18 +224,28 @@ def test_services_lead_to_pods_and_the_gateway_to_services(objects: list[Object]
 @pytest.mark.deploy
 def test_nobody_but_the_gateway_reaches_workers_and_experts(objects: list[Object]) -> None:
     policies = {component(p): p["spec"] for p in of_kind(objects, "NetworkPolicy").values()}
-    assert set(policies) == set(pods(objects))
+    assert set(policies) == set(pods(objects)) - {"follower"}
+    groups = of_kind(objects, "LeaderWorkerSet")
     for name, policy in policies.items():
         assert policy["policyTypes"] == ["Ingress", "Egress"]
         assert policy["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == name
         if name == "train":
             assert "ingress" not in policy
         elif name != "gateway":
-            [rule] = policy["ingress"]
+            rule, *others = policy["ingress"]
+            out = policy["egress"]
+            if name == "worker" and groups:
+                [among], (to, *out) = others, out
+                assert among == {"from": to["to"]}, "pods of a group talk at ports that they agree on"
+                [peer] = to["to"]
+                labels = templates(objects)["follower"]["metadata"]["labels"]
+                assert peer["podSelector"]["matchLabels"].items() <= labels.items()
+            else:
+                assert others == []
             peers = [p["podSelector"]["matchLabels"] for p in rule["from"] if "podSelector" in p]
             assert [peer["app.kubernetes.io/component"] for peer in peers] == ["gateway"]
             assert all("namespaceSelector" in p for p in rule["from"] if "podSelector" not in p)
-            assert all("to" not in out for out in policy["egress"]), "names, and what extraEgress says"
+            assert all("to" not in one for one in out), "names, and what extraEgress says"
 
 
 @pytest.mark.deploy
@@ -207,6 +258,42 @@ def test_gpu_workers(render: Render) -> None:
         assert "llama-adapter-worker-cuda" in container["image"]
         assert pod["tolerations"]
     assert "tolerations" not in pods(render({}))["worker"]
+
+
+@pytest.mark.deploy
+def test_pods_of_one_worker_share_its_model(render: Render, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Field by field, for the controller's schema is not Kubernetes' own."""
+    objects = render(VALUES["multinode"])
+    [group] = of_kind(objects, "LeaderWorkerSet").values()
+    made = group["spec"]["leaderWorkerTemplate"]
+    assert group["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
+    assert set(group["spec"]) == {"replicas", "startupPolicy", "leaderWorkerTemplate"}
+    assert set(made) == {"size", "restartPolicy", "leaderTemplate", "workerTemplate"}
+    assert (group["spec"]["startupPolicy"], made["restartPolicy"]) == (
+        "LeaderCreated",
+        "RecreateGroupOnPodRestart",
+    )
+    [leader], [follower] = (pods(objects)[name]["containers"] for name in ("worker", "follower"))
+    both = environment(leader), environment(follower)
+    assert both[0] == both[1] | {
+        name: both[0][name] for name in both[0] if "ADAPTER_DIR" in name or "ROOT" in name
+    }
+    assert leader["args"] == follower["args"]
+    assert leader["args"] == [
+        "worker",
+        "--node-rank=$(LWS_WORKER_INDEX)",
+        "--master-addr=$(LWS_LEADER_ADDRESS)",
+    ]
+    assert int(both[0]["LLAMA_ADAPTER_NNODES"]) == made["size"] == 2
+    gpus = [container["resources"]["limits"]["nvidia.com/gpu"] for container in (leader, follower)]
+    assert int(both[0]["LLAMA_ADAPTER_TENSOR_PARALLEL"]) == sum(gpus) == 4
+    assert leader["image"] == follower["image"]
+    assert "llama-adapter-worker-vllm" in leader["image"]
+    for name in ("worker", "follower"):
+        volumes = {volume["name"]: volume for volume in pods(objects)[name]["volumes"]}
+        assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
+        assert volumes["models"]["persistentVolumeClaim"]["readOnly"]
+        assert ("adapters" in volumes) == (name == "worker"), "the leader hands them round"
 
 
 @pytest.mark.deploy
@@ -253,6 +340,11 @@ def test_another_training_is_another_job(render: Render) -> None:
         ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host"),
         ({"worker": {"autoscaling": {"kind": "magic"}}}, "neither hpa nor keda"),
         ({"adapters": {"claim": "a", "objectStorage": {"source": "b:c"}}}, "not both"),
+        ({"worker": {"vllm": {"nodes": 2}}}, "needs worker.vllm.enabled"),
+        (
+            {"worker": {"vllm": {"enabled": True, "nodes": 2}, "state": {"size": "1Mi"}}},
+            "no volume of its own",
+        ),
     ],
 )
 def test_values_that_cannot_be_are_refused(render: Render, values: Object, said: str) -> None:

@@ -16,7 +16,8 @@ from tests.deploy.deployment import ROOT, Object
 pytestmark = pytest.mark.deploy
 
 Compose = Callable[..., Object]
-ALL = ("cpu", "gpu", "train", "monitoring")
+ALL = ("cpu", "gpu", "vllm", "train", "monitoring")
+WORKERS = {"cpu": "worker", "gpu": "worker-gpu", "vllm": "worker-vllm"}  # by profile
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ ALL = ("cpu", "gpu", "train", "monitoring")
     [
         ((), {"gateway", "worker", "expert"}),
         (("gpu",), {"gateway", "worker-gpu", "expert"}),
+        (("vllm",), {"gateway", "worker-vllm", "expert"}),
         (("cpu", "train"), {"gateway", "worker", "expert", "train"}),
         (("cpu", "monitoring"), {"gateway", "worker", "expert", "prometheus", "grafana", "jaeger"}),
     ],
@@ -45,7 +47,7 @@ def test_every_service_is_confined(compose: Compose) -> None:
 
 
 def test_only_the_gateway_is_outside(compose: Compose) -> None:
-    config = compose("cpu", "gpu", "train")
+    config = compose("cpu", "gpu", "vllm", "train")
     assert config["networks"]["back"]["internal"]
     networks = {name: set(service.get("networks", ())) for name, service in config["services"].items()}
     assert networks.pop("gateway") == {"front", "back"}
@@ -66,7 +68,7 @@ def test_settings_load_and_fit_together(compose: Compose, monkeypatch: pytest.Mo
     services = compose(*ALL)["services"]
     gateway = settings_of(services["gateway"], GatewaySettings, monkeypatch)
     expert = settings_of(services["expert"], ExpertSettings, monkeypatch)
-    for name in ("worker", "worker-gpu"):
+    for name in WORKERS.values():
         worker = settings_of(services[name], WorkerSettings, monkeypatch)
         assert "worker" in services[name]["networks"]["back"]["aliases"]
         assert gateway.worker_urls == (f"http://worker:{worker.port}",)
@@ -79,13 +81,13 @@ def test_settings_load_and_fit_together(compose: Compose, monkeypatch: pytest.Mo
 
 def test_the_grace_period_leaves_time_to_drain(compose: Compose) -> None:
     services = compose(*ALL)["services"]
-    for name in ("gateway", "worker", "worker-gpu", "expert"):
+    for name in ("gateway", *WORKERS.values(), "expert"):
         grace = float(services[name]["stop_grace_period"].removesuffix("s"))
         assert grace >= GatewaySettings.model_fields["drain_seconds"].default + _CLOSING_SECONDS, name
 
 
 def test_the_gateway_waits_for_what_it_asks(compose: Compose) -> None:
-    for profile, worker in (("cpu", "worker"), ("gpu", "worker-gpu")):
+    for profile, worker in WORKERS.items():
         waited = compose(profile)["services"]["gateway"]["depends_on"]
         assert {waited[name]["condition"] for name in (worker, "expert")} == {"service_healthy"}
 
@@ -102,6 +104,19 @@ def test_variables_reach_their_places(compose: Compose, monkeypatch: pytest.Monk
     assert mounted["/models"]["source"] == str(ROOT / "models")
     assert {target for target, volume in mounted.items() if not volume.get("read_only")} == {"/state"}
     assert loaded.adapter_state.parent == Path("/state")
+
+
+def test_what_is_compiled_at_run_time_can_be_executed(compose: Compose) -> None:
+    """Docker mounts a tmpfs so that it cannot, where nothing else is said."""
+    services = compose(*ALL)["services"]
+    executable = {name for name, service in services.items() if "exec" in str(service["tmpfs"])}
+    assert executable == {"worker-gpu", "worker-vllm"}
+
+
+def test_the_build_of_vllm_is_chosen(compose: Compose) -> None:
+    for given, build in (({}, "cuda"), ({"VLLM": "cpu"}, "cpu")):
+        worker = compose("vllm", **given)["services"]["worker-vllm"]
+        assert worker["build"]["args"]["VLLM"] == build
 
 
 def test_files_that_are_mounted_exist(compose: Compose) -> None:

@@ -21,7 +21,7 @@ from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
 from tests.deploy.deployment import ROOT, run
 
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
-TARGETS = ("gateway", "worker", "worker-cuda", "expert", "train")
+TARGETS = ("gateway", "worker", "worker-cuda", "worker-vllm", "expert", "train")
 
 Stage = list[tuple[str, str]]  # instruction, arguments
 
@@ -35,7 +35,7 @@ def stages() -> dict[str, Stage]:
         instruction, _, arguments = line.strip().partition(" ")
         if instruction == "FROM":
             parent, _, name = arguments.partition(" AS ")
-            current = found[name] = list(found.get(parent, ()))
+            current = found[name] = list(found.get(parent.replace("${VLLM}", "cuda"), ()))
         if instruction:
             current.append((instruction, arguments))
     return found
@@ -62,7 +62,7 @@ def test_an_image_is_confined_and_gets_its_signals(target: str) -> None:
     assert last(stage, "USER") == "10001:10001"
     assert json.loads(last(stage, "ENTRYPOINT")) == ["tini", "--", "llama-adapter"]
     command = json.loads(last(stage, "CMD"))
-    assert command[0] == target.removesuffix("-cuda")
+    assert command[0] == target.partition("-")[0]
     assert "org.opencontainers.image.licenses" in last(stage, "LABEL")
     assert "VOLUME" not in dict(stage), "an anonymous volume is written to where nobody looks"
 
@@ -81,6 +81,7 @@ def test_an_image_writes_to_its_volumes_and_tmp_alone(target: str) -> None:
         ("gateway", GatewaySettings),
         ("worker", WorkerSettings),
         ("worker-cuda", WorkerSettings),
+        ("worker-vllm", WorkerSettings),
         ("expert", ExpertSettings),
     ],
 )
@@ -124,7 +125,8 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
 
 def test_every_base_image_is_pinned() -> None:
     froms = re.findall(r"^FROM (\S+)", DOCKERFILE.read_text(), re.MULTILINE)
-    assert {image for image in froms if image not in stages()} == {"${PYTHON_IMAGE}"}
+    assert {image for image in froms if image not in stages()} == {"${PYTHON_IMAGE}", "build-vllm-${VLLM}"}
+    assert {"build-vllm-cuda", "build-vllm-cpu"} <= set(stages())
     assert re.search(r"^ARG PYTHON_IMAGE=\S+:\d+\.\d+\.\d+-slim-\w+$", DOCKERFILE.read_text(), re.MULTILINE)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import httpx
 import pytest
 from tiny_base import write_tiny_base
 
+from deploy.rehearsal.balancer import Balancer
 from deploy.rehearsal.cluster import SCENARIOS, Finding
 from deploy.rehearsal.traffic import Answer, Outcome, Question, ask, judged, questions
 from tests.deploy.deployment import ROOT
@@ -82,6 +85,53 @@ def test_a_finding_names_what_may_not_be() -> None:
     assert len(finding.faults()) == 2
     forgiving = replace(finding, scenario=replace(calm, spared=frozenset()))
     assert [fault.split(": ")[1] for fault in forgiving.faults()] == ["lost"]
+
+
+@asynccontextmanager
+async def gateway(name: bytes, ready: bool = True) -> AsyncIterator[str]:
+    """Says its name to every line but a probe's, whose status it answers; at the yielded address."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            probed = line.startswith(b"GET /health/ready")
+            writer.write(b"HTTP/1.1 %d\r\n" % (200 if ready else 503) if probed else name)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def said(balanced: str) -> tuple[bytes, asyncio.StreamReader, asyncio.StreamWriter]:
+    """Who answers on a new connection, and that connection."""
+    address, _, port = balanced.rpartition(":")
+    reader, writer = await asyncio.open_connection(address, int(port))
+    writer.write(b"who?\n")
+    return await asyncio.wait_for(reader.read(1), 5), reader, writer
+
+
+async def test_the_balancer_sends_new_connections_to_whom_it_shall(tmp_path: Path) -> None:
+    async with gateway(b"a") as a, gateway(b"b") as b, gateway(b"c", ready=False) as c:
+        endpoints = tmp_path / "endpoints"
+        endpoints.write_text(f"{a}\n{b}\n{c}\n127.0.0.1:1")
+        balancer = Balancer(endpoints)
+        probing = asyncio.create_task(balancer.probe_forever())
+        server = await asyncio.start_server(balancer.carry, "127.0.0.1", 0)
+        async with server:
+            balanced = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            async with asyncio.timeout(10):
+                while balancer.ready != {a, b}:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            connections = [await said(balanced) for _ in range(4)]
+            assert sorted(name for name, *_ in connections) == [b"a", b"a", b"b", b"b"]
+            endpoints.write_text(b)
+            connections += [await said(balanced) for _ in range(2)]
+            assert [name for name, *_ in connections[4:]] == [b"b", b"b"]
+            for name, reader, writer in connections:  # those that stand stay
+                writer.write(b"who?\n")
+                assert await asyncio.wait_for(reader.read(1), 5) == name
+                writer.close()
+        probing.cancel()
 
 
 @pytest.mark.server

@@ -27,7 +27,8 @@ from models.sizing import (
 )
 from models.vllm_plugin.carriers import Room
 from models.vllm_plugin.export import carried
-from server.worker.runner import LoadedAdapter, Runner, StepItem
+from server.worker.runner import Runner, StepItem
+from server.worker.sight import LoadedAdapter
 
 WIDTH = 4  # bytes of a float32
 

@@ -30,6 +30,7 @@ from models.vllm_plugin.carriers import (
 )
 from models.vllm_plugin.export import carried, export_adapter
 from models.vllm_plugin.limits import UnsupportedByPlugin, check_config
+from models.vllm_plugin.sharing import SharedAdapters, packed
 
 SPEC = base_spec(GQA)
 LOOK = {
@@ -200,3 +201,18 @@ def test_the_plugin_imports_without_vllm() -> None:
     import models.vllm_plugin.sight  # noqa: F401
 
     assert "vllm" not in sys.modules
+
+
+def test_a_folder_is_handed_to_a_machine_that_lacks_it(tmp_path: Path) -> None:
+    here, there = tmp_path / "here" / "1-poet", tmp_path / "there" / "1-poet"
+    here.mkdir(parents=True)
+    (here / "weights").write_bytes(b"\0\1")
+    (here / "config").write_bytes(b"{}")
+    machine = SharedAdapters()
+    machine.hold_adapter(str(there), packed(here))
+    machine.hold_adapter(str(there), {"weights": b"of another call"})
+    assert packed(there) == packed(here)
+    assert [path.name for path in there.parent.iterdir()] == ["1-poet"]
+    machine.drop_adapter(str(there))
+    machine.drop_adapter(str(there))
+    assert not there.exists()

@@ -159,3 +159,16 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--nnodes", "2", "--node-rank", "1"), "run `llama-adapter worker` on it"),
+        (("--nnodes", "2", "--workers", "2"), "exclude each other"),
+    ],
+)
+def test_one_worker_of_one_machine_leads_several(arguments: tuple[str, ...], sentence: str) -> None:
+    result = CliRunner().invoke(cli.app, ["serve", "--engine", "vllm", *arguments])
+    assert isinstance(result.exception, StartupError)
+    assert sentence in str(result.exception)

@@ -9,7 +9,7 @@ from models.adapter_config import AdapterConfig, PromptConfig, VisionConfig
 from models.attention import DenseAttend, Prompts, causal_attention, prompt_attention
 from models.config import ModelConfig
 from train import attention as module
-from train.attention import PackedAttend, attention
+from train.attention import PackedAttend
 
 LENS = (5, 1, 9, 4)
 
@@ -134,6 +134,7 @@ def test_gradients_are_those_of_the_values(
     generator = torch.Generator().manual_seed(3)
     shapes = [(2, 4, T, 3), (2, 4 // groups, K, 3), (2, 4 // groups, K, 3)] + ([(2, 4)] if gated else [])
     inputs = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+    attention = module.prompt_attention if gated else module.causal_attention
     assert torch.autograd.gradcheck(attention, [x.requires_grad_() for x in inputs])
 
 
@@ -147,7 +148,8 @@ def test_gradients_in_bfloat16_stay_near_exact_ones():
     exact = [x.detach().double().requires_grad_() for x in half]
     weight = torch.randn(1, 4, 40, 16, dtype=torch.float64, generator=generator)
     grads = [
-        torch.autograd.grad((attention(*qkv) * weight.to(qkv[0].dtype)).sum(), qkv) for qkv in (half, exact)
+        torch.autograd.grad((module.causal_attention(*qkv) * weight.to(qkv[0].dtype)).sum(), qkv)
+        for qkv in (half, exact)
     ]
     for one, two in zip(*grads, strict=True):
         assert (one - two).abs().max() < 0.02 * two.abs().max()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 _SILENT_POLLS = 3  # in a row, until what waits for a worker's first token goes to another one
+_LOST_POLLS = 3  # in a row that could not even connect, which a worker that is only slow lets us do
 
 
 @dataclass(eq=False, slots=True)
@@ -47,7 +49,9 @@ class Worker:
     in_flight: int = 0  # this gateway's own requests
     others: int = 0  # requests of anybody else, at the last poll
     silent_polls: int = 0  # in a row that got no answer
-    _patience: set[asyncio.Timeout] = field(default_factory=set)
+    lost_polls: int = 0  # in a row that found nobody
+    _heard: float = field(default_factory=time.monotonic)  # when anything came from it
+    _patience: dict[asyncio.Timeout, bool] = field(default_factory=dict)  # and whether the answer has begun
 
     @property
     def load(self) -> int:
@@ -68,10 +72,12 @@ class Worker:
                 self.stats = await self.client.stats(seconds)
                 self.others = max(0, self.stats.running + self.stats.waiting - self.in_flight)
             self.ready = ready
-            self.silent_polls = 0
+            self.silent_polls = self.lost_polls = 0
+            self._heard = time.monotonic()
         except ApiError as error:
             self.ready = False
             self.silent_polls += isinstance(error, (Unreachable, Timeout))
+            self.lost_polls = self.lost_polls + 1 if isinstance(error, Unreachable) else 0
             if was_ready:
                 log.warning(
                     "a worker cannot be polled", extra={"worker": self.client.url, "cause": error.message}
@@ -80,23 +86,31 @@ class Worker:
             word = "ready" if self.ready else "not ready"
             log.info("a worker is %s", word, extra={"worker": self.client.url})
 
-    async def next(self, events: AsyncGenerator[Event, None]) -> Event | None:
+    @property
+    def silent_seconds(self) -> float:
+        """Since anything came from it: an answer to a poll, or an event of any request."""
+        return time.monotonic() - self._heard
+
+    async def next(self, events: AsyncGenerator[Event, None], begun: bool) -> Event | None:
         """The next event, None at the end. Raises `Unreachable` if the worker is given up meanwhile."""
         try:
             async with asyncio.timeout(None) as patience:
-                self._patience.add(patience)
+                self._patience[patience] = begun
                 try:
-                    return await anext(events, None)
+                    event = await anext(events, None)
                 finally:
-                    self._patience.discard(patience)
+                    del self._patience[patience]
         except TimeoutError as error:
             raise Unreachable("The worker cannot be reached; try again.") from error
+        self._heard = time.monotonic()
+        return event
 
-    def give_up(self) -> None:
-        """End every `next` that waits."""
-        waiting, self._patience = self._patience, set()
-        for patience in waiting:
-            patience.reschedule(asyncio.get_running_loop().time())
+    def give_up(self, *, begun: bool) -> None:
+        """End every `next` that waits, or only those of answers that have not begun."""
+        now = asyncio.get_running_loop().time()
+        for patience, has_begun in self._patience.items():
+            if begun or not has_begun:
+                patience.reschedule(now)
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -108,11 +122,15 @@ class Worker:
 
 
 class WorkerPool:
-    """Polls the workers every `poll_seconds` between `start` and `close`."""
+    """Polls the workers every `poll_seconds` between `start` and `close`.
 
-    def __init__(self, workers: list[WorkerClient], poll_seconds: float) -> None:
+    One that cannot be connected to, and has said nothing for `lost_seconds`, is lost with what it has begun.
+    """
+
+    def __init__(self, workers: list[WorkerClient], poll_seconds: float, lost_seconds: float) -> None:
         self.workers = [Worker(client) for client in workers]
         self._poll_seconds = poll_seconds
+        self._lost_seconds = lost_seconds
         self._polls: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -120,7 +138,7 @@ class WorkerPool:
         """Over the workers at `worker_urls`."""
         connect, read = settings.worker_connect_seconds, settings.worker_read_seconds
         clients = [WorkerClient(url, connect, read) for url in settings.worker_urls]
-        return cls(clients, settings.worker_poll_seconds)
+        return cls(clients, settings.worker_poll_seconds, settings.worker_lost_seconds)
 
     async def start(self) -> None:
         await asyncio.gather(*(worker.poll(self._poll_seconds) for worker in self.workers))
@@ -135,8 +153,10 @@ class WorkerPool:
             await asyncio.sleep(self._poll_seconds)
             try:
                 await worker.poll(max(1.0, self._poll_seconds))
-                if worker.silent_polls >= _SILENT_POLLS and self.ready:
-                    worker.give_up()
+                if worker.lost_polls >= _LOST_POLLS and worker.silent_seconds >= self._lost_seconds:
+                    worker.give_up(begun=True)
+                elif worker.silent_polls >= _SILENT_POLLS and self.ready:
+                    worker.give_up(begun=False)
             except Exception:
                 log.exception("polling a worker failed")
                 worker.ready = False
@@ -190,7 +210,8 @@ class WorkerPool:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """The events of the best worker; one that fails before its first token is replaced by the next.
 
-        So is one that says nothing any more, while another may do better.
+        So is one that says nothing any more, while another may do better. Raises `Unreachable` where a worker
+        is lost in the middle of its answer.
         """
         tried: tuple[Worker, ...] = ()
         told: set[type[Event]] = set()  # what precedes the first token is told once, whoever says it
@@ -200,13 +221,11 @@ class WorkerPool:
             try:
                 with worker.counted():
                     async with aclosing(worker.client.generate(request)) as events:
-                        while not begun and (event := await worker.next(events)):
-                            begun = not isinstance(event, (Started, Scheduled))
+                        while event := await worker.next(events, begun):
+                            begun = begun or not isinstance(event, (Started, Scheduled))
                             if begun or type(event) not in told:
                                 told.add(type(event))
                                 yield event
-                        async for event in events:
-                            yield event
                 return
             except ApiError as error:
                 if not self._elsewhere(worker, error, request.model, tried) or begun:

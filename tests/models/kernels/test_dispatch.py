@@ -22,7 +22,8 @@ from models.kernels.choice import use_triton
 from server.serving import StartupError
 from server.settings import WorkerSettings
 from server.worker.build import build_engine
-from server.worker.runner import Kernels, LoadedAdapter, Runner, StepItem
+from server.worker.runner import Kernels, Runner, StepItem
+from server.worker.sight import LoadedAdapter
 from train import build as train_build
 from train.attention import PackedAttend
 from train.data.batches import Pass

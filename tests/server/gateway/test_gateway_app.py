@@ -282,8 +282,10 @@ async def test_draining(launch: Launch, worker: ScriptedWorker) -> None:
     refused = await gateway.chat()
     assert_error(refused, 503, "unavailable")
     assert refused.headers["retry-after"]
+    assert refused.headers["connection"] == "close", "the next try shall find another gateway"
     go_on.set()  # what runs is finished
     answer, chunks = await asyncio.gather(*running)
+    assert answer.headers["connection"] == "close"
     assert answer.json()["choices"][0]["finish_reason"] == "stop"
     assert chunks[-1] == "[DONE]"
 

@@ -18,6 +18,7 @@ from tests.server.gateway.scripted import (
     Died,
     Launch,
     ScriptedWorker,
+    serving,
     story,
     until,
     with_load,
@@ -191,6 +192,87 @@ async def test_nothing_is_retried_after_the_first_token(launch: Launch) -> None:
     assert response.status_code == 503
     assert response.headers["retry-after"]
     assert healthy.requests == []
+
+
+class Link:
+    """Carries connections to `port` of this machine, until it is cut: then all that is sent is lost."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._up = asyncio.Event()
+        self._up.set()
+        self._carrying: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Link:
+        self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cut()
+        for task in self._carrying:
+            task.cancel()
+        await asyncio.gather(*self._carrying, return_exceptions=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def cut(self) -> None:
+        self._up.clear()
+        self._server.close()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection("127.0.0.1", self._port)
+        for source, target in ((reader, there[1]), (there[0], writer)):
+            self._carrying.add(asyncio.create_task(self._carry(source, target)))
+
+    async def _carry(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while piece := await source.read(65536):
+            if self._up.is_set():
+                target.write(piece)
+        target.close()
+
+
+async def test_what_a_lost_worker_has_begun_ends_with_an_error(launch: Launch) -> None:
+    async def script(_: object):
+        yield Started(1)
+        yield Delta("x", (1,))
+        await asyncio.Event().wait()
+
+    worker = ScriptedWorker(script=script)
+    async with serving(worker.app) as url, Link(int(url.rpartition(":")[2])) as link:
+        gateway = await launch(worker_urls=(link.url,), worker_lost_seconds=1)
+        asked = asyncio.create_task(gateway.chunks())
+        await until(lambda: bool(worker.requests))
+        polls = worker.polls
+        await until(lambda: worker.polls >= polls + 2)  # the text is on its way, too
+        link.cut()
+        chunks = await asyncio.wait_for(asked, 15)
+    assert [c["choices"][0]["delta"].get("content") for c in chunks[:-1] if c["choices"]][-1] == "x"
+    assert chunks[-1]["error"]["type"] == "server_error"
+    assert "cannot be reached" in chunks[-1]["error"]["message"]
+
+
+async def test_a_worker_that_is_only_slow_keeps_what_it_has_begun(launch: Launch) -> None:
+    go_on = asyncio.Event()
+
+    async def script(_: object):
+        begun, *rest = story("slow", "ly")
+        yield begun
+        yield rest[0]
+        await go_on.wait()
+        for event in rest[1:]:
+            yield event
+
+    slow = ScriptedWorker(stats=with_load(STATS, 0), script=script)
+    gateway = await launch(slow, ScriptedWorker(stats=with_load(STATS, 50)), worker_lost_seconds=0.2)
+    asked = asyncio.create_task(gateway.chat())
+    await until(lambda: bool(slow.requests))
+    slow.is_silent = True
+    polls = slow.polls
+    await until(lambda: slow.polls >= polls + 5, seconds=10)
+    go_on.set()
+    assert (await asked).json()["choices"][0]["message"]["content"] == "slowly"
 
 
 async def test_a_worker_that_is_not_there(launch: Launch) -> None:

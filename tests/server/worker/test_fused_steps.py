@@ -11,7 +11,8 @@ from support import CONFIGS, GQA, random_adapter, random_base
 from models.adapter import base_spec
 from models.adapter_config import LINEARS, AdapterConfig
 from models.config import ModelConfig
-from server.worker.runner import LoadedAdapter, Runner, StepItem
+from server.worker.runner import Runner, StepItem
+from server.worker.sight import LoadedAdapter
 
 PROMPT = {"prompt": {"length": 5, "layers": (1, 2, 3)}}
 KINDS = {

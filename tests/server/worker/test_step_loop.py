@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Generator
 from dataclasses import replace
 
 import pytest
@@ -23,8 +24,10 @@ from models.attention import DenseAttend
 from models.llama import Llama
 from server.worker.blocks import BlockManager
 from server.worker.messages import Delta, Failed, Finished, PromptScored, SamplingParams
-from server.worker.runner import ImageInput, LoadedAdapter, Runner
-from server.worker.scheduler import Scheduler
+from server.worker.pace import Pace
+from server.worker.runner import Runner
+from server.worker.scheduler import Scheduler, SequenceRejected
+from server.worker.sight import ImageInput, LoadedAdapter
 from server.worker.step_loop import Prepared, StepLoop
 
 
@@ -54,8 +57,14 @@ class ToyEncoder:
         self.calls = 0
 
     def global_features(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
         return pixels_BCHW.flatten(1)
+
+    def by_layers(self, features: str, pixels_BCHW: torch.Tensor) -> Generator[None, None, torch.Tensor]:
+        assert features == "global"
+        self.calls += 1
+        for _ in range(3):
+            yield
+        return self.global_features(pixels_BCHW)
 
 
 def adapter_configs(base: Llama) -> list[AdapterConfig]:
@@ -112,7 +121,9 @@ class Deployment:
                 LoadedAdapter((f"a{i}", 1), adapter, self.encoder if config.vision else None)
             )
 
-    def loop(self, *, num_blocks=64, budget=64, seqs=16, hot=16, prompts=16, prefix_caching=True) -> StepLoop:
+    def loop(
+        self, *, num_blocks=64, budget=64, seqs=16, hot=16, prompts=16, prefix_caching=True, pace=None
+    ) -> StepLoop:
         runner = Runner(
             self.base, num_blocks=num_blocks, block_size=4, max_hot_adapters=hot, prompt_slots=prompts
         )
@@ -121,6 +132,7 @@ class Deployment:
             max_num_seqs=seqs,
             max_num_batched_tokens=budget,
             max_model_len=200,
+            pace=pace,
         )
         return StepLoop(runner, scheduler, Bytes())  # type: ignore[arg-type]
 
@@ -194,6 +206,7 @@ POOLS = {
     "chunks of 5": {"budget": 5, "seqs": 4},
     "preempting": {"num_blocks": 18, "seqs": 8},
     "no prefix cache": {"prefix_caching": False},
+    "paced": {"pace": Pace(stretch=1.1, least=1, first=3)},
     "few slots": {"seqs": 2, "hot": 2, "prompts": 2},
 }
 
@@ -228,6 +241,56 @@ def test_an_image_is_encoded_once():
     assert deployment.encoder.calls == 1
 
 
+def test_decodes_go_on_while_an_image_is_encoded():
+    deployment = Deployment()
+    pace = Pace(stretch=1.0)  # no time to spare: a layer a step
+    loop = deployment.loop(pace=pace)
+    pace.observe(1, 0, 0.001)
+    sees, image = deployment.adapters[-1], ImageInput("x", torch.ones(3, 4, 4))
+    quick = replace(deployment.request(0, random.Random(0), adapter=None, image=None), max_tokens=12)
+    seeing = deployment.request(1, random.Random(1), adapter=sees, image=image, max_tokens=3)
+    events: dict[str, list] = {"0": [], "1": []}
+    loop.add(quick, events["0"].append)
+    loop.step()
+    loop.add(seeing, events["1"].append)
+    assert loop.stats().waiting == 1
+    for _ in range(3):
+        decoded = len(tokens_of(events["0"]))
+        loop.step()
+        loop.check_integrity()
+        assert len(tokens_of(events["0"])) == decoded + 1
+        assert events["1"] == []
+    while loop.has_work:
+        loop.step()
+    assert deployment.encoder.calls == 1
+    for request in (quick, seeing):
+        assert tokens_of(events[request.request_id]) == without_eos(deployment.alone(request))
+
+
+def test_a_request_may_leave_while_its_image_is_encoded():
+    deployment = Deployment()
+    pace = Pace(stretch=1.0)
+    loop = deployment.loop(pace=pace)
+    pace.observe(1, 0, 0.001)
+    sees, image = deployment.adapters[-1], ImageInput("x", torch.ones(3, 4, 4))
+    quick = replace(deployment.request(0, random.Random(0), adapter=None, image=None), max_tokens=12)
+    seeing = [deployment.request(i, random.Random(i), adapter=sees, image=image) for i in (1, 2)]
+    loop.add(quick, lambda event: None)
+    loop.step()
+    for request in seeing:
+        loop.add(request, lambda event: None)
+    with pytest.raises(SequenceRejected, match="running already"):
+        loop.add(seeing[0], lambda event: None)
+    loop.step()
+    loop.abort("1")
+    loop.check_integrity()
+    assert loop.stats().waiting == 1
+    while loop.has_work:
+        loop.step()
+        loop.check_integrity()
+    assert deployment.encoder.calls == 1
+
+
 def test_aborted_requests_give_their_blocks_back_before_the_next_step():
     deployment = Deployment()
     loop = deployment.loop()
@@ -243,20 +306,24 @@ def test_aborted_requests_give_their_blocks_back_before_the_next_step():
     loop.check_integrity()
 
 
-def test_a_failing_encoder_fails_its_step_and_leaves_no_stale_prompts(caplog: pytest.LogCaptureFixture):
+def test_a_failing_encoder_fails_its_own_requests_and_leaves_no_stale_prompts(
+    caplog: pytest.LogCaptureFixture,
+):
     deployment = Deployment()
     loop = deployment.loop()
     sees = deployment.adapters[-1]
     image = ImageInput("y", torch.ones(3, 4, 4))
     request = deployment.request(0, random.Random(0), adapter=sees, image=image)
-    good = deployment.encoder.global_features
-    deployment.encoder.global_features = lambda pixels: 1 / 0  # type: ignore[method-assign]
-    events = run(loop, [request])
+    good = deployment.encoder.by_layers
+    deployment.encoder.by_layers = lambda features, pixels: 1 / 0  # type: ignore[method-assign]
+    other = deployment.request(1, random.Random(1), adapter=None, image=None)
+    events = run(loop, [request, other])
     assert isinstance(events["0"][-1], Failed)
-    deployment.encoder.global_features = good  # type: ignore[method-assign]
+    assert tokens_of(events["1"]) == without_eos(deployment.alone(other))
+    deployment.encoder.by_layers = good  # type: ignore[method-assign]
     events = run(loop, [request])
     assert tokens_of(events["0"]) == without_eos(deployment.alone(request))
-    assert "a step failed" in caplog.text
+    assert "images of 1 requests were not encoded" in caplog.text
 
 
 def test_weights_that_are_not_finite_end_their_own_request_only():

@@ -1,0 +1,135 @@
+"""What adapters see: encoders' features of images, kept, and made a layer at a time beside decodes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Generator, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.adapter import Adapter
+from models.vision.encoder import VisionEncoder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedAdapter:
+    """One version of one adapter. Requests hold on to theirs, whatever is loaded or unloaded meanwhile."""
+
+    key: tuple[str, int]  # id, version
+    adapter: Adapter
+    encoder: VisionEncoder | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageInput:
+    """Pixels [3, H, W] as the adapter's encoder wants them. `key` is the image's hash."""
+
+    key: str
+    pixels: Tensor
+
+
+class Sight:
+    """Features by encoder and image, least recently used first to go."""
+
+    def __init__(self, device: torch.device, entries: int) -> None:
+        self._device = device
+        self._entries = entries
+        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def knows(self, loaded: LoadedAdapter, image: ImageInput) -> bool:
+        return _key(loaded, image) in self._features
+
+    def see(self, loaded: LoadedAdapter, images: Sequence[ImageInput]) -> Tensor:
+        """Features [S, …] of the images, from the cache or computed in one batch."""
+        keys = [_key(loaded, image) for image in images]
+        for _ in self.seeing(loaded, images):
+            pass
+        found = [self._features[key] for key in keys]
+        for key in keys:
+            self._features.move_to_end(key)
+        while len(self._features) > self._entries:
+            self._features.popitem(last=False)
+        return torch.stack(found)
+
+    def seeing(self, loaded: LoadedAdapter, images: Sequence[ImageInput]) -> Generator[None]:
+        """Put what the cache lacks into it, in one batch, yielding after each layer of the encoder."""
+        vision, encoder = loaded.adapter.config.vision, loaded.encoder
+        assert vision is not None
+        assert encoder is not None
+        missing = {key: i.pixels for i in images if (key := _key(loaded, i)) not in self._features}
+        if missing:
+            pixels = torch.stack(list(missing.values())).to(self._device)
+            features = yield from encoder.by_layers(vision.features, pixels)
+            self._features.update(zip(missing, features.unbind(), strict=True))
+
+
+class ImageQueue:
+    """Requests that wait for their images' features, first come first served.
+
+    Beside decodes images are encoded one after another, as long as there is time: no step is longer than
+    its time by more than a layer of one image. Else all that wait for the same features are one batch.
+    """
+
+    def __init__(self, sight: Sight) -> None:
+        self._sight = sight
+        self._waiting: dict[str, tuple[LoadedAdapter, ImageInput]] = {}  # by request id
+        self._batch: list[str] = []  # whose images are being encoded
+        self._layers: Generator[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, request_id: str, loaded: LoadedAdapter, image: ImageInput) -> None:
+        self._waiting[request_id] = (loaded, image)
+
+    def remove(self, request_id: str) -> None:
+        """It no longer waits; what is under way for it goes on, for whoever asks next."""
+        self._waiting.pop(request_id, None)
+
+    def work(self, seconds: float) -> tuple[list[str], list[str]]:
+        """Encode for so long, a layer at least; whose features are there now, and whose cannot be had."""
+        until = time.perf_counter() + seconds
+        done: list[str] = []
+        failed: list[str] = []
+        while self._waiting:
+            if self._layers is None:
+                self._layers = self._start(alone=seconds < float("inf"))
+            try:
+                next(self._layers)
+            except StopIteration:
+                done += self._end()
+            except Exception:
+                log.exception("images of %d requests were not encoded", len(self._batch))
+                failed += self._end()
+            if time.perf_counter() >= until:
+                break
+        return done, failed
+
+    def _start(self, *, alone: bool) -> Generator[None]:
+        first, _ = next(iter(self._waiting.values()))
+        same = [id for id, (loaded, _) in self._waiting.items() if _source(loaded) == _source(first)]
+        self._batch = same[:1] if alone else same
+        return self._sight.seeing(first, [self._waiting[id][1] for id in self._batch])
+
+    def _end(self) -> list[str]:
+        done = [id for id in self._batch if self._waiting.pop(id, None) is not None]
+        self._batch, self._layers = [], None
+        return done
+
+
+def _source(loaded: LoadedAdapter) -> Hashable:
+    """Whose features they are."""
+    vision, encoder = loaded.adapter.config.vision, loaded.encoder
+    assert vision is not None
+    assert encoder is not None
+    return encoder.name, encoder.version, vision.features, vision.color
+
+
+def _key(loaded: LoadedAdapter, image: ImageInput) -> Hashable:
+    return _source(loaded), image.key
