@@ -24,6 +24,8 @@ from models.kernels.rows_cpu import address
 from models.kernels.scalars_cpu import intrinsic, jit, parallel_jit, widen
 from models.kernels.tile_cpu import I64, LANES, PANEL, ROWS, VF32, tile_sums
 
+_UNPACKED_ABOVE = 3 * ROWS  # rows; for fewer it is sooner to unpack 8 bits anew in registers
+
 
 def _tile(rows: int) -> Callable[..., None]:
     """The product of `rows` rows; what `tile_product` calls."""
@@ -99,7 +101,7 @@ def tile_product(x_MK: Any, sums_Mg: Any, first: int, last: int, w_PKF: Any, pan
 @jit
 def outputs(w_PKF: Any, panel: int, rows: int) -> Any:
     """Room for a tile's outputs, [ROWS, PANEL]; behind it, for many rows, a panel in 8 bits unpacked."""
-    if is_int8(w_PKF) and rows > ROWS:
+    if is_int8(w_PKF) and rows > _UNPACKED_ABOVE:
         y_RF = np.empty((ROWS + w_PKF.shape[1] - SCALES, PANEL), np.float32)
         unpack_int8(w_PKF, panel, y_RF, ROWS)
         return y_RF
