@@ -1,7 +1,7 @@
 """What weights in 8 and 4 bits gain and cost: `python bench/quantization.py`.
 
 Error: logits of every position of real text (this project's pages, in windows), against plain torch in
-float32 on the checkpoint's own weights. Speed: engines of all modes in one process, asked in turn.
+float32 on the checkpoint's own weights. Speed: an engine of each mode, asked in turn.
 
 decode tok/s   while all requests of a burst decode: from the last one's first token to the first one's end.
 TTFT           sent to first token, of a prompt of 512 tokens.
@@ -10,10 +10,11 @@ TTFT           sent to first token, of a prompt of 512 tokens.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing as mp
 import os
 import statistics
 import time
-from contextlib import AsyncExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,11 +84,12 @@ def _logits(runner: Any, ids: list[int]) -> Any:
 
 
 async def decode_rate(client: EngineClient, at_once: int, tokens: int) -> float:
-    """Tokens per second of a burst."""
+    """Tokens per second of a burst; 0 if a request ended before another began: give --tokens more."""
     prompts = [client.fresh_tokens(128) for _ in range(at_once)]
     times = await asyncio.gather(*(client.request("smollm2-135m", ids, tokens) for ids in prompts))
     begin, end = max(t[0][0] for t in times), min(t[-1][0] for t in times)
-    return sum(count for t in times for at, count in t if begin < at <= end) / (end - begin)
+    counted = sum(count for t in times for at, count in t if begin < at <= end)
+    return counted / (end - begin) if end > begin else 0.0
 
 
 async def first_token(client: EngineClient) -> float:
@@ -97,49 +99,72 @@ async def first_token(client: EngineClient) -> float:
     return 1e3 * ((await client.request("smollm2-135m", ids, 2))[0][0] - began)
 
 
-async def speed_table(rounds: int, tokens: int, threads: int) -> str:
-    kinds = ("decode tok/s, 1 request", "16 requests", "TTFT of 512 tokens, ms")
-    found: dict[str, list[list[float]]] = {mode: [[] for _ in kinds] for mode in MODES}
-    async with AsyncExitStack() as stack:
-        clients: dict[str, EngineClient] = {}
-        for mode in MODES:
-            settings = WorkerSettings.model_validate(
-                {
-                    "dtype": "bfloat16",
-                    "quantization": "none" if mode == "bfloat16" else mode,
-                    "num_threads": threads,
-                    "kv_cache_mib": 256,
-                    "shipped_adapters": False,
-                }
-            )
-            clients[mode] = await stack.enter_async_context(start_engine(settings))
-        for number in range(rounds + 1):
-            for mode, client in clients.items():
-                figures = (
-                    await decode_rate(client, 1, tokens),
-                    await decode_rate(client, 16, tokens),
-                    await first_token(client),
-                )
-                for own, figure in zip(found[mode], figures, strict=True):
-                    if number:  # the first warms up
-                        own.append(figure)
-    lines = ["| median (min to max) | " + " | ".join(kinds) + " |", "|---|---:|---:|---:|"]
-    for mode, columns in found.items():
+def _serve(pipe: Connection, mode: str, tokens: int, threads: int) -> None:
+    """An engine in a process of its own, as idle threads of others would disturb it: figures when asked."""
+    set_threads(threads)
+    settings = WorkerSettings.model_validate(
+        {
+            "dtype": "bfloat16",
+            "quantization": "none" if mode == "bfloat16" else mode,
+            "num_threads": threads,
+            "kv_cache_mib": 256,
+            "shipped_adapters": False,
+        }
+    )
+
+    async def answer() -> None:
+        async with start_engine(settings) as client:
+            while pipe.recv():
+                rates = [await decode_rate(client, at_once, tokens) for at_once in (1, 16)]
+                pipe.send((*rates, await first_token(client)))
+
+    asyncio.run(answer())
+
+
+def speed_table(rounds: int, tokens: int, threads: int) -> str:
+    context = mp.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    for mode in MODES:
+        pipes[mode], theirs = context.Pipe()
+        processes.append(context.Process(target=_serve, args=(theirs, mode, tokens, threads), daemon=True))
+        processes[-1].start()
+        theirs.close()
+    found: dict[str, list[tuple[float, ...]]] = {mode: [] for mode in MODES}
+    for number in range(rounds + 1):
+        for mode, pipe in pipes.items():
+            pipe.send(True)
+            figures = pipe.recv()
+            if number:  # the first warms up
+                found[mode].append(figures)
+    for pipe in pipes.values():
+        pipe.send(False)
+    for process in processes:
+        process.join()
+    return _table(found)
+
+
+def _table(found: dict[str, list[tuple[float, ...]]]) -> str:
+    """Medians over the rounds; a ratio is the median of the rounds' own."""
+    lines = [
+        "| median (min to max) | decode tok/s, 1 request | 16 requests | TTFT of 512 tokens, ms |",
+        "|---|---:|---:|---:|",
+    ]
+    for mode, rows in found.items():
+        columns = zip(*rows, strict=True)
         cells = [f"{statistics.median(own):.1f} ({min(own):.1f} to {max(own):.1f})" for own in columns]
         lines.append(f"| {mode} | " + " | ".join(cells) + " |")
     for mode in MODES[1:]:
-        ratios = [
-            statistics.median(a / b for a, b in zip(own, plain, strict=True))
-            for own, plain in zip(found[mode], found[MODES[0]], strict=True)
-        ]
-        cells = [f"{ratio:.2f}" for ratio in ratios]
+        pairs = zip(zip(*found[mode], strict=True), zip(*found[MODES[0]], strict=True), strict=True)
+        ratios = ([a / b for a, b in zip(*pair, strict=True) if b] for pair in pairs)
+        cells = [f"{statistics.median(own):.2f}" if own else "" for own in ratios]
         lines.append(f"| {mode} over bfloat16 | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 7,
-    tokens: Annotated[int, typer.Option(min=4, help="that each request decodes")] = 96,
+    tokens: Annotated[int, typer.Option(min=4, help="that each request decodes")] = 160,
     text_tokens: Annotated[int, typer.Option(min=1, help="whose logits are compared")] = 4096,
     window: Annotated[int, typer.Option(min=1, help="tokens of text at once")] = 256,
     speed: Annotated[bool, typer.Option(help="measure speed too")] = True,
@@ -154,7 +179,7 @@ def main(
     if error:
         print(error_table(resolve_base("smollm2-135m", default_cache_dir()), text_tokens, window))
     if speed:
-        print(asyncio.run(speed_table(rounds, tokens, threads)))
+        print(speed_table(rounds, tokens, threads))
 
 
 if __name__ == "__main__":

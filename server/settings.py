@@ -144,7 +144,16 @@ class WorkerSettings(_Settings):
         description="what vLLM makes room for: prompts alone; all: norms, biases, scales, low-rank terms and "
         "images too; auto: what the adapters given at the start need",
     )
+    vllm_compile: bool = Field(
+        True,
+        description="let vLLM compile the model, as it does by itself: faster, but starts a minute later",
+    )
     tensor_parallel: int = Field(1, gt=0, description="devices that share one model, under vLLM")
+    data_parallel: int = Field(
+        1,
+        gt=0,
+        description="copies of the model that share the requests, each on devices of its own, under vLLM",
+    )
     nnodes: int = Field(1, gt=0, description="machines whose devices these are, equally many of each")
     node_rank: int = Field(0, ge=0, description="of this machine; 0 leads and is asked, the others follow it")
     master_addr: str | None = Field(None, description="of machine 0, as all of them reach it")

@@ -1,7 +1,12 @@
-"""`llama-adapter serve` in a process of its own, for as long as a test needs it."""
+"""`llama-adapter serve` in a process of its own, for as long as a test needs it.
+
+The service's own variable names its engine: `LLAMA_ADAPTER_ENGINE=vllm pytest tests/clients` holds vLLM, in
+the environment of `make vllm`, to what the native engine is held to.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,12 +15,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
-COMMAND = (sys.executable, "-m", "server.cli", "serve", "--port", "0", "--kv-cache-mib", "8")
+ON_VLLM = os.environ.get("LLAMA_ADAPTER_ENGINE") == "vllm"
+PYTHON = str(Path(__file__).parents[1] / ".venv-vllm/bin/python") if ON_VLLM else sys.executable
+COMMAND = (PYTHON, "-m", "server.cli", "serve", "--port", "0", "--kv-cache-mib", "8")
 
 
 @dataclass
@@ -42,7 +50,7 @@ class Service:
 
 @contextmanager
 def serving(
-    *arguments: str, command: Sequence[str] = COMMAND, start_seconds: float = 90
+    *arguments: str, command: Sequence[str] = COMMAND, start_seconds: float = 300 if ON_VLLM else 90
 ) -> Iterator[Service]:
     """A service that has said that it is ready; killed afterwards if it still runs."""
     with subprocess.Popen(

@@ -31,15 +31,17 @@ from models.attention import DenseAttend
 from models.checkpoints.base import load_base
 from models.llama import Llama
 from models.tokenizer import load_tokenizer
+from models.vision.encoder import load_encoder
 from models.vllm_plugin import register
-from models.vllm_plugin.carriers import EVERYTHING, ROWS, check_carried
+from models.vllm_plugin.carriers import EVERYTHING, ROWS, Room, check_carried
 from models.vllm_plugin.export import export_adapter
 from models.vllm_plugin.options import engine_options, placeholders
+from models.vllm_plugin.sight import seeing_prompt, visual_rows
 from server.worker.blocks import BlockManager
 from server.worker.messages import Delta, SamplingParams
 from server.worker.runner import Runner
 from server.worker.scheduler import Scheduler
-from server.worker.sight import LoadedAdapter
+from server.worker.sight import ImageInput, LoadedAdapter
 from server.worker.step_loop import Prepared, StepLoop
 
 HEAD_DIM = 32  # the smallest of the CPU's attention in vLLM
@@ -86,6 +88,7 @@ class Asked:
     tokens: list[int]
     adapter: str | None = None
     max_tokens: int = 12
+    image: int | None = None  # the seed of its pixels
 
 
 @dataclass(frozen=True)
@@ -101,29 +104,46 @@ class Deployment:
 
     path: Path
     exports: Path
+    room: Room = ROOM
     adapters: dict[str, Adapter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.base, _ = load_base(self.path, torch.float32)
+        self.encoder = load_encoder("efficientnet-lite0")
+        self._seen: dict[tuple[str, int], Tensor] = {}
 
     def add(self, name: str, config: AdapterConfig, seed: int) -> None:
         adapter = random_adapter(config, seed=seed)
-        check_carried(config, name, ROOM)
-        export_adapter(adapter, self.exports / name, ROOM)
+        check_carried(config, name, self.room)
+        export_adapter(adapter, self.exports / name, self.room)
         self.adapters[name] = adapter
 
     def vllm(self, **changes: Any) -> LLM:
         register()
         limits = {"max_model_len": 256, "max_adapters": 6}
-        options = engine_options(self.path, self.base.config, room=ROOM, **limits)
+        options = engine_options(self.path, self.base.config, room=self.room, **limits)
         return LLM(**options | LIMITS | changes)
 
     def ask(self, llm: LLM, requests: Sequence[Asked]) -> list[Answer]:
-        prompts = [{"prompt_token_ids": placeholders(self.base.config) + r.tokens} for r in requests]
-        loras = [self._lora(r.adapter) for r in requests]
-        return answers(llm, prompts, requests, loras)
+        return answers(llm, [self._prompt(r) for r in requests], requests, [self._lora(r) for r in requests])
 
-    def _lora(self, name: str | None) -> LoRARequest | None:
+    def pixels(self, seed: int) -> Tensor:
+        size = self.encoder.image_size
+        return torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed))
+
+    def _prompt(self, request: Asked) -> Any:
+        before = placeholders(self.base.config)
+        if request.image is None:
+            return {"type": "token", "prompt_token_ids": before + request.tokens}
+        assert request.adapter
+        key = (request.adapter, request.image)
+        if key not in self._seen:  # the encoder's last bits are not the same each time, and blocks go by them
+            pixels = self.pixels(request.image)
+            self._seen[key] = visual_rows(self.adapters[request.adapter], self.encoder, pixels)
+        return seeing_prompt(before, request.tokens, self._seen[key], torch.float32)
+
+    def _lora(self, request: Asked) -> LoRARequest | None:
+        name = request.adapter
         if name is None:
             return None
         return LoRARequest(name, list(self.adapters).index(name) + 1, str(self.exports / name))
@@ -138,9 +158,11 @@ class Deployment:
         for i, request in enumerate(requests):
             loaded = None
             if request.adapter is not None:
-                loaded = LoadedAdapter((request.adapter, 1), self.adapters[request.adapter], None)
+                loaded = LoadedAdapter((request.adapter, 1), self.adapters[request.adapter], self.encoder)
+            seed = request.image
+            image = None if seed is None else ImageInput(str(seed), self.pixels(seed))
             params = SamplingParams(temperature=0, logprobs=0, ignore_eos=True)
-            prepared = Prepared(str(i), request.tokens, params, request.max_tokens, (), loaded)
+            prepared = Prepared(str(i), request.tokens, params, request.max_tokens, (), loaded, image)
             loop.add(prepared, events[i].append)
         while loop.has_work:
             loop.step()
@@ -161,8 +183,12 @@ class Deployment:
         )
         prompts = adaptation = None
         if request.adapter is not None:
-            adapter = self.adapters[request.adapter].double()
-            prompts, adaptation = adapter.prompts(base), OneAdapter(adapter, torch.float64)
+            adapter, visual_SnC = self.adapters[request.adapter], None
+            if request.image is not None:
+                features = self.encoder.global_features(self.pixels(request.image)[None])
+                visual_SnC = adapter.see(features).double()
+            adapter.double()
+            prompts, adaptation = adapter.prompts(base, visual_SnC), OneAdapter(adapter, torch.float64)
         tokens = torch.tensor([*request.tokens, *generated])
         hidden = base(tokens, torch.arange(len(tokens)), DenseAttend(1, prompts), adaptation)
         logprobs: Tensor = base.logits(hidden, adaptation).log_softmax(-1)
@@ -172,23 +198,28 @@ class Deployment:
         return [logprobs[first + i, token].item() for i, token in enumerate(generated)]
 
 
-def answers(llm: LLM, prompts: list[Any], requests: Sequence[Asked], loras: Any = None) -> list[Answer]:
-    params = [
-        VllmParams(temperature=0, max_tokens=r.max_tokens, logprobs=0, detokenize=False, ignore_eos=True)
-        for r in requests
-    ]
-    outputs = llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
-    return [
-        Answer(
-            list(output.outputs[0].token_ids),
-            [
-                step[token].logprob
-                for token, step in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
-            ],
-            max((output.num_cached_tokens or 0) - ROWS, 0),
+def answers(
+    llm: LLM, prompts: list[Any], requests: Sequence[Asked], loras: Sequence[LoRARequest | None] = ()
+) -> list[Answer]:
+    """All requests arrive before the first step."""
+    engine = llm.llm_engine
+    for i, request in enumerate(requests):
+        params = VllmParams(
+            temperature=0, max_tokens=request.max_tokens, logprobs=0, detokenize=False, ignore_eos=True
         )
-        for output in outputs
-    ]
+        engine.add_request(str(i), prompts[i], params, lora_request=loras[i] if loras else None)
+    found: dict[str, Answer] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                found[output.request_id] = _answer(output)
+    return [found[str(i)] for i in range(len(requests))]
+
+
+def _answer(output: Any) -> Answer:
+    (one,) = output.outputs
+    scores = [step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True)]
+    return Answer(list(one.token_ids), scores, max((output.num_cached_tokens or 0) - ROWS, 0))
 
 
 KINDS = (None, "poet", "cook", "tuned", "scaled", "low")

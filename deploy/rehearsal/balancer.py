@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 _PROBE_SECONDS = 1.0
@@ -35,15 +36,26 @@ class Balancer:
     async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One client's connection, to whom its turn has come; closed where nobody is ready."""
         ready = [name for name in self._named() if name in self.ready]
-        with contextlib.closing(writer), contextlib.suppress(OSError):
+        async with _closing(writer):
             if not ready:
                 return
             there = await asyncio.open_connection(*_parts(ready[next(self._turn) % len(ready)]))
-            with contextlib.closing(there[1]):
+            async with _closing(there[1]):
                 await asyncio.gather(_pass(reader, there[1]), _pass(there[0], writer))
 
     def _named(self) -> list[str]:
         return self._endpoints.read_text().split()
+
+
+@contextlib.asynccontextmanager
+async def _closing(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+    """A connection that breaks is one that has ended."""
+    with contextlib.suppress(OSError):
+        try:
+            yield
+        finally:
+            writer.close()
+            await writer.wait_closed()
 
 
 async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -57,11 +69,12 @@ async def _is_ready(name: str) -> bool:
     try:
         async with asyncio.timeout(_PROBE_SECONDS):
             reader, writer = await asyncio.open_connection(*_parts(name))
-            with contextlib.closing(writer):
+            async with _closing(writer):
                 writer.write(b"GET /health/ready HTTP/1.1\r\nhost: gateway\r\nconnection: close\r\n\r\n")
                 return (await reader.readline()).split()[1:2] == [b"200"]
     except (OSError, TimeoutError):
-        return False
+        pass
+    return False
 
 
 def _parts(name: str) -> tuple[str, int]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from models.kernels.paged_cpu import attend
 from models.kernels.panel_cpu import add_and_scale, prefetch_panel
-from models.kernels.product_cpu import group_sums, spare_panels, tile_product, unpack
+from models.kernels.product_cpu import group_sums, outputs, tile_product
 from models.kernels.scalars_cpu import exp, jit, narrow, parallel_jit, widen
 from models.kernels.tile_cpu import PANEL, ROWS
 
@@ -162,8 +162,6 @@ def _linear(
     first: int,
     w_PKF: Any,
     panel: int,
-    spare_TKF: Any,
-    own: int,
     bias_LSO: Any,
     scale_LSO: Any,
     slots_N: Any,
@@ -177,7 +175,7 @@ def _linear(
         for n in range(first, last):
             prefetch_panel(bias_LSO, layer, slots_N[n], start)
             prefetch_panel(scale_LSO, layer, slots_N[n], start)
-    tile_product(h_NK, sums_Ng, first, last, w_PKF, panel, spare_TKF, own, y_RF)
+    tile_product(h_NK, sums_Ng, first, last, w_PKF, panel, y_RF)
     if adapted:
         _adapt(layer, first, last - first, bias_LSO, scale_LSO, slots_N, start, y_RF)
 
@@ -211,23 +209,21 @@ def _qkv(
     v_panel = k_panel + (kv + PANEL - 1) // PANEL
     bias_q, bias_k, bias_v = bias[0], bias[1], bias[2]
     scale_q, scale_k, scale_v = scale[0], scale[1], scale[2]
-    sums, spare = group_sums(h_NC, w_PKF), spare_panels(w_PKF, N, 1)
+    sums = group_sums(h_NC, w_PKF)
     for task in numba.prange(P):
         p = np.int64(task)
-        own = np.int64(numba.get_thread_id())
-        unpack(w_PKF, p, spare, own)
-        y_RF = np.empty((ROWS, PANEL), np.float32)
+        y_RF = outputs(w_PKF, p, N)
         for first in range(0, N, ROWS):
             last = min(first + ROWS, N)
             if p < k_panel:
                 start = p * PANEL
-                _linear(layer, h_NC, sums, first, w_PKF, p, spare, own, bias_q, scale_q, slots_N, start, y_RF)
+                _linear(layer, h_NC, sums, first, w_PKF, p, bias_q, scale_q, slots_N, start, y_RF)
             elif p < v_panel:
                 start = (p - k_panel) * PANEL
-                _linear(layer, h_NC, sums, first, w_PKF, p, spare, own, bias_k, scale_k, slots_N, start, y_RF)
+                _linear(layer, h_NC, sums, first, w_PKF, p, bias_k, scale_k, slots_N, start, y_RF)
             else:
                 start = (p - v_panel) * PANEL
-                _linear(layer, h_NC, sums, first, w_PKF, p, spare, own, bias_v, scale_v, slots_N, start, y_RF)
+                _linear(layer, h_NC, sums, first, w_PKF, p, bias_v, scale_v, slots_N, start, y_RF)
             for r in range(last - first):
                 for c in range(PANEL):
                     qkv_NA[first + r, p * PANEL + c] = y_RF[r, c]
@@ -277,18 +273,14 @@ def _rotate_row(
 def _add(layer: int, h_NK: Any, w_PKF: Any, bias_LSO: Any, scale_LSO: Any, slots_N: Any, x_NC: Any) -> None:
     """x += s ⊙ (W h + b)."""
     N, C = x_NC.shape
-    sums, spare = group_sums(h_NK, w_PKF), spare_panels(w_PKF, N, 1)
+    sums = group_sums(h_NK, w_PKF)
     for task in numba.prange(w_PKF.shape[0]):
         p = np.int64(task)
-        own = np.int64(numba.get_thread_id())
-        unpack(w_PKF, p, spare, own)
-        y_RF = np.empty((ROWS, PANEL), np.float32)
+        y_RF = outputs(w_PKF, p, N)
         width = min(PANEL, C - p * PANEL)
         for first in range(0, N, ROWS):
             last = min(first + ROWS, N)
-            _linear(
-                layer, h_NK, sums, first, w_PKF, p, spare, own, bias_LSO, scale_LSO, slots_N, p * PANEL, y_RF
-            )
+            _linear(layer, h_NK, sums, first, w_PKF, p, bias_LSO, scale_LSO, slots_N, p * PANEL, y_RF)
             for r in range(last - first):
                 for c in range(width):
                     x_NC[first + r, p * PANEL + c] += y_RF[r, c]
@@ -309,35 +301,15 @@ def _gate_up(
     """silu(W1 h) ⊙ W3 h; the panels of w1 are the first half."""
     N, I = act_NI.shape
     half = w_PKF.shape[0] // 2
-    sums, spare = group_sums(h_NC, w_PKF), spare_panels(w_PKF, N, 2)
+    sums = group_sums(h_NC, w_PKF)
     for task in numba.prange(half):
         p = np.int64(task)
-        own = 2 * np.int64(numba.get_thread_id())
-        unpack(w_PKF, p, spare, own)
-        unpack(w_PKF, half + p, spare, own + 1)
-        gate_RF = np.empty((ROWS, PANEL), np.float32)
-        up_RF = np.empty((ROWS, PANEL), np.float32)
+        gate_RF, up_RF = outputs(w_PKF, p, N), outputs(w_PKF, half + p, N)
         width = min(PANEL, I - p * PANEL)
         for first in range(0, N, ROWS):
             last = min(first + ROWS, N)
-            _linear(
-                layer, h_NC, sums, first, w_PKF, p, spare, own, bias_1, scale_1, slots_N, p * PANEL, gate_RF
-            )
-            _linear(
-                layer,
-                h_NC,
-                sums,
-                first,
-                w_PKF,
-                half + p,
-                spare,
-                own + 1,
-                bias_3,
-                scale_3,
-                slots_N,
-                p * PANEL,
-                up_RF,
-            )
+            _linear(layer, h_NC, sums, first, w_PKF, p, bias_1, scale_1, slots_N, p * PANEL, gate_RF)
+            _linear(layer, h_NC, sums, first, w_PKF, half + p, bias_3, scale_3, slots_N, p * PANEL, up_RF)
             for r in range(last - first):
                 for c in range(width):
                     gate = gate_RF[r, c]
@@ -349,16 +321,14 @@ def _gate_up(
 def head(h_MC: Any, w_PKF: Any, bias_LSO: Any, scale_LSO: Any, slots_M: Any, logits_MV: Any) -> None:
     """s ⊙ (W h + b), the logits, in float32."""
     M, V = logits_MV.shape
-    sums, spare = group_sums(h_MC, w_PKF), spare_panels(w_PKF, M, 1)
+    sums = group_sums(h_MC, w_PKF)
     for task in numba.prange(w_PKF.shape[0]):
         p = np.int64(task)
-        own = np.int64(numba.get_thread_id())
-        unpack(w_PKF, p, spare, own)
-        y_RF = np.empty((ROWS, PANEL), np.float32)
+        y_RF = outputs(w_PKF, p, M)
         width = min(PANEL, V - p * PANEL)
         for first in range(0, M, ROWS):
             last = min(first + ROWS, M)
-            _linear(0, h_MC, sums, first, w_PKF, p, spare, own, bias_LSO, scale_LSO, slots_M, p * PANEL, y_RF)
+            _linear(0, h_MC, sums, first, w_PKF, p, bias_LSO, scale_LSO, slots_M, p * PANEL, y_RF)
             for r in range(last - first):
                 for c in range(width):
                     logits_MV[first + r, p * PANEL + c] = y_RF[r, c]

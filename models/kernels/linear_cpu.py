@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.kernels.product_cpu import group_sums, spare_panels, tile_product, unpack
+from models.kernels.product_cpu import group_sums, outputs, tile_product
 from models.kernels.quantized_cpu import MULTIPLES, Bits, quantize, quantized_shape
 from models.kernels.scalars_cpu import SUPPORTED_DTYPES, array, parallel_jit
 from models.kernels.tile_cpu import PANEL, ROWS
@@ -72,15 +72,13 @@ def packed_linear(x: Tensor, w_PKF: Tensor) -> Tensor:
 @parallel_jit
 def _multiply(x_MK: Any, w_PKF: Any, y_MO: Any) -> None:
     M = x_MK.shape[0]
-    sums, spare = group_sums(x_MK, w_PKF), spare_panels(w_PKF, M, 1)
+    sums = group_sums(x_MK, w_PKF)
     for task in numba.prange(w_PKF.shape[0]):
         panel = np.int64(task)
-        own = np.int64(numba.get_thread_id())
-        unpack(w_PKF, panel, spare, own)
-        y_RF = np.empty((ROWS, PANEL), np.float32)
+        y_RF = outputs(w_PKF, panel, M)
         for first in range(0, M, ROWS):
             last = min(first + ROWS, M)
-            tile_product(x_MK, sums, first, last, w_PKF, panel, spare, own, y_RF)
+            tile_product(x_MK, sums, first, last, w_PKF, panel, y_RF)
             for r in range(last - first):
                 for c in range(PANEL):
                     y_MO[first + r, panel * PANEL + c] = y_RF[r, c]

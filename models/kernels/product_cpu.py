@@ -18,12 +18,13 @@ from models.kernels.quantized_tile_cpu import (
     int8_sums,
     is_int4,
     is_int8,
-    scale_int8,
     unpack_int8,
 )
 from models.kernels.rows_cpu import address
 from models.kernels.scalars_cpu import intrinsic, jit, parallel_jit, widen
-from models.kernels.tile_cpu import I64, LANES, PANEL, ROWS, VECTORS, VF32, tile_sums
+from models.kernels.tile_cpu import I64, LANES, PANEL, ROWS, VF32, tile_sums
+
+_UNPACKED_ABOVE = 3 * ROWS  # rows; for fewer it is sooner to unpack 8 bits anew in registers
 
 
 def _tile(rows: int) -> Callable[..., None]:
@@ -40,19 +41,28 @@ def _tile(rows: int) -> Callable[..., None]:
             x_stride = cgutils.unpack_tuple(b, x_MK.strides)[0]
             K = cgutils.unpack_tuple(b, w_PKF.shape)[1]
             stored = kinds[3].dtype
+
+            def store(totals: list[list[Any]]) -> None:
+                for r, row in enumerate(totals):
+                    y_row = address(b, y_MF, b.add(args[6], ir.Constant(I64, r)))
+                    for v, total in enumerate(row):
+                        place = b.add(y_row, ir.Constant(I64, 4 * LANES * v))
+                        b.store(total, b.inttoptr(place, VF32.as_pointer()), align=4)
+
             if stored == types.int8:
-                totals = int8_sums(b, rows, x_row, x_stride, w_panel, K)
+                size = cgutils.unpack_tuple(b, y_MF.shape)[0]
+                with b.if_else(b.icmp_signed(">", size, ir.Constant(I64, ROWS))) as (behind, packed):
+                    with behind:
+                        unpacked = address(b, y_MF, ir.Constant(I64, ROWS))
+                        store(int8_sums(b, rows, x_row, x_stride, w_panel, K, unpacked))
+                    with packed:
+                        store(int8_sums(b, rows, x_row, x_stride, w_panel, K, None))
             elif stored == types.uint8:
                 sums_row = address(b, sums_Mg, args[2])
                 sums_stride = cgutils.unpack_tuple(b, sums_Mg.strides)[0]
-                totals = int4_sums(b, rows, x_row, x_stride, w_panel, K, sums_row, sums_stride)
+                store(int4_sums(b, rows, x_row, x_stride, w_panel, K, sums_row, sums_stride))
             else:
-                totals = tile_sums(b, rows, x_row, x_stride, w_panel, K, stored == types.uint16)
-            for r in range(rows):
-                y_row = address(b, y_MF, b.add(args[6], ir.Constant(I64, r)))
-                for v in range(VECTORS):
-                    place = b.add(y_row, ir.Constant(I64, 4 * LANES * v))
-                    b.store(totals[r][v], b.inttoptr(place, VF32.as_pointer()), align=4)
+                store(tile_sums(b, rows, x_row, x_stride, w_panel, K, stored == types.uint16))
             return context.get_dummy_value()
 
         i = types.int64
@@ -66,31 +76,11 @@ _tile_8, _tile_4, _tile_2, _tile_1 = (_tile(rows) for rows in (8, 4, 2, 1))
 
 
 @jit
-def tile_product(
-    x_MK: Any,
-    sums_Mg: Any,
-    first: int,
-    last: int,
-    w_PKF: Any,
-    panel: int,
-    spare_TKF: Any,
-    own: int,
-    y_RF: Any,
-) -> None:
+def tile_product(x_MK: Any, sums_Mg: Any, first: int, last: int, w_PKF: Any, panel: int, y_RF: Any) -> None:
     """y = rows `first` … `last - 1` of x (at most ROWS) times one packed panel, in float32.
 
-    `sums_Mg` is from `group_sums`; `spare_TKF`, from `spare_panels`, has at `own` what `unpack` put there.
+    `sums_Mg` is from `group_sums`, `y_RF` from `outputs` of this panel.
     """
-    if is_int8(w_PKF) and spare_TKF.shape[0] > 0:
-        _tiles(x_MK, sums_Mg, first, last, spare_TKF, own, y_RF)
-        for r in range(last - first):
-            scale_int8(y_RF, r, w_PKF, panel)
-    else:
-        _tiles(x_MK, sums_Mg, first, last, w_PKF, panel, y_RF)
-
-
-@jit
-def _tiles(x_MK: Any, sums_Mg: Any, first: int, last: int, w_PKF: Any, panel: int, y_RF: Any) -> None:
     row, out = first, 0
     while row < last:
         left = last - row
@@ -109,22 +99,13 @@ def _tiles(x_MK: Any, sums_Mg: Any, first: int, last: int, w_PKF: Any, panel: in
 
 
 @jit
-def spare_panels(w_PKF: Any, rows: int, count: int) -> Any:
-    """Room for `count` panels a thread in bfloat16, where so many rows are worth unpacking 8 bits; else none.
-
-    Shared by all tasks of a parallel region: one of its own would be allocated for each.
-    """
-    if is_int8(w_PKF) and rows > ROWS:
-        shape = (numba.get_num_threads() * count, w_PKF.shape[1] - SCALES, 2 * PANEL)
-        return np.empty(shape, np.uint16)
-    return np.empty((0, 1, 1), np.uint16)
-
-
-@jit
-def unpack(w_PKF: Any, panel: int, spare_TKF: Any, own: int) -> None:
-    """Lay a panel in 8 bits into its place among the spare ones, if there are any, for all rows to come."""
-    if is_int8(w_PKF) and spare_TKF.shape[0] > 0:
-        unpack_int8(w_PKF, panel, spare_TKF, own)
+def outputs(w_PKF: Any, panel: int, rows: int) -> Any:
+    """Room for a tile's outputs, [ROWS, PANEL]; behind it, for many rows, a panel in 8 bits unpacked."""
+    if is_int8(w_PKF) and rows > _UNPACKED_ABOVE:
+        y_RF = np.empty((ROWS + w_PKF.shape[1] - SCALES, PANEL), np.float32)
+        unpack_int8(w_PKF, panel, y_RF, ROWS)
+        return y_RF
+    return np.empty((ROWS, PANEL), np.float32)
 
 
 @jit

@@ -47,14 +47,24 @@ _VI16 = ir.VectorType(ir.IntType(16), _WORDS)
 _VH = ir.VectorType(ir.IntType(16), LANES)
 
 
-def int8_sums(b: Any, rows: int, x_row: Any, x_stride: Any, w_panel: Any, w_rows: Any) -> list[list[Any]]:
-    """Scaled sums, a vector for each row and LANES outputs, of a panel in 8 bits."""
+def int8_sums(
+    b: Any, rows: int, x_row: Any, x_stride: Any, w_panel: Any, w_rows: Any, unpacked: Any
+) -> list[list[Any]]:
+    """Scaled sums, a vector for each row and LANES outputs, of a panel in 8 bits.
+
+    `unpacked`, unless None: where its numbers are already in bfloat16.
+    """
     steps = b.sub(w_rows, ir.Constant(I64, SCALES))
     sums = [[_zero(b) for _ in range(VECTORS)] for _ in range(rows)]
     with cgutils.for_range(b, steps, intp=I64) as loop:
-        w_step = b.add(w_panel, b.mul(loop.index, ir.Constant(I64, 2 * PANEL)))
-        ws = [_from_int8(b, b.add(w_step, ir.Constant(I64, _WORDS * v))) for v in range(VECTORS)]
-        _accumulate(b, sums, ws, x_row, x_stride, b.mul(loop.index, ir.Constant(I64, 4)))
+        x_step = b.mul(loop.index, ir.Constant(I64, 4))
+        if unpacked is None:
+            w_step = b.add(w_panel, b.mul(loop.index, ir.Constant(I64, 2 * PANEL)))
+            ws = [_from_int8(b, b.add(w_step, ir.Constant(I64, _WORDS * v))) for v in range(VECTORS)]
+        else:
+            w_step = b.add(unpacked, b.mul(loop.index, ir.Constant(I64, 4 * PANEL)))
+            ws = [load(b, b.add(w_step, ir.Constant(I64, 4 * LANES * v)), VI32) for v in range(VECTORS)]
+        _accumulate(b, sums, ws, x_row, x_stride, x_step)
     scales = b.add(w_panel, b.mul(steps, ir.Constant(I64, 2 * PANEL)))
     loaded = [load(b, b.add(scales, ir.Constant(I64, 4 * LANES * v)), VF32) for v in range(VECTORS)]
     return [[b.fmul(b.load(t), s) for t, s in zip(row, loaded, strict=True)] for row in sums]
@@ -171,14 +181,15 @@ def _half(b: Any, place: Any) -> Any:
 
 
 @intrinsic
-def unpack_int8(typing: Any, w_PKF: Any, panel: Any, out_TKF: Any, place: Any) -> Any:
-    """A panel's numbers as bfloat16 to a place of `out_TKF`, for many rows."""
+def unpack_int8(typing: Any, w_PKF: Any, panel: Any, out_RF: Any, row: Any) -> Any:
+    """A panel's numbers as bfloat16, those of a step into each row of `out_RF` from `row` on."""
 
     def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
         kinds = signature.args
         w, out = (context.make_array(kinds[i])(context, b, args[i]) for i in (0, 2))
         w_panel, out_panel = address(b, w, args[1]), address(b, out, args[3])
-        with cgutils.for_range(b, cgutils.unpack_tuple(b, out.shape)[1], intp=I64) as loop:
+        steps = b.sub(cgutils.unpack_tuple(b, w.shape)[1], ir.Constant(I64, SCALES))
+        with cgutils.for_range(b, steps, intp=I64) as loop:
             w_step = b.add(w_panel, b.mul(loop.index, ir.Constant(I64, 2 * PANEL)))
             out_step = b.add(out_panel, b.mul(loop.index, ir.Constant(I64, 4 * PANEL)))
             for v in range(VECTORS):
@@ -187,27 +198,7 @@ def unpack_int8(typing: Any, w_PKF: Any, panel: Any, out_TKF: Any, place: Any) -
                 b.store(pairs, b.inttoptr(place, VI32.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(w_PKF, types.int64, out_TKF, types.int64), build
-
-
-@intrinsic
-def scale_int8(typing: Any, y_RF: Any, r: Any, w_PKF: Any, panel: Any) -> Any:
-    """Row r of sums of unpacked numbers, times the panel's scales."""
-
-    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        kinds = signature.args
-        y, w = (context.make_array(kinds[i])(context, b, args[i]) for i in (0, 2))
-        y_row = address(b, y, args[1])
-        steps = b.sub(cgutils.unpack_tuple(b, w.shape)[1], ir.Constant(I64, SCALES))
-        scales = address(b, w, args[3], steps)
-        for v in range(VECTORS):
-            offset = ir.Constant(I64, 4 * LANES * v)
-            place = b.add(y_row, offset)
-            scaled = b.fmul(load(b, place, VF32), load(b, b.add(scales, offset), VF32))
-            b.store(scaled, b.inttoptr(place, VF32.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return types.void(y_RF, types.int64, w_PKF, types.int64), build
+    return types.void(w_PKF, types.int64, out_RF, types.int64), build
 
 
 @intrinsic

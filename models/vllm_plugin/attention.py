@@ -67,13 +67,17 @@ def prompt_backend(platform: type[AttentionBackend]) -> type[AttentionBackend]:
             self._prompt_blocks = ROWS // spec.block_size
             self._lens = _lens_buffer(vllm_config, device)
             layers = vllm_config.compilation_config.static_forward_context
-            self._lengths = layers[layer_names[0]].prompt_lengths
+            self._carrier = layers[layer_names[0]].carrier
 
         def build(
             self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False
         ) -> Any:
+            """None where no request has an adapter and that may be asked: the layer computes nothing then."""
             B = common.num_reqs
-            self._lens[:B] = self._lengths(common.query_start_loc[:B])
+            slots_B = token_slots(self._carrier())[common.query_start_loc[:B].long()]
+            if slots_B.device.type == "cpu" and not (slots_B >= 0).any():
+                return None
+            self._lens[:B] = prompt_lengths(self._carrier(), slots_B)
             prompts: CommonAttentionMetadata = common.replace(
                 seq_lens=self._lens[:B],
                 seq_lens_cpu_upper_bound=None,
@@ -86,10 +90,9 @@ def prompt_backend(platform: type[AttentionBackend]) -> type[AttentionBackend]:
     return _backend("Prompt", platform, PromptBuilder)
 
 
-def prompt_lengths(carrier: Any, first_token_B: Tensor) -> Tensor:
+def prompt_lengths(carrier: Any, slots_B: Tensor) -> Tensor:
     """Rows [B] of the requests' adapters. At least one: a softmax of nothing has no value, and the gate of
     a request without prompts is zero."""
-    slots_B = token_slots(carrier)[first_token_B.long()]
     lengths_B = carrier.lora_b_stacked[0][slots_B.clamp(min=0), 0, 0, LENGTH]
     return torch.where(slots_B < 0, 1, lengths_B).clamp(min=1).to(torch.int32)
 

@@ -5,7 +5,8 @@ adapter slot, loads, evicts and counts them as it does LoRA's; the model reads t
 
     adapter_prompt, one per layer    A [R, C]: the prompt rows; B [H, R]: column 0 the effective gates,
                                      of row 0 column 1 the number of rows, column 2 whether they see,
-                                     column 3 whether low-rank terms act on them
+                                     column 3 whether low-rank terms act on them, column 4 whether there
+                                     are rows without an image, too
     adapter_vectors, one per layer   A [R, ⌈F / R⌉]: norms, biases and scales, one after another
     adapter_final, one per model     the same for the final norm
 
@@ -30,7 +31,7 @@ from models.errors import AdapterMismatch
 ROWS = 32
 
 PROMPT, VECTORS, FINAL = "adapter_prompt", "adapter_vectors", "adapter_final"
-GATE, LENGTH, SEES, LOW_RANK = 0, 1, 2, 3  # columns of the prompt carrier's B
+GATE, LENGTH, SEES, LOW_RANK, STATIC = 0, 1, 2, 3, 4  # columns of the prompt carrier's B
 
 # vLLM's names of the linears that have low-rank terms, and of their parts in files.
 LINEAR_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -107,12 +108,13 @@ def columns(spans: dict[str, Span]) -> int:
 
 def check_carried(config: AdapterConfig, source: str, room: Room) -> None:
     """Raise AdapterMismatch, with what to do, for an adapter that vLLM cannot carry or has no room for."""
+    # One visual token may be repeated to any length: of equal rows the softmax is that of one.
     static = config.prompt.length if config.prompt else 0
     visual = config.vision.num_tokens if config.vision and config.vision.fusion == "early" else 0
     rank = config.lora.rank if config.lora else 0
     for refused, reason in (
         (config.max_prompt_len > ROWS, f"its prompts are longer than {ROWS} rows"),
-        (0 < static != visual > 0, "its static and its visual prompts differ in length"),
+        (0 < static != visual > 1, "its static and its visual prompts differ in length"),
         (config.prompt and config.prompt.projection != "wk_wv", "its prompts are regrouped (LitGPT 0.5.5)"),
         (rank > ROWS, f"its LoRA terms have a rank over {ROWS}"),
         (rank and config.scale_bias.scale != "none", "it has LoRA terms beside scales"),

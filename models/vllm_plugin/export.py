@@ -24,6 +24,7 @@ from models.vllm_plugin.carriers import (
     PROMPT,
     ROWS,
     SEES,
+    STATIC,
     VECTORS,
     Room,
     Span,
@@ -116,6 +117,8 @@ def _prompt_facts(adapter: Adapter, layer: int, gates_H: Tensor) -> Tensor:
     facts[:, GATE] = gates_H
     facts[0, LENGTH] = adapter.config.max_prompt_len
     facts[0, SEES] = float(vision is not None and layer in vision.layers)
+    prompt = adapter.config.prompt
+    facts[0, STATIC] = float(prompt is not None and layer in prompt.layers)
     lora = adapter.config.lora
     facts[0, LOW_RANK] = float(lora is not None and lora.on_prompts)
     return facts

@@ -30,7 +30,6 @@ from vllm.model_executor.models.llama import (
 from models.vllm_plugin.attention import (
     gates,
     prompt_backend,
-    prompt_lengths,
     text_backend,
     token_slots,
 )
@@ -40,11 +39,13 @@ from models.vllm_plugin.carriers import (
     PROMPT,
     ROWS,
     SEES,
+    STATIC,
     VECTORS,
     Room,
     final_vectors,
     layer_vectors,
 )
+from models.vllm_plugin.compilation import settle_compilation
 from models.vllm_plugin.limits import check_config
 from models.vllm_plugin.vectors import Step, Tuned, base_spec, flat, share, vector_carrier
 
@@ -79,7 +80,7 @@ class AdapterAttention(LlamaAttention):
             **options,
         )
         # The builder of this layer's metadata asks it; the carrier is not wrapped yet.
-        self.prompt_attn.prompt_lengths = lambda first_token_B: prompt_lengths(self.carrier, first_token_B)
+        self.prompt_attn.carrier = lambda: self.carrier
         carrier = ReplicatedLinear(
             self.hidden_size, self.total_num_heads, bias=False, prefix=f"{prefix}.{PROMPT}"
         )
@@ -100,6 +101,8 @@ class AdapterAttention(LlamaAttention):
             q, k, v = self._qkv(x_NC, step)
         else:
             q, k, v = tuned.linears(("wq", "wk", "wv"), x_NC, lambda x: self._qkv(x, step))
+        if step.placeholder_N1 is not None:
+            v = torch.where(step.placeholder_N1 & ~self._has_rows(step), 0, v)
         q, k = self.rotary_emb(positions, q, k)
         out = self.attn(q, k, v)
         if step.own_N1 is not None:
@@ -125,12 +128,22 @@ class AdapterAttention(LlamaAttention):
             rows_NC = rows_NC + sees_N1 * step.visual_NC
         return rows_NC
 
+    def _has_rows(self, step: Step) -> Tensor:
+        """Whether the layer has prompt rows, [N, 1]: where only images bring them, what a bias makes of
+        none must not be attended to."""
+        facts_NR = self.carrier.lora_b_stacked[0][step.slot_N, 0, 0]
+        has_N1: Tensor = facts_NR[:, STATIC, None] > 0
+        if step.visual_NC is not None:
+            has_N1 = has_N1 | ((facts_NR[:, SEES, None] > 0) & (step.visual_NC != 0).any(-1, keepdim=True))
+        return has_N1
+
     def _prompts_part(self, q: Tensor, step: Step, own_N1: Tensor) -> Tensor:
         """g · softmax(q·k_aᵀ/√D)·v_a, [N, h·D]."""
         gate_Nh = gates(self.carrier, step.slot_N, own_N1, self.own_heads)
         out_NhD = self.prompt_attn(q, None, None).unflatten(-1, (self.num_heads, self.head_dim))
-        part: Tensor = (out_NhD * gate_Nh[..., None]).flatten(-2)
-        return part
+        # Where no request has an adapter nothing was written to `out_NhD`: it may hold anything.
+        part_NhD = torch.where(own_N1[..., None], out_NhD * gate_Nh[..., None], 0)
+        return part_NhD.flatten(-2)
 
 
 class AdapterLayer(LlamaDecoderLayer):
@@ -213,8 +226,8 @@ class AdapterModel(LlamaModel):
         slots_N = token_slots(self.layers[0].self_attn.carrier)[: positions_N.shape[0]]
         own_N = slots_N >= 0
         placeholder_N1 = positions_N[:, None] < ROWS
-        # Asking a GPU would wait for it; and what a CUDA graph holds must not depend on the answer.
-        asks = positions_N.device.type == "cpu"
+        # Asking a GPU would wait for it; what is compiled or in a CUDA graph must not depend on the answer.
+        asks = positions_N.device.type == "cpu" and self.do_not_compile
         has_prompts = not asks or bool(placeholder_N1.any())
         if visual_NC is not None:  # a copy: the layers add up their residuals in the original's place
             visual_NC = visual_NC.where(placeholder_N1, 0) if has_prompts else None
@@ -232,6 +245,7 @@ class LlamaAdapterForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_config(vllm_config)
+        settle_compilation(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=AdapterLayer)
 
     def _init_model(

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 def build(settings: WorkerSettings) -> Engine:
     """The engine that the settings name. Raises `ModelError` and `StartupError`."""
     if settings.engine == "native":
-        for name in ("tensor_parallel", "nnodes"):
+        for name in ("tensor_parallel", "data_parallel", "nnodes"):
             if getattr(settings, name) > 1:
                 raise StartupError(f"the native engine has one device; use --engine vllm for {name}.")
         return build_engine(settings)
@@ -63,7 +63,8 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
     """
     began = time.monotonic()
     path = resolve_base(settings.base, settings.cache_dir)
-    device, dtype = _device(settings), _dtype(settings)
+    device = _device(settings)
+    dtype = torch.bfloat16 if settings.quantization != "none" else pick_dtype(settings.dtype, device.type)
     bits = _bits(settings, device)
     # Quantised from the checkpoint's own numbers, not from numbers that were rounded before.
     base, embedding_fingerprint = load_base(path, dtype if bits is None else torch.float32, device)
@@ -203,14 +204,12 @@ def _bits(settings: WorkerSettings, device: torch.device) -> Bits | None:
     return settings.quantization
 
 
-def _dtype(settings: WorkerSettings) -> torch.dtype:
-    """`auto` is bfloat16 where the processor multiplies in it, float32 elsewhere; quantised it always is."""
-    if settings.quantization != "none":
-        return torch.bfloat16
-    if settings.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, settings.dtype)
+def pick_dtype(name: str, device_type: str) -> torch.dtype:
+    """`auto` is bfloat16 where the processor multiplies in it, float32 elsewhere."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
         return dtype
-    if settings.device != "cpu":
+    if device_type != "cpu":
         return torch.bfloat16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 

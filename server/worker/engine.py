@@ -11,41 +11,24 @@ import asyncio
 import logging
 import queue
 import threading
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import TypeVar
 
-from server.errors import InvalidRequest, NotFound, RateLimited, Timeout, Unavailable
+from server.errors import InvalidRequest, Unavailable
 from server.worker.adapter_loading import AdapterLoader
+from server.worker.engine_base import EngineBase
 from server.worker.frontend import Frontend, ServedModel
-from server.worker.gates import gates_of
-from server.worker.messages import (
-    AdapterGates,
-    Detokenized,
-    DetokenizeRequest,
-    EngineStats,
-    Event,
-    Failed,
-    Finished,
-    GenerateRequest,
-    ModelInfo,
-    Started,
-    Tokenized,
-    TokenizeRequest,
-)
+from server.worker.messages import EngineStats, Event, Failed, Finished
 from server.worker.scheduler import SequenceRejected
 from server.worker.step_loop import Prepared, StepLoop
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _IDLE_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
-class NativeEngine:
+class NativeEngine(EngineBase):
     def __init__(
         self,
         step_loop: StepLoop,
@@ -55,20 +38,10 @@ class NativeEngine:
         *,
         max_requests: int,
     ) -> None:
-        """`models`: the base first. `max_requests` counts those running and waiting together."""
+        super().__init__(frontend, loader, models, max_requests=max_requests)
         self._step_loop = step_loop
-        self._frontend = frontend
-        self._loader = loader
-        self._models = {model.info.id: model for model in models}
-        self._max_requests = max_requests
-        self._requests = 0
-        self._users: Counter[tuple[str, int]] = Counter()  # requests by adapter version
-        self._released = asyncio.Condition()
-        self._retiring: set[asyncio.Task[None]] = set()
-        self._loading = asyncio.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outbox: list[tuple[asyncio.Queue[Event], Event]] = []
-        self._preparing = ThreadPoolExecutor(2, thread_name_prefix="prepare")
         self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stats = _IDLE_STATS
@@ -90,93 +63,11 @@ class NativeEngine:
         for task in self._retiring:
             task.cancel()
 
-    def models(self) -> list[ModelInfo]:
-        return [model.info for model in self._models.values()]
-
     def stats(self) -> EngineStats:
         return replace(self._stats, adapters_loaded=len(self._models) - 1)
 
-    async def tokenize(self, request: TokenizeRequest) -> Tokenized:
-        model = self._frontend.find(self._models, request.model)
-        ids = await self._prepare(lambda: self._frontend.tokenize(model, request.prompt))
-        return Tokenized(tuple(ids), model.info.max_model_len)
-
-    async def detokenize(self, request: DetokenizeRequest) -> Detokenized:
-        self._frontend.find(self._models, request.model)
-        return Detokenized(await self._prepare(lambda: self._frontend.detokenize(request.token_ids)))
-
-    async def gates(self, id: str) -> AdapterGates:
-        loaded = self._frontend.find(self._models, id).adapter
-        if loaded is None:
-            raise NotFound(f"{id!r} is the base model, which has no gates.", param="id")
-        return await self._prepare(lambda: gates_of(loaded.adapter))
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        if not self._healthy:
-            raise Unavailable("The engine stopped; the worker is restarting.", retry_after=5)
-        if self._requests >= self._max_requests:
-            raise RateLimited(
-                f"{self._requests} requests are running or waiting, as many as this worker takes."
-            )
-        model = self._frontend.find(self._models, request.model)
-        timeout = request.timeout_seconds
-        deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
-        self._requests += 1
-        self._users[model.key] += 1
-        try:
-            prepared = await self._prepare(lambda: self._frontend.prepare(model, request))
-            yield Started(len(prepared.token_ids))
-            async with aclosing(self._events(prepared, deadline)) as events:
-                async for event in events:
-                    yield event
-        except TimeoutError:
-            raise Timeout(f"The request took longer than its {timeout:g} seconds.") from None
-        finally:
-            self._requests -= 1
-            self._users[model.key] -= 1
-            if not self._users[model.key]:
-                del self._users[model.key]
-                await asyncio.shield(self._notify_released())
-
-    async def load_adapter(
-        self, id: str, path: str, options: Mapping[str, str] | None = None, version: int = 1
-    ) -> ModelInfo:
-        async with self._loading:
-            load = self._loader.load_at_run_time
-            model = await asyncio.to_thread(load, id, path, options or {}, version)
-            replaced = self._models.get(id)
-            self._models[id] = model
-            if replaced is not None:
-                self._retire(replaced)
-            return model.info
-
-    async def unload_adapter(self, id: str) -> asyncio.Task[None]:
-        async with self._loading:
-            model = self._models.get(id)
-            if model is None or model.adapter is None:
-                raise NotFound(f"No adapter {id!r} is loaded.", param="id", code="model_not_found")
-            del self._models[id]
-        return self._retire(model)
-
-    def _retire(self, model: ServedModel) -> asyncio.Task[None]:
-        """Let running requests finish with their version, then drop what was cached for it."""
-
-        async def retire() -> None:
-            async with self._released:
-                await self._released.wait_for(lambda: model.key not in self._users)
-            await self._ask(lambda: self._step_loop.forget(model.key))
-
-        task = asyncio.create_task(retire())
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
-        return task
-
-    async def _notify_released(self) -> None:
-        async with self._released:
-            self._released.notify_all()
-
-    async def _prepare(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+    async def _forget(self, key: tuple[str, int]) -> None:
+        await self._ask(lambda: self._step_loop.forget(key))
 
     async def _events(self, prepared: Prepared, deadline: float | None) -> AsyncGenerator[Event, None]:
         """The step loop's events for one request. Raises TimeoutError at the deadline."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,17 +18,18 @@ from models.checkpoints.layout import BaseCheckpoint
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.fingerprint import fingerprint
+from models.kv_cache import KVCache
 from models.pull import resolve_base
 from models.tokenizer import load_tokenizer
 from models.vision.images import ImageLimits
 from models.vllm_plugin import ENDS_WITH_PARENT
-from models.vllm_plugin.carriers import EVERYTHING, ROWS, Room
+from models.vllm_plugin.carriers import EVERYTHING, ROWS, Room, check_carried
 from models.vllm_plugin.options import engine_options
 from models.vllm_plugin.sharing import SHARED_ADAPTERS
 from server.serving import StartupError
 from server.settings import MIB, WorkerSettings
 from server.worker.adapter_loading import AdapterLoader
-from server.worker.build import base_id
+from server.worker.build import base_id, pick_dtype
 from server.worker.frontend import Frontend, ServedModel
 from server.worker.grammar import GrammarCompiler
 from server.worker.vllm_engine import ContextRoom, VllmEngine
@@ -69,6 +72,9 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
     )
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
     room = _room_for(settings, models)
+    for model in models:  # before the start, which takes its time
+        if model.adapter:
+            check_carried(model.adapter.adapter.config, model.info.id, room)
     calls = _import_vllm()
     vllm = calls.Vllm(_options(settings, path, config, room), config, sorted(tokenizer.eos_ids))
     log.info("vLLM serves %s after %.1f s", path, time.monotonic() - began)
@@ -110,6 +116,7 @@ def _refuse(settings: WorkerSettings) -> None:
     for given, sentence in (
         (settings.tensor_parallel % settings.nnodes != 0, "nnodes must divide tensor_parallel"),
         (settings.node_rank >= settings.nnodes, "node_rank must be below nnodes"),
+        (several and settings.data_parallel > 1, "nnodes over 1 takes no data_parallel"),
         (several and settings.master_addr is None, "nnodes over 1 needs master_addr"),
         (
             several and settings.vllm_adapters == "auto",
@@ -124,12 +131,35 @@ def _refuse(settings: WorkerSettings) -> None:
             raise StartupError(f"with --engine vllm {sentence}.")
 
 
+def _dtype(settings: WorkerSettings) -> torch.dtype:
+    return pick_dtype(settings.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _room_in_cache(settings: WorkerSettings, config: ModelConfig) -> int:
+    """Tokens of one request that the KV cache holds beside its placeholders; vLLM keeps a block to itself."""
+    shard = replace(config, num_kv_heads=max(config.num_kv_heads // settings.tensor_parallel, 1))
+    blocks = settings.kv_cache_mib * MIB // KVCache.bytes_per_block(shard, ROWS, _dtype(settings))
+    if blocks < 3:
+        raise StartupError(f"a KV cache of {settings.kv_cache_mib} MiB holds no request; raise kv_cache_mib.")
+    return (blocks - 2) * ROWS
+
+
+def _compiles(settings: WorkerSettings) -> bool:
+    """For a processor torch compiles with a C++ compiler, which not every container has."""
+    if not settings.vllm_compile or torch.cuda.is_available():
+        return settings.vllm_compile
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        log.warning("vLLM does not compile the model: there is no C++ compiler (g++, or what CXX names)")
+        return False
+    return True
+
+
 def _context(settings: WorkerSettings, config: ModelConfig) -> int:
-    """Tokens of text in one request."""
+    """Tokens of text in one request: the base's context, or less where that is asked for or all that fits."""
     asked, most = settings.max_model_len, config.max_position_embeddings
     if asked is not None and asked > most:
         raise StartupError(f"max_model_len {asked} is more than the base's context of {most} tokens.")
-    return asked or most
+    return min(asked or most, _room_in_cache(settings, config))
 
 
 def _options(settings: WorkerSettings, path: Path, config: ModelConfig, room: Room) -> dict[str, Any]:
@@ -151,8 +181,10 @@ def _options(settings: WorkerSettings, path: Path, config: ModelConfig, room: Ro
             "worker_extension_cls": SHARED_ADAPTERS,
         }
     return options | {
-        "dtype": settings.dtype,
+        "dtype": str(_dtype(settings)).removeprefix("torch."),
+        "enforce_eager": not _compiles(settings),
         "tensor_parallel_size": settings.tensor_parallel,
+        "data_parallel_size": settings.data_parallel,
         "kv_cache_memory_bytes": settings.kv_cache_mib * MIB,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,

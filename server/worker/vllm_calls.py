@@ -22,6 +22,7 @@ from torch import Tensor
 from vllm import SamplingParams as VllmParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
@@ -35,7 +36,7 @@ from models.vllm_plugin.carriers import ROWS
 from models.vllm_plugin.options import placeholders
 from models.vllm_plugin.sharing import packed
 from models.vllm_plugin.sight import seeing_prompt
-from server.errors import ServerFailure, Unavailable
+from server.errors import InvalidRequest, ServerFailure, Unavailable
 from server.worker.messages import EngineStats, FinishReason
 from server.worker.step_loop import Prepared
 from server.worker.vllm_answer import Step
@@ -43,6 +44,7 @@ from server.worker.vllm_grammar import GrammarProcessor, grammar_args
 
 log = logging.getLogger(__name__)
 
+_OF_MINUS_ONE = 2**63 - 1  # a seed, where vLLM takes -1 for none
 _LEADER_SECONDS = 5.0  # between a follower's looks for its leader, and for one of them
 _LEADER_FAILURES = 3  # in a row, until it is gone
 
@@ -80,7 +82,9 @@ class Vllm:
         self._llm.shutdown()
 
     def stats(self) -> EngineStats:
-        return self._stats.snapshot(self._llm.vllm_config.cache_config.num_gpu_blocks or 0)
+        config = self._llm.vllm_config
+        engines = config.parallel_config.data_parallel_size
+        return self._stats.snapshot(config.cache_config.num_gpu_blocks or 0, engines)
 
     async def add_adapter(self, name: str, folder: Path) -> LoRARequest:
         lora = LoRARequest(name, self._next_id, str(folder))
@@ -99,17 +103,19 @@ class Vllm:
     async def generate(
         self, prepared: Prepared, lora: LoRARequest | None, rows_RC: Tensor | None
     ) -> AsyncGenerator[Output, None]:
-        """`rows_RC` are what the adapter sees. Raises `Unavailable` where vLLM died.
+        """`rows_RC` are what the adapter sees. Closing it aborts the request.
 
-        Closing it aborts the request.
+        Raises `InvalidRequest` for what vLLM takes for no request, and `Unavailable` where it died.
         """
         prompt = self._prompt(prepared, rows_RC)
         id = f"{prepared.request_id}-{uuid.uuid4().hex}"
-        outputs = self._llm.generate(prompt, self._params(prepared), id, lora_request=lora)
         try:
+            outputs = self._llm.generate(prompt, self._params(prepared), id, lora_request=lora)
             async with aclosing(outputs):
                 async for output in outputs:
                     yield _read(output)
+        except VLLMValidationError as error:
+            raise InvalidRequest(f"vLLM cannot do this: {error}") from error
         except EngineDeadError as error:
             raise Unavailable("The engine stopped; the worker is restarting.", retry_after=5) from error
 
@@ -129,7 +135,7 @@ class Vllm:
             top_p=ours.top_p,
             top_k=ours.top_k,
             min_p=ours.min_p,
-            seed=ours.seed,
+            seed=_OF_MINUS_ONE if ours.seed == -1 else ours.seed,
             presence_penalty=ours.presence_penalty,
             frequency_penalty=ours.frequency_penalty,
             repetition_penalty=ours.repetition_penalty,
@@ -213,13 +219,13 @@ class _Stats:
         if iteration is not None:
             self._preemptions += iteration.num_preempted_reqs
 
-    def snapshot(self, blocks_of_an_engine: int) -> EngineStats:
+    def snapshot(self, blocks_of_an_engine: int, num_engines: int) -> EngineStats:
         engines = self._engines.values()
         hot: set[str] = set().union(*(engine.running_lora_adapters for engine in engines))
         return EngineStats(
             running=sum(engine.num_running_reqs for engine in engines),
             waiting=sum(engine.num_waiting_reqs + engine.num_skipped_waiting_reqs for engine in engines),
-            kv_blocks_total=blocks_of_an_engine * max(len(engines), 1),
+            kv_blocks_total=blocks_of_an_engine * num_engines,
             kv_blocks_used=sum(round(engine.kv_cache_usage * blocks_of_an_engine) for engine in engines),
             prefix_cache_queries=self._queries,
             prefix_cache_hits=self._hits,

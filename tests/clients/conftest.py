@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
-from service import Service, serving
+from service import ON_VLLM, Service, serving
 from tiny_base import write_adapter, write_tiny_base
 
 
@@ -15,9 +15,11 @@ from tiny_base import write_adapter, write_tiny_base
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny`, a base, and two adapters on it: `poet` for text alone, `sight`, which reads images."""
     folder = tmp_path_factory.mktemp("clients")
-    write_tiny_base(folder / "tiny", positions=2048)  # its tokens are short, and what tells of tools is long
-    write_adapter(folder / "adapters" / "poet", "v1")
-    write_adapter(folder / "adapters" / "sight", "sight")
+    heads = {"head_dim": 32} if ON_VLLM else {}  # its CPU build knows no smaller ones
+    # Its tokens are short, and what tells of tools is long.
+    write_tiny_base(folder / "tiny", positions=2048, **heads)
+    write_adapter(folder / "adapters" / "poet", "v1", **heads)
+    write_adapter(folder / "adapters" / "sight", "sight", **heads)
     return folder
 
 

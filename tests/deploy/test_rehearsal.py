@@ -6,8 +6,8 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,18 +88,31 @@ def test_a_finding_names_what_may_not_be() -> None:
 
 
 @asynccontextmanager
-async def gateway(name: bytes, ready: bool = True) -> AsyncIterator[str]:
-    """Says its name to every line but a probe's, whose status it answers; at the yielded address."""
+async def listening(answer: Callable[..., Awaitable[None]]) -> AsyncIterator[str]:
+    """Serves connections at the yielded address; at the end all of them must have ended."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.create_task(answer(reader, writer)))
+
+    server = await asyncio.start_server(begin, "127.0.0.1", 0)
+    async with server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    await asyncio.wait_for(asyncio.gather(*tasks), 5)
+
+
+def gateway(name: bytes, ready: bool = True) -> AbstractAsyncContextManager[str]:
+    """Says its name to every line but a probe's, whose status it answers."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
             probed = line.startswith(b"GET /health/ready")
             writer.write(b"HTTP/1.1 %d\r\n" % (200 if ready else 503) if probed else name)
         writer.close()
+        with suppress(OSError):  # a probe that has seen enough
+            await writer.wait_closed()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    async with server:
-        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    return listening(answer)
 
 
 async def said(balanced: str) -> tuple[bytes, asyncio.StreamReader, asyncio.StreamWriter]:
@@ -115,10 +128,8 @@ async def test_the_balancer_sends_new_connections_to_whom_it_shall(tmp_path: Pat
         endpoints = tmp_path / "endpoints"
         endpoints.write_text(f"{a}\n{b}\n{c}\n127.0.0.1:1")
         balancer = Balancer(endpoints)
-        probing = asyncio.create_task(balancer.probe_forever())
-        server = await asyncio.start_server(balancer.carry, "127.0.0.1", 0)
-        async with server:
-            balanced = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with asyncio.TaskGroup() as group, listening(balancer.carry) as balanced:
+            probing = group.create_task(balancer.probe_forever())
             async with asyncio.timeout(10):
                 while balancer.ready != {a, b}:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
@@ -131,7 +142,8 @@ async def test_the_balancer_sends_new_connections_to_whom_it_shall(tmp_path: Pat
                 writer.write(b"who?\n")
                 assert await asyncio.wait_for(reader.read(1), 5) == name
                 writer.close()
-        probing.cancel()
+                await writer.wait_closed()
+            probing.cancel()
 
 
 @pytest.mark.server

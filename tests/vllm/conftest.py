@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,7 @@ else:
     ffi.lib._fntab["__dict__"] = {}
 
     from tiny_base import adapter_config, write_tiny_base
+    from vllm_engines import write_models
     from vllm_support import HEAD_DIM, Deployment, low_rank, scaled_inputs
 
     @pytest.fixture(scope="session")
@@ -36,6 +38,13 @@ else:
         deployment.add("scaled", scaled_inputs(), 3)
         deployment.add("low", low_rank(), 4)
         return deployment
+
+    @pytest.fixture(scope="session")
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """`tiny`, and `adapters` of it."""
+        folder = tmp_path_factory.mktemp("models")
+        write_models(folder)
+        return folder
 
     @pytest.fixture(autouse=True)
     def _no_engine_left() -> Iterator[None]:

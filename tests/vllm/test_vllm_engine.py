@@ -7,34 +7,23 @@ import shutil
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from adapter_files import reference_7b, save_sample
-from PIL import Image
 from support import random_adapter
-from tiny_base import adapter_config, tiny_config, write_adapter, write_tiny_base
+from tiny_base import adapter_config
+from vllm_engines import ask, both, end_of, events_of, scores_of, settings, text_of
 from vllm_support import HEAD_DIM, TOLERANCE, low_rank
 
 from models.checkpoints.native import save_adapter
-from models.vision.efficientnet import EfficientNetLite0
 from server.errors import ApiError, InvalidRequest, NotFound, Timeout
-from server.settings import WorkerSettings
 from server.worker.build import build
 from server.worker.engine_api import Engine
 from server.worker.messages import (
-    ChatMessage,
-    ChatPrompt,
     Delta,
     Event,
-    Finished,
-    GenerateRequest,
     Grammar,
-    Prompt,
-    PromptScored,
-    SamplingParams,
     Scheduled,
     Started,
     TextPrompt,
@@ -43,35 +32,6 @@ from server.worker.messages import (
 )
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_tiny_base(folder / "tiny", head_dim=HEAD_DIM)
-    for seed, (name, kind) in enumerate((("v1", "v1"), ("v2", "v2"), ("sees", "sight"), ("other", "v1"))):
-        write_adapter(folder / "adapters" / name, kind, seed, HEAD_DIM)
-    tokens = {"encoder": "efficientnet-lite0", "F": EfficientNetLite0.token_dim}
-    save_sample(reference_7b(tiny_config(head_dim=HEAD_DIM), **tokens), folder / "adapters" / "7b.pth")
-    return folder
-
-
-def settings(folder: Path, engine: str) -> WorkerSettings:
-    adapters = folder / "adapters"
-    return WorkerSettings(
-        engine=engine,  # type: ignore[arg-type]
-        base=str(folder / "tiny"),
-        dtype="float32",
-        kv_cache_mib=16,
-        max_num_seqs=8,
-        max_hot_adapters=4,
-        adapters=(
-            *(f"{name}={adapters / name}" for name in ("v1", "v2", "sees")),
-            f"7b={adapters / '7b.pth'},encoder=efficientnet-lite0",
-        ),
-        adapter_root=adapters,
-        shipped_adapters=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -88,49 +48,6 @@ async def started(engines: tuple[Engine, Engine]) -> AsyncGenerator[tuple[Engine
         await engine.stop()
 
 
-def picture(colour: str) -> bytes:
-    file = BytesIO()
-    Image.linear_gradient("L").convert("RGB").point(lambda x: x // 2).save(file, "PNG")
-    plain = Image.new("RGB", (80, 60), colour)
-    plain.paste(Image.open(file).resize((40, 30)), (20, 10))
-    file = BytesIO()
-    plain.save(file, "PNG")
-    return file.getvalue()
-
-
-def ask(prompt: Prompt | str, model: str = "tiny", image: str | None = None, **sampling) -> GenerateRequest:
-    if isinstance(prompt, str):
-        prompt = ChatPrompt((ChatMessage("user", prompt),))
-    params = {"temperature": 0, "max_tokens": 10, "ignore_eos": True} | sampling
-    images = (picture(image),) if image else ()
-    return GenerateRequest("r", model, prompt, SamplingParams(**params), images)
-
-
-async def events_of(engine: Engine, request: GenerateRequest) -> list[Event]:
-    return [event async for event in engine.generate(request)]
-
-
-async def both(engines: tuple[Engine, Engine], request: GenerateRequest) -> tuple[list[Event], list[Event]]:
-    ours, native = [await events_of(engine, request) for engine in engines]
-    return ours, native
-
-
-def text_of(events: list[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, Delta))
-
-
-def scores_of(events: list[Event]) -> list[tuple[int, float]]:
-    found = [item for event in events if isinstance(event, Delta) for item in event.logprobs]
-    found += [item for event in events if isinstance(event, PromptScored) for item in event.logprobs[1:]]
-    pairs = [(item.token_id, item.logprob) for item in found]
-    return pairs + [(top.token_id, top.logprob) for item in found for top in item.top]  # type: ignore[return-value]
-
-
-def end_of(events: list[Event]) -> Finished:
-    assert isinstance(events[-1], Finished)
-    return events[-1]
-
-
 REQUESTS = {
     "base": ask("Hello, who are you?"),
     "v1": ask("Hello, who are you?", "v1"),
@@ -140,6 +57,8 @@ REQUESTS = {
     "no picture": ask("What is this?", "sees", logprobs=1),
     "released form": ask("What is this?", "7b", "red", logprobs=1),
     "released form without picture": ask("What is this?", "7b", logprobs=1),
+    "early fusion": ask("What is this?", "early", "red", logprobs=1),
+    "early fusion without picture": ask("What is this?", "early", logprobs=1),
     "scored without picture": ask(TextPrompt("the quick"), "sees", prompt_logprobs=0, max_tokens=1),
     "scored with picture": ask(TextPrompt("the quick"), "sees", "red", prompt_logprobs=0, max_tokens=1),
     "penalised with picture": ask("a a a", "sees", "red", repetition_penalty=1.5),
@@ -244,6 +163,20 @@ async def test_what_does_not_fit_is_refused_in_the_same_words(started: tuple[Eng
                 await events_of(engine, request)
             sentences.append((type(refused.value), refused.value.message))
         assert sentences[0] == sentences[1]
+
+
+async def test_what_vllm_takes_for_no_request_is_the_clients_mistake(started: tuple[Engine, Engine]) -> None:
+    """Nothing that the API lets pass; were there anything, it would not be a server's error."""
+    with pytest.raises(InvalidRequest, match="vLLM cannot do this: temperature"):
+        await events_of(started[0], ask("a", "v1", temperature=3.0))
+
+
+async def test_every_seed_repeats_itself(started: tuple[Engine, Engine]) -> None:
+    """Also -1, which vLLM takes for none."""
+    for seed in (-1, -(2**63), 0, 2**63 - 1):
+        request = ask("a", "v1", temperature=1.5, seed=seed, max_tokens=20)
+        first, second = [text_of(await events_of(started[0], request)) for _ in range(2)]
+        assert first == second
 
 
 async def test_an_adapter_that_vllm_cannot_carry_is_refused(

@@ -1,16 +1,20 @@
-"""A model over two processes, and one of real size."""
+"""A model over two processes, two of them, and one of real size."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
+from vllm_engines import ask, events_of, settings, text_of
 from vllm_support import Asked, Deployment, check, mixed
 
 from models.adapter import base_spec
 from models.adapter_config import AdapterConfig, PromptConfig
 from models.pull import resolve_base
 from server.settings import default_cache_dir
+from server.worker.build import build
+from server.worker.vllm_engine import VllmEngine
 
 pytestmark = pytest.mark.vllm
 
@@ -20,6 +24,31 @@ def test_two_processes_share_heads_and_features(deployment: Deployment) -> None:
     requests = mixed(6)
     check(deployment, requests, deployment.ask(llm, requests))
     llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.asyncio
+async def test_two_copies_share_the_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own data parallelism: two engines, each with weights, cache and adapters of its own."""
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")  # copies are processes
+    copies, native = build(settings(folder, "vllm", data_parallel=2)), build(settings(folder, "native"))
+    assert isinstance(copies, VllmEngine)
+    kinds = [("tiny", None), ("v1", None), ("v2", None), ("sees", "red"), ("sees", "navy"), ("7b", "red")]
+    requests = [ask(f"Number {i}", *kinds[i % len(kinds)], max_tokens=20) for i in range(12)]
+    for engine in (copies, native):
+        await engine.start()
+    try:
+        for model in ("other", "v1"):  # loaded into both copies, and replaced there
+            for engine in (copies, native):
+                await engine.load_adapter("late", model)
+            asked = [*requests, *(ask(f"Late {i}", "late") for i in range(4))]
+            found = await asyncio.gather(*(events_of(copies, request) for request in asked))
+            for request, events in zip(asked, found, strict=True):
+                assert text_of(events) == text_of(await events_of(native, request))
+        assert copies._vllm._stats._engines.keys() == {0, 1}
+        assert copies.stats().running == copies.stats().kv_blocks_used == 0
+    finally:
+        for engine in (copies, native):
+            await engine.stop()
 
 
 @pytest.mark.weights

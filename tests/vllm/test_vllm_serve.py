@@ -40,7 +40,7 @@ def test_the_api_is_the_same_and_nothing_is_left_behind(
     arguments = (
         *("--engine", "vllm", "--base", str(tmp_path / "tiny"), "--adapter-dir", str(tmp_path / "adapters")),
         *("--adapter-root", str(tmp_path / "root"), "--admin-key", "admin", "--api-key", "key"),
-        *("--max-hot-adapters", "4", "--dtype", "float32", "--experts", ""),
+        *("--max-hot-adapters", "4", "--dtype", "float32", "--experts", "", "--no-vllm-compile"),
     )
     with serving(*arguments, start_seconds=300) as service:
         client = httpx.Client(base_url=service.url, headers={"authorization": "Bearer key"}, timeout=120)

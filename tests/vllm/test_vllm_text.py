@@ -23,7 +23,7 @@ def test_base_requests_are_exactly_those_of_bare_vllm_and_mixed_ones_as_in_the_n
     assert sum(answer.cached for answer in again) > 0
 
     bare = LLM(str(deployment.path), skip_tokenizer_init=True, max_model_len=256, block_size=32, **LIMITS)
-    theirs = answers(bare, [{"prompt_token_ids": r.tokens} for r in for_base], for_base)
+    theirs = answers(bare, [{"type": "token", "prompt_token_ids": r.tokens} for r in for_base], for_base)
     assert [answer.tokens for answer in ours] == [answer.tokens for answer in theirs]
     assert [answer.logprobs for answer in ours] == [answer.logprobs for answer in theirs]
 

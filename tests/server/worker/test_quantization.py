@@ -84,7 +84,7 @@ def test_a_step_is_that_of_the_dequantised_weights(bits: Bits, kinds: list[str],
 
 
 @pytest.mark.weights
-@pytest.mark.parametrize(("bits", "mean", "same"), [("int8", 0.15, 0.93), ("int4", 0.15, 0.93)])
+@pytest.mark.parametrize(("bits", "mean", "same"), [("int8", 0.25, 0.92), ("int4", 0.1, 0.94)])
 @torch.inference_mode()
 def test_the_embedded_base_keeps_its_logits(bits: Bits, mean: float, same: float):
     """Against float32: the mean difference of a logit, and how often the first token is the same."""

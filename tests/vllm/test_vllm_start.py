@@ -1,0 +1,52 @@
+"""What vLLM's own configuration says of a start with the plugin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm_support import LIMITS, Deployment
+
+from models.vllm_plugin.carriers import EVERYTHING, Room
+from models.vllm_plugin.limits import UnsupportedByPlugin
+from models.vllm_plugin.model import LlamaAdapterForCausalLM
+from models.vllm_plugin.options import engine_options
+
+pytestmark = pytest.mark.vllm
+
+
+def configuration(deployment: Deployment, room: Room = EVERYTHING, **changes: Any) -> VllmConfig:
+    limits = {"max_model_len": 256, "max_adapters": 6}
+    options = engine_options(deployment.path, deployment.base.config, room=room, **limits)
+    return EngineArgs(**options | LIMITS | changes).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism would lose the prompts"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "a draft model knows nothing of prompts; start without speculative decoding",
+        ),
+        ({"block_size": 64}, "start with a block size that divides 32, not 64"),
+        ({"enable_lora": False}, "start with LoRA enabled"),
+        ({"lora_target_modules": ["qkv_proj"]}, "of LoRA's modules only adapter_prompt"),
+        ({"hf_overrides": {}}, "lacks `llama_adapter`"),
+    ],
+)
+def test_what_the_plugin_cannot_do_is_refused_in_one_sentence(
+    deployment: Deployment, changes: dict[str, Any], sentence: str
+) -> None:
+    config = configuration(deployment, **changes)
+    with pytest.raises(UnsupportedByPlugin, match=sentence) as refused:
+        LlamaAdapterForCausalLM(vllm_config=config)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_what_was_compiled_for_another_room_is_not_met(deployment: Deployment) -> None:
+    """vLLM keeps compiled models on disk, by a hash of the configuration."""
+    rooms = (Room(), Room(images=True), Room(vectors=True), Room(vectors=True, input_scales=True), EVERYTHING)
+    assert len({configuration(deployment, room).compute_hash() for room in rooms}) == len(rooms)
