@@ -62,13 +62,13 @@ async def measure(load: Load, settings: WorkerSettings, few: WorkerSettings) -> 
     async with start_engine(settings) as client, start_engine(few) as other:
         for contender in many:  # compile what is not yet, fill the bank
             await turn(client, contender, 4, -1)
-        await turn(other, FEW, 4, -1)
-        bursts.clear()
         for number in range(load.rounds):
+            await turn(client, BASE, load.max_tokens, -1)  # an engine that has slept begins slowly
             for contender in (BASE, *many):
                 await turn(client, contender, load.max_tokens, number)
+            await turn(other, FEW, load.max_tokens, -1)
             await turn(other, FEW, load.max_tokens, number)
-    return bursts
+    return [one for one in bursts if one.round >= 0]
 
 
 def table(bursts: Sequence[Burst], load: Load) -> str:
