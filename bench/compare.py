@@ -28,7 +28,7 @@ from bursts import Burst, Contender, burst, ratios, spread, summed_up, tell
 from engine_client import EngineClient, start_engine
 from machine import facts
 
-from server.processes import set_threads
+from server.processes import prepare_torch
 from server.settings import WorkerSettings, default_cache_dir
 
 OURS = Contender("ours, one V1 adapter", ("v1-0",))
@@ -227,7 +227,7 @@ def main(
     output: Annotated[Path, typer.Option(help="folder for compare.json and compare.md")] = Path("bench/out"),
 ) -> None:
     """Measure decoding and TTFT of the engine and of its peers."""
-    set_threads(threads)  # before torch is imported, which reads it once
+    prepare_torch(threads)  # before torch is imported, which reads it once
     from random_adapters import Kind
     from random_adapters import main as write_adapters
 

@@ -23,7 +23,7 @@ from bursts import Burst, Contender, burst, ratios, spread, tell
 from engine_client import start_engine
 from machine import facts
 
-from server.processes import set_threads
+from server.processes import prepare_torch
 from server.settings import WorkerSettings
 
 _MIXED = 8
@@ -119,7 +119,7 @@ def main(
     output: Annotated[Path, typer.Option(help="folder for engine.json and engine.md")] = Path("bench/out"),
 ) -> None:
     """Measure decoding and TTFT of the engine with and without adapters."""
-    set_threads(threads)  # before torch is imported, which reads it once
+    prepare_torch(threads)  # before torch is imported, which reads it once
     load = Load(
         rounds=5 if quick else rounds,
         levels=tuple(int(level) for level in levels.split(",")),

@@ -23,7 +23,7 @@ from bursts import Burst, Contender, burst, ratios, spread, tell
 from engine_client import EngineClient, start_engine
 from machine import facts
 
-from server.processes import set_threads
+from server.processes import prepare_torch
 from server.settings import WorkerSettings
 
 NUMBERS = (1, 2, 4, 8, 16, 64)
@@ -101,7 +101,7 @@ def main(
     output: Annotated[Path, typer.Option(help="folder for many_adapters.json and .md")] = Path("bench/out"),
 ) -> None:
     """Measure what the number of adapters costs, those asked for and those registered."""
-    set_threads(threads)  # before torch is imported, which reads it once
+    prepare_torch(threads)  # before torch is imported, which reads it once
     from random_adapters import Kind
     from random_adapters import main as write_adapters
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from engine_client import EngineClient, start_engine
 
-from server.processes import set_threads
+from server.processes import prepare_torch
 from server.settings import WorkerSettings, default_cache_dir
 
 MODES = ("bfloat16", "int8", "int4")
@@ -101,7 +101,7 @@ async def first_token(client: EngineClient) -> float:
 
 def _serve(pipe: Connection, mode: str, tokens: int, threads: int) -> None:
     """An engine in a process of its own, as idle threads of others would disturb it: figures when asked."""
-    set_threads(threads)
+    prepare_torch(threads)
     settings = WorkerSettings.model_validate(
         {
             "dtype": "bfloat16",
@@ -172,7 +172,7 @@ def main(
     threads: Annotated[int, typer.Option(help="of each engine")] = os.cpu_count() or 1,
 ) -> None:
     """Compare weights in bfloat16, 8 bits and 4 bits."""
-    set_threads(threads)  # before torch is imported, which reads it once
+    prepare_torch(threads)  # before torch is imported, which reads it once
 
     from models.pull import resolve_base
 

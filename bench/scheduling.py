@@ -27,7 +27,7 @@ import typer
 from engine_client import EngineClient, start_engine
 from machine import facts
 
-from server.processes import set_threads
+from server.processes import prepare_torch
 from server.settings import WorkerSettings
 
 _ADAPTERS = 8
@@ -176,7 +176,7 @@ def main(
     output: Annotated[Path, typer.Option(help="folder for scheduling.json and .md")] = Path("bench/out"),
 ) -> None:
     """Measure inter-token latency under mixed load, prefix hits, and the price of swapping adapters."""
-    set_threads(threads)  # before torch is imported, which reads them once
+    prepare_torch(threads)  # before torch is imported, which reads them once
     if quick:
         seconds, rounds = 30.0, 3
     from random_adapters import Kind

@@ -85,7 +85,7 @@ def run_worker(settings: WorkerSettings) -> None:
     """
     configure_logging(settings.log_level)
     configure_tracing("llama-adapter-worker")
-    set_threads(settings.num_threads)
+    prepare_torch(settings.num_threads)
     if settings.node_rank:
         from server.worker.build import follow
 
@@ -105,7 +105,7 @@ def run_experts(names: tuple[str, ...], settings: ExpertSettings) -> None:
     """The named experts behind the routes of `experts.app`. Raises `StartupError`."""
     configure_logging(settings.log_level)
     configure_tracing("llama-adapter-experts")
-    set_threads(settings.num_threads, spins=0)
+    prepare_torch(settings.num_threads, spins=0)
     from experts.app import create_app
     from experts.contract import ExpertError
     from experts.factory import ExpertOptions, build_expert
@@ -161,15 +161,16 @@ def _fetch_base(worker: WorkerSettings) -> None:
             raise SystemExit(1)  # it has said why
 
 
-def set_threads(count: int, spins: int = _WORKER_SPINS) -> None:
+def prepare_torch(count: int, spins: int = _WORKER_SPINS) -> None:
     """Say how many threads torch and numba have (0: one per core) and how long an idle one spins.
 
-    Both use one OpenMP, which reads this once, when torch is first imported. What the user's environment says
-    stays.
+    Both use one OpenMP, which reads this once, when torch is first imported. So does torch that its memory
+    is to lie on large pages, where the kernel has some for who asks. What the user's environment says stays.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", str(spins))
     if spins:
         os.environ.setdefault("OMP_WAIT_POLICY", "active")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: it needs no pool
     if count:
         os.environ.setdefault("OMP_NUM_THREADS", str(count))
