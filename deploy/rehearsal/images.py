@@ -50,10 +50,10 @@ _TRAINED = "smollm2-text/adapter"
 def debian(mirror: str) -> Path:
     """A root with Debian and its Python, made once. Raises `RuntimeError`."""
     root = _BUILD / "debian"
-    if not (root / "usr/bin/python3.11").exists():
+    if not (root / "usr/include/python3.11/Python.h").exists():
         shutil.rmtree(root, ignore_errors=True)
         call(["debootstrap", "--variant=minbase", "bookworm", str(root), mirror])
-        packages = "python3.11-venv ca-certificates"
+        packages = "python3.11-venv python3.11-dev ca-certificates"  # with headers, as Python's image has
         install = f"apt-get update && apt-get install --yes --no-install-recommends {packages}"
         with mounted(root, [Path("/etc/resolv.conf"), Path("/dev"), Path("/proc")]):
             call(["chroot", str(root), "/bin/sh", "-c", install])
@@ -152,7 +152,10 @@ class Container:
         while self.run(*self.image.healthcheck):
             assert self.process is not None
             if self.process.poll() is not None or time.monotonic() > begun + _READY_SECONDS:
-                raise RuntimeError(f"{self.name} does not become healthy: {self.log.read_text()[-4000:]}")
+                kept = shutil.copy(self.log, _BUILD / f"{self.name}.log")
+                raise RuntimeError(
+                    f"{self.name} does not become healthy; see {kept}: {self.log.read_text()[-4000:]}"
+                )
             time.sleep(0.5)
         return time.monotonic() - begun
 
