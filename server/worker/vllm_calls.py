@@ -145,6 +145,7 @@ class Vllm:
             max_tokens=max(prepared.max_tokens, 1),  # none: the first is thrown away
             min_tokens=min(ours.min_tokens, prepared.max_tokens),
             stop_token_ids=[] if ours.ignore_eos else self._eos_ids,
+            ignore_eos=ours.ignore_eos,  # of what the base's own generation_config.json names
             detokenize=False,
             extra_args=grammar_args(ours.grammar),
             output_kind=RequestOutputKind.DELTA,

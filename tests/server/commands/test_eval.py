@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -229,7 +230,10 @@ def test_what_cannot_be_evaluated_is_told(arguments: list[str], sentence: str, f
 def test_no_service_outlives_its_evaluation(number: signal.Signals, folder: Path) -> None:
     rows = folder / "pictures" / "captions.jsonl"
     command = [sys.executable, "-m", "server.cli", "eval", "captions", rows, "--images", rows.parent]
-    with subprocess.Popen([*map(str, [*command, *local(folder)])], stderr=subprocess.DEVNULL) as process:
+    # Who runs these tests in the background of a script has SIGINT ignored, and so have we and our children.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    words = [*map(str, [*command, *local(folder)])]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL, preexec_fn=heard) as process:
         try:
             evaluation = psutil.Process(process.pid)
             until(lambda: len(evaluation.children(recursive=True)) >= 2, 60)  # the service and its worker
