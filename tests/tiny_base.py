@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from service import ON_VLLM
 from support import GQA, huggingface_weights, random_adapter, random_base
 from tokenizer_files import byte_level_backend, write_byte_level
 
@@ -17,14 +18,16 @@ from models.checkpoints.native import save_adapter
 from models.config import ModelConfig
 from models.llama import Llama
 
+HEAD_DIM = 32 if ON_VLLM else GQA.head_dim  # vLLM's attention on a CPU has none so small
 
-def tiny_config(positions: int = 512, head_dim: int = GQA.head_dim) -> ModelConfig:
+
+def tiny_config(positions: int = 512, head_dim: int = HEAD_DIM) -> ModelConfig:
     vocab_size = byte_level_backend().get_vocab_size()
     return replace(GQA, vocab_size=vocab_size, max_position_embeddings=positions, head_dim=head_dim)
 
 
 def write_tiny_base(
-    folder: Path, num_layers: int | None = None, positions: int = 512, head_dim: int = GQA.head_dim
+    folder: Path, num_layers: int | None = None, positions: int = 512, head_dim: int = HEAD_DIM
 ) -> Llama:
     """A Hugging Face folder; returns the model that is in it."""
     config = tiny_config(positions, head_dim)
@@ -57,7 +60,7 @@ def write_tiny_base(
     return base
 
 
-def adapter_config(kind: str, head_dim: int = GQA.head_dim) -> AdapterConfig:
+def adapter_config(kind: str, head_dim: int = HEAD_DIM) -> AdapterConfig:
     """`v1`, `v2`, or `sight` (V1 multimodal on EfficientNet's global features)."""
     spec = base_spec(tiny_config(head_dim=head_dim))
     match kind:
@@ -94,7 +97,7 @@ def adapter_config(kind: str, head_dim: int = GQA.head_dim) -> AdapterConfig:
     raise KeyError(kind)
 
 
-def write_adapter(folder: Path, kind: str, seed: int = 0, head_dim: int = GQA.head_dim) -> None:
+def write_adapter(folder: Path, kind: str, seed: int = 0, head_dim: int = HEAD_DIM) -> None:
     """A native adapter folder with seeded weights far from zero."""
     torch.manual_seed(seed)
     save_adapter(random_adapter(adapter_config(kind, head_dim), seed=seed), folder)

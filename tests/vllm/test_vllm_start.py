@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_base import tiny_config, write_tiny_base
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm_support import LIMITS, Deployment
@@ -44,6 +46,15 @@ def test_what_the_plugin_cannot_do_is_refused_in_one_sentence(
     with pytest.raises(UnsupportedByPlugin, match=sentence) as refused:
         LlamaAdapterForCausalLM(vllm_config=config)
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_heads_that_vllm_s_attention_lacks_are_refused(tmp_path: Path) -> None:
+    write_tiny_base(tmp_path, head_dim=8)
+    options = engine_options(
+        tmp_path, tiny_config(head_dim=8), room=EVERYTHING, max_model_len=256, max_adapters=6
+    )
+    with pytest.raises(UnsupportedByPlugin, match="knows no heads of size 8, only 32, 64"):
+        LlamaAdapterForCausalLM(vllm_config=EngineArgs(**options | LIMITS).create_engine_config())
 
 
 def test_what_was_compiled_for_another_room_is_not_met(deployment: Deployment) -> None:
