@@ -92,7 +92,8 @@ class Container:
         self.root.mkdir(parents=True)
         call(["mount", "--bind", str(self.image.root), str(self.root)])
         (self.image.root / "etc/hosts").touch()
-        (self.image.root / "dev").mkdir(exist_ok=True)
+        for folder in ("dev", "sys"):
+            (self.image.root / folder).mkdir(exist_ok=True)
         for volume in self.service.get("volumes", ()):
             place = self.image.root / volume["target"].lstrip("/")
             if not place.is_dir():
@@ -104,6 +105,8 @@ class Container:
         call(["mount", "--options", "remount,bind,ro", str(self.root)])
         call(["mount", "--bind", str(hosts), str(self.root / "etc/hosts")])
         call(["mount", "--rbind", "/dev", str(self.root / "dev")])
+        call(["mount", "--bind", "/sys", str(self.root / "sys")])  # vLLM asks lscpu for processors
+        call(["mount", "--options", "remount,bind,ro", str(self.root / "sys")])
         for mount in self.service["tmpfs"]:
             path, _, options = mount.partition(":")
             options = f"noexec,nosuid,nodev,{options}"  # Docker's own, the last word counts
