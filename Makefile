@@ -43,11 +43,12 @@ test-paddle: .venv-paddle/.ready
 	.venv-paddle/bin/pytest --confcutdir tests/experts -o filterwarnings=default tests/experts/test_paddle_ocr.py
 
 # vLLM pins half of Python's packages, so its tests run in a place of their own. One thread, and one process
-# where they do not ask for more. Then what stock clients are promised of any engine.
+# where they do not ask for more. Then what clients and operators are promised of any engine.
+OF_ANY_ENGINE := tests/clients $(addprefix tests/server/test_,constrained_answers.py disconnects.py every_field.py run_time_adapters.py)
 test-vllm: .venv/.dev $(VLLM)/.ready
 	$(VLLM)/bin/llama-adapter pull smollm2-135m
 	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest --confcutdir tests/vllm -o filterwarnings=default tests/vllm
-	LLAMA_ADAPTER_ENGINE=vllm LLAMA_ADAPTER_VLLM_COMPILE=false $(BIN)/pytest -o timeout_func_only=true tests/clients
+	LLAMA_ADAPTER_ENGINE=vllm LLAMA_ADAPTER_VLLM_COMPILE=false $(BIN)/pytest -o timeout_func_only=true $(OF_ANY_ENGINE)
 
 lint: .venv/.dev
 	$(BIN)/ruff check
