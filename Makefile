@@ -44,7 +44,7 @@ test-paddle: .venv-paddle/.ready
 
 # vLLM pins half of Python's packages, so its tests run in a place of their own. One thread, and one process
 # where they do not ask for more. Then what clients and operators are promised of any engine.
-OF_ANY_ENGINE := tests/clients $(addprefix tests/server/test_,constrained_answers.py disconnects.py every_field.py run_time_adapters.py)
+OF_ANY_ENGINE := tests/clients tests/server/test_constrained_answers.py tests/server/test_disconnects.py
 test-vllm: .venv/.dev $(VLLM)/.ready
 	$(VLLM)/bin/llama-adapter pull smollm2-135m
 	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest --confcutdir tests/vllm -o filterwarnings=default tests/vllm
