@@ -15,8 +15,6 @@ class UnsupportedByPlugin(ModelError):
 def check_config(vllm_config: Any) -> None:
     """Raise UnsupportedByPlugin, with what to change, where vLLM would compute nonsense."""
     parallel, lora, cache = vllm_config.parallel_config, vllm_config.lora_config, vllm_config.cache_config
-    head_size = vllm_config.model_config.get_head_size()
-    sizes = _cpu_head_sizes() or [head_size]
     for refused, sentence in (
         (
             parallel.pipeline_parallel_size > 1,
@@ -47,22 +45,22 @@ def check_config(vllm_config: Any) -> None:
             not hasattr(vllm_config.model_config.hf_config, "llama_adapter"),
             "the model's configuration lacks `llama_adapter`; start it through `models.vllm_plugin.options`",
         ),
-        (
-            head_size not in sizes,
-            f"vLLM's attention on a CPU knows no heads of size {head_size}, only {str(sizes)[1:-1]}; "
-            "take another base, or the native engine",
-        ),
     ):
         if refused:
             raise UnsupportedByPlugin(f"LLaMA-Adapter in vLLM: {sentence}")
 
 
-def _cpu_head_sizes() -> list[int]:
-    """Those of vLLM's attention on a CPU, which it else finds missing at the first request; none on a GPU."""
+def check_heads(head_size: int) -> None:
+    """Raise UnsupportedByPlugin for heads that vLLM's attention on a CPU else misses at the first request."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        return []
+        return
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    return list(CPUAttentionBackend.get_supported_head_sizes())
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if head_size not in sizes:
+        raise UnsupportedByPlugin(
+            f"LLaMA-Adapter in vLLM: vLLM's attention on a CPU knows no heads of size {head_size}, only "
+            f"{str(sizes)[1:-1]}; take another base, or the native engine"
+        )

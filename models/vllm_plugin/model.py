@@ -46,7 +46,7 @@ from models.vllm_plugin.carriers import (
     layer_vectors,
 )
 from models.vllm_plugin.compilation import settle_compilation
-from models.vllm_plugin.limits import check_config
+from models.vllm_plugin.limits import check_config, check_heads
 from models.vllm_plugin.vectors import Step, Tuned, base_spec, flat, share, vector_carrier
 
 
@@ -245,6 +245,7 @@ class LlamaAdapterForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_config(vllm_config)
+        check_heads(vllm_config.model_config.get_head_size())
         settle_compilation(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=AdapterLayer)
 
