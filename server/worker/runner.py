@@ -18,6 +18,7 @@ from torch import Tensor
 from models.adaptation import AdapterBank, BatchAdaptation
 from models.attention import Prompts
 from models.kernels.fused_cpu import FusedPass
+from models.kernels.panel_bank import PanelBank
 from models.kv_cache import KVCache, PagedAttend, PromptCache, StepLayout
 from models.llama import Attend, Llama
 from server.worker.adapter_slots import SlotTable
@@ -56,7 +57,8 @@ class Runner:
         self.base = base
         self.block_size = block_size
         self.kv_cache = KVCache(config, num_blocks, block_size, base.dtype, base.device)
-        self.bank = AdapterBank(base, max_hot_adapters)
+        fused = kernels == "cpu" and bool(base.packed)
+        self.bank = PanelBank(base, max_hot_adapters) if fused else AdapterBank(base, max_hot_adapters)
         self.adapter_slots = SlotTable(max_hot_adapters)
         self.prompt_cache = PromptCache(config, prompt_slots, base.dtype, base.device)
         self.prompt_slots = SlotTable(prompt_slots)
@@ -71,8 +73,9 @@ class Runner:
 
             self._attend, self._batch_adaptation = TritonPagedAttend, TritonBatchAdaptation
             compile_kernels(self.kv_cache, self.prompt_cache, config.num_heads)
-        fused = kernels == "cpu" and bool(base.packed)
-        self._fused = FusedPass(base, self.kv_cache, self.prompt_cache) if fused else None
+        self._fused = None
+        if isinstance(self.bank, PanelBank):
+            self._fused = FusedPass(base, self.kv_cache, self.prompt_cache, self.bank)
 
     @torch.inference_mode()
     def run(self, items: Sequence[StepItem]) -> Tensor:
