@@ -1,6 +1,6 @@
 """The adapter bank as the CPU's layers read it: what the panels of a packed weight need lies in their order.
 
-An adapter's biases, or scales, of all outputs of a weight are one run of memory, which the processor foresees.
+An adapter's biases, or scales, of all a weight's outputs are one run of memory, which the processor foresees.
 
 Shapes: L layers, S slots, A outputs of a packed weight, each linear's filled up to whole panels.
 """

@@ -1,7 +1,7 @@
 """What adapters do to a panel of outputs, in LLVM's instructions: numba makes no vectors of such a loop.
 
-L layers, S slots of the adapter bank, A outputs of a packed weight, N rows of a step, R rows and F features of
-a panel.
+L layers, S slots of the adapter bank, A outputs of a packed weight, N rows of a step, R rows and F features
+of a panel.
 """
 
 from __future__ import annotations
