@@ -16,7 +16,7 @@ from models.adaptation import BatchAdaptation
 from models.kernels import layers_cpu
 from models.kernels.layers_cpu import Batch, Cache, Rows, Vectors, Weights
 from models.kernels.linear_cpu import packed_linear
-from models.kernels.panel_bank import KINDS, PanelBank
+from models.kernels.panel_bank import PanelBank
 from models.kernels.scalars_cpu import array
 from models.kernels.tile_cpu import PANEL
 from models.kv_cache import KVCache, PromptCache, StepLayout
@@ -61,7 +61,7 @@ class FusedPass:
         h_MC = np.empty((M, C), self._stored)
         layers_cpu.norm(x_MC.numpy(), self._norm("final_norm", adaptation)[0], slots_M, self._eps, h_MC)
         logits_MV = torch.empty(M, self._base.config.vocab_size)
-        bias, scale = (self._panels(kind, "lm_head", adaptation) for kind in KINDS)
+        bias, scale = (self._panels(kind, "lm_head", adaptation) for kind in ("bias", "scale_out"))
         layers_cpu.head(h_MC, self._head_PKF, bias, scale, slots_M, logits_MV.numpy())
         return logits_MV
 
@@ -69,7 +69,8 @@ class FusedPass:
         return Vectors(
             self._norm("attention_norm", adaptation),
             self._norm("feed_forward_norm", adaptation),
-            *(tuple(self._panels(kind, weight, adaptation) for weight in _ORDER) for kind in KINDS),
+            tuple(self._panels("bias", weight, adaptation) for weight in _ORDER),
+            tuple(self._panels("scale_out", weight, adaptation) for weight in _ORDER),
             self._slots(adaptation, N),
         )
 

@@ -16,7 +16,7 @@ from models.kernels.linear_cpu import num_panels
 from models.kernels.tile_cpu import PANEL
 from models.llama import Layer, Llama
 
-KINDS = ("bias", "scale_out")
+_KINDS = ("bias", "scale_out")
 
 
 class PanelBank(AdapterBank):
@@ -37,7 +37,7 @@ class PanelBank(AdapterBank):
 
     def _add_stack(self, key: str) -> None:
         kind, _, name = key.partition(".")
-        if kind not in KINDS:
+        if kind not in _KINDS:
             return super()._add_stack(key)
         weight = next(weight for weight, names in self.linears.items() if name in names)
         features = self._features[weight]
