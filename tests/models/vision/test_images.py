@@ -129,6 +129,14 @@ def test_too_many_pixels_are_refused_by_the_header(width: int, height: int) -> N
     assert refused.value.limit == "pixels"
 
 
+@pytest.mark.parametrize("size", [(1, 65_536), (65_536, 1), (1, 39_000_000)])
+def test_endless_sides_are_refused_by_the_header(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageError, match="a side may have 65535") as refused:
+        decode_image(png_claiming(*size))
+    assert refused.value.limit == "pixels"
+    assert decode_image(encode(Image.new("L", (1, 65_535)))).size == (1, 65_535)
+
+
 def test_the_pixel_limit_is_inclusive() -> None:
     data = encode(quadrants())
     assert decode_image(data, ImageLimits(max_pixels=48 * 32)).size == (48, 32)
