@@ -182,7 +182,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
         self.norm = _frozen(dtype, device, C)
         self.lm_head = self.embed if config.tie_word_embeddings else _frozen(dtype, device, V, C)
-        self.inverse_frequencies_D2 = rope_frequencies(config)  # float64, on the CPU: a small constant
+        self.inverse_frequencies_D2 = rope_frequencies(config)  # float64, a small constant
         self.packed: dict[str, Tensor] = {}  # a Layer's linears stacked [L, P, K, F], and lm_head [P, K, F]
 
     @property
@@ -254,7 +254,9 @@ class Llama(nn.Module):
 
     def rotary(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [N, 1, D] of the positions, in the model's dtype."""
-        angles = positions_N.double()[:, None] * self.inverse_frequencies_D2.to(positions_N.device)
+        if self.inverse_frequencies_D2.device != positions_N.device:  # once: no copy at each step
+            self.inverse_frequencies_D2 = self.inverse_frequencies_D2.to(positions_N.device)
+        angles = positions_N.double()[:, None] * self.inverse_frequencies_D2
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 

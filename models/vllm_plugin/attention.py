@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 
-from models.vllm_plugin.carriers import GATE, LENGTH, ROWS
+from models.vllm_plugin.carriers import LENGTH, ROWS
 
 
 @functools.cache
@@ -91,16 +91,16 @@ def prompt_backend(platform: type[AttentionBackend]) -> type[AttentionBackend]:
 
 
 def prompt_lengths(carrier: Any, slots_B: Tensor) -> Tensor:
-    """Rows [B] of the requests' adapters. At least one: a softmax of nothing has no value, and the gate of
-    a request without prompts is zero."""
-    lengths_B = carrier.lora_b_stacked[0][slots_B.clamp(min=0), 0, 0, LENGTH]
+    """Rows [B] of the requests' adapters. At least one: a softmax of nothing has no value, and what a request
+    without prompts finds is never used."""
+    lengths_B = facts(carrier)[slots_B.clamp(min=0), LENGTH]
     return torch.where(slots_B < 0, 1, lengths_B).clamp(min=1).to(torch.int32)
 
 
-def gates(carrier: Any, slot_N: Tensor, own_N1: Tensor, heads: slice) -> Tensor:
-    """Effective gates [N, h] of a rank's heads; zero for tokens without an adapter."""
-    gate_Nh: Tensor = carrier.lora_b_stacked[0][slot_N, 0, heads, GATE]
-    return gate_Nh * own_N1
+def facts(carrier: Any) -> Tensor:
+    """All slots' facts and gates, [S, F]; a view."""
+    facts_SF: Tensor = carrier.lora_b_stacked[0].flatten(1)
+    return facts_SF
 
 
 def token_slots(carrier: Any) -> Tensor:

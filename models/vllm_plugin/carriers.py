@@ -3,10 +3,9 @@
 A *carrier* is a linear that nobody calls. vLLM makes room for its low-rank factors A and B in every
 adapter slot, loads, evicts and counts them as it does LoRA's; the model reads the adapter out of them:
 
-    adapter_prompt, one per layer    A [R, C]: the prompt rows; B [H, R]: column 0 the effective gates,
-                                     of row 0 column 1 the number of rows, column 2 whether they see,
-                                     column 3 whether low-rank terms act on them, column 4 whether there
-                                     are rows without an image, too
+    adapter_prompt, one per layer    A [R, C]: the prompt rows; B [⌈(4 + H) / R⌉, R], one after another: the
+                                     number of rows, whether they see, whether low-rank terms act on them,
+                                     whether there are rows without an image, too, and the effective gates
     adapter_vectors, one per layer   A [R, ⌈F / R⌉]: norms, biases and scales, one after another
     adapter_final, one per model     the same for the final norm
 
@@ -31,7 +30,8 @@ from models.errors import AdapterMismatch
 ROWS = 32
 
 PROMPT, VECTORS, FINAL = "adapter_prompt", "adapter_vectors", "adapter_final"
-GATE, LENGTH, SEES, LOW_RANK, STATIC = 0, 1, 2, 3, 4  # columns of the prompt carrier's B
+# Places in the prompt carrier's B, gates last: a token's are side by side, where reading them costs least.
+LENGTH, SEES, LOW_RANK, STATIC, GATES = 0, 1, 2, 3, 4
 
 # vLLM's names of the linears that have low-rank terms, and of their parts in files.
 LINEAR_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -104,6 +104,11 @@ def _spans(sizes: dict[str, int]) -> dict[str, Span]:
 def columns(spans: dict[str, Span]) -> int:
     """Width of a carrier's A, whose R rows hold these vectors."""
     return -(-max(end for _, end in spans.values()) // ROWS)
+
+
+def fact_rows(num_heads: int) -> int:
+    """Rows of the prompt carrier's B."""
+    return -(-(GATES + num_heads) // ROWS)
 
 
 def check_carried(config: AdapterConfig, source: str, room: Room) -> None:

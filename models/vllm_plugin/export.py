@@ -17,7 +17,7 @@ from models.adaptation import vectors
 from models.adapter import Adapter, lora_scaling
 from models.vllm_plugin.carriers import (
     FINAL,
-    GATE,
+    GATES,
     LENGTH,
     LINEAR_FILES,
     LOW_RANK,
@@ -29,6 +29,7 @@ from models.vllm_plugin.carriers import (
     Room,
     Span,
     columns,
+    fact_rows,
     final_vectors,
     layer_vectors,
 )
@@ -111,17 +112,16 @@ def _prompt_rows(adapter: Adapter, layer: int) -> Tensor:
 
 
 def _prompt_facts(adapter: Adapter, layer: int, gates_H: Tensor) -> Tensor:
-    """B of the prompt carrier, [H, R]."""
-    vision = adapter.config.vision
-    facts = torch.zeros(len(gates_H), ROWS)
-    facts[:, GATE] = gates_H
-    facts[0, LENGTH] = adapter.config.max_prompt_len
-    facts[0, SEES] = float(vision is not None and layer in vision.layers)
-    prompt = adapter.config.prompt
-    facts[0, STATIC] = float(prompt is not None and layer in prompt.layers)
-    lora = adapter.config.lora
-    facts[0, LOW_RANK] = float(lora is not None and lora.on_prompts)
-    return facts
+    """B of the prompt carrier."""
+    config, rows = adapter.config, fact_rows(len(gates_H))
+    prompt, vision, lora = config.prompt, config.vision, config.lora
+    facts = torch.zeros(rows * ROWS)
+    facts[LENGTH] = config.max_prompt_len
+    facts[SEES] = float(vision is not None and layer in vision.layers)
+    facts[LOW_RANK] = float(lora is not None and lora.on_prompts)
+    facts[STATIC] = float(prompt is not None and layer in prompt.layers)
+    facts[GATES : GATES + len(gates_H)] = gates_H
+    return facts.view(rows, ROWS)
 
 
 def _low_rank(adapter: Adapter) -> dict[str, Tensor]:

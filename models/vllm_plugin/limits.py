@@ -30,8 +30,8 @@ def check_config(vllm_config: Any) -> None:
             "a draft model knows nothing of prompts; start without speculative decoding",
         ),
         (
-            lora is None or lora.max_lora_rank < ROWS,
-            f"adapters travel as LoRA; start with LoRA enabled and a rank of {ROWS} at least",
+            lora is None or lora.max_lora_rank != ROWS,
+            f"adapters travel as LoRA; start with LoRA enabled and a rank of {ROWS}",
         ),
         (
             lora is not None and not set(lora.target_modules or ()) & {PROMPT},

@@ -28,13 +28,14 @@ from vllm.model_executor.models.llama import (
 )
 
 from models.vllm_plugin.attention import (
-    gates,
+    facts,
     prompt_backend,
     text_backend,
     token_slots,
 )
 from models.vllm_plugin.carriers import (
     FINAL,
+    GATES,
     LOW_RANK,
     PROMPT,
     ROWS,
@@ -42,6 +43,7 @@ from models.vllm_plugin.carriers import (
     STATIC,
     VECTORS,
     Room,
+    fact_rows,
     final_vectors,
     layer_vectors,
 )
@@ -81,13 +83,12 @@ class AdapterAttention(LlamaAttention):
         )
         # The builder of this layer's metadata asks it; the carrier is not wrapped yet.
         self.prompt_attn.carrier = lambda: self.carrier
-        carrier = ReplicatedLinear(
-            self.hidden_size, self.total_num_heads, bias=False, prefix=f"{prefix}.{PROMPT}"
-        )
+        rows = fact_rows(self.total_num_heads)
+        carrier = ReplicatedLinear(self.hidden_size, rows, bias=False, prefix=f"{prefix}.{PROMPT}")
         self.add_module(PROMPT, carrier)
         self.low_rank = Room(**config.llama_adapter).low_rank
-        first = get_tensor_model_parallel_rank() * self.num_heads
-        self.own_heads = slice(first, first + self.num_heads)
+        first = GATES + get_tensor_model_parallel_rank() * self.num_heads
+        self.own_gates = slice(first, first + self.num_heads)
 
     @property
     def carrier(self) -> Any:
@@ -114,7 +115,7 @@ class AdapterAttention(LlamaAttention):
         qkv, _ = self.qkv_proj(x_NC)
         if self.low_rank and step.placeholder_N1 is not None:
             plain, _ = self.qkv_proj.base_layer(x_NC)
-            acts_N1 = self.carrier.lora_b_stacked[0][step.slot_N, 0, 0, LOW_RANK, None] > 0
+            acts_N1 = facts(self.carrier)[step.slot_N, LOW_RANK, None] > 0
             qkv = torch.where(step.placeholder_N1 & ~acts_N1, plain, qkv)
         parts: Sequence[Tensor] = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         return parts
@@ -124,22 +125,22 @@ class AdapterAttention(LlamaAttention):
         a_SRC = self.carrier.lora_a_stacked[0][:, 0]
         rows_NC: Tensor = a_SRC[step.slot_N, step.row_N]
         if step.visual_NC is not None:
-            sees_N1 = self.carrier.lora_b_stacked[0][step.slot_N, 0, 0, SEES, None]
+            sees_N1 = facts(self.carrier)[step.slot_N, SEES, None]
             rows_NC = rows_NC + sees_N1 * step.visual_NC
         return rows_NC
 
     def _has_rows(self, step: Step) -> Tensor:
         """Whether the layer has prompt rows, [N, 1]: where only images bring them, what a bias makes of
         none must not be attended to."""
-        facts_NR = self.carrier.lora_b_stacked[0][step.slot_N, 0, 0]
-        has_N1: Tensor = facts_NR[:, STATIC, None] > 0
+        facts_NF = facts(self.carrier)[step.slot_N]
+        has_N1: Tensor = facts_NF[:, STATIC, None] > 0
         if step.visual_NC is not None:
-            has_N1 = has_N1 | ((facts_NR[:, SEES, None] > 0) & (step.visual_NC != 0).any(-1, keepdim=True))
+            has_N1 = has_N1 | ((facts_NF[:, SEES, None] > 0) & (step.visual_NC != 0).any(-1, keepdim=True))
         return has_N1
 
     def _prompts_part(self, q: Tensor, step: Step, own_N1: Tensor) -> Tensor:
         """g · softmax(q·k_aᵀ/√D)·v_a, [N, h·D]."""
-        gate_Nh = gates(self.carrier, step.slot_N, own_N1, self.own_heads)
+        gate_Nh = facts(self.carrier)[:, self.own_gates][step.slot_N]
         out_NhD = self.prompt_attn(q, None, None).unflatten(-1, (self.num_heads, self.head_dim))
         # Where no request has an adapter nothing was written to `out_NhD`: it may hold anything.
         part_NhD = torch.where(own_N1[..., None], out_NhD * gate_Nh[..., None], 0)

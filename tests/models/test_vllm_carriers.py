@@ -19,7 +19,7 @@ from models.adapter_config import AdapterConfig, GateConfig, PromptConfig
 from models.errors import AdapterMismatch
 from models.vllm_plugin.carriers import (
     EVERYTHING,
-    GATE,
+    GATES,
     LENGTH,
     LOW_RANK,
     ROWS,
@@ -101,11 +101,11 @@ def test_the_prompt_carrier_holds_rows_gates_and_their_number() -> None:
     gates_LH = adapter.gates()
     for layer in range(GQA.num_layers):
         prefix = f"base_model.model.model.layers.{layer}.self_attn.adapter_prompt"
-        a_RC, b_HR = tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"]
+        a_RC, facts = tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"].flatten()
         assert a_RC.shape == (ROWS, GQA.hidden_size)
-        assert torch.equal(b_HR[:, GATE], gates_LH[layer])
-        assert b_HR[0, LENGTH] == 5
-        assert b_HR[0, SEES] == (layer == 3)
+        assert torch.equal(facts[GATES : GATES + GQA.num_heads], gates_LH[layer])
+        assert facts[LENGTH] == 5
+        assert facts[SEES] == (layer == 3)
         rows = adapter.prompt[(1, 3).index(layer)] if layer in (1, 3) else torch.zeros(5, GQA.hidden_size)
         assert torch.equal(a_RC[:5], rows)
         assert not a_RC[5:].any()
@@ -183,6 +183,10 @@ def vllm_config(**changes: Any) -> SimpleNamespace:
         ({"lora_config": None}, "start with LoRA enabled"),
         (
             {"lora_config": SimpleNamespace(max_lora_rank=16, target_modules=["adapter_prompt"])},
+            "a rank of 32",
+        ),
+        (
+            {"lora_config": SimpleNamespace(max_lora_rank=64, target_modules=["adapter_prompt"])},
             "a rank of 32",
         ),
         ({"lora_config": SimpleNamespace(max_lora_rank=32, target_modules=None)}, "adapter_prompt"),
