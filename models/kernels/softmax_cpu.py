@@ -17,6 +17,7 @@ from models.kernels.rows_cpu import address, load
 from models.kernels.scalars_cpu import EXP_TERMS, LN_2, intrinsic
 from models.kernels.tile_cpu import F32, I32, I64, LANES, VF32, VI32, broadcast, fma
 
+
 @intrinsic
 def softmax(typing: Any, scores_RT: Any, r: Any, count: Any, factor: Any) -> Any:
     """The first `count` scores of row r become factor · softmax; there is room for whole vectors."""
