@@ -160,7 +160,7 @@ def check_same(file: Path, recipe: Recipe, free: tuple[str, ...] = _MAY_CHANGE) 
     """Raises TrainError where the recipe of a begun run, `file`, differs in more than the `free` keys."""
     try:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TrainError(
             f"{file}: cannot be read ({error}); restore it, or train to another output"
         ) from error
