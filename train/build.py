@@ -29,6 +29,7 @@ from train.errors import Interrupted, TrainError
 from train.forward import Forward
 from train.groups import Groups
 from train.log import Log
+from train.memory import keep_freed_memory
 from train.processes import Processes, StopSignal
 from train.recipe import ComputeRecipe, Recipe, recipe_text
 from train.standardize import standardize
@@ -91,6 +92,7 @@ def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSigna
     compute = recipe.compute
     if compute.threads:
         torch.set_num_threads(compute.threads)
+    keep_freed_memory()
     checkpoints = Checkpoints(recipe.output / "checkpoints", recipe.keep.checkpoints)
     last = _check_output(recipe, checkpoints, processes)
     dtype: torch.dtype = getattr(torch, compute.dtype)

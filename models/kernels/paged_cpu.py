@@ -98,6 +98,9 @@ def attend(
         K = np.int64(prompt_lens_S[slot])
         scores = np.empty((R, (max(T, K) + 2 * LANES) // LANES * LANES), np.float32)
         total = np.zeros((R, D), np.float32)
+        if K > 0:
+            prefetch_rows(prompt_k_SKGD, slot, g)
+            prefetch_rows(prompt_v_SKGD, slot, g)
         for start in range(0, T, s):
             block = np.int64(blocks_BM[b, start // s])
             prefetch_rows(v_PsGD, block, g)

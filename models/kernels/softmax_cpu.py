@@ -17,6 +17,7 @@ from models.kernels.rows_cpu import address, load
 from models.kernels.scalars_cpu import EXP_TERMS, LN_2, intrinsic
 from models.kernels.tile_cpu import F32, I32, I64, LANES, VF32, VI32, broadcast, fma
 
+
 @intrinsic
 def softmax(typing: Any, scores_RT: Any, r: Any, count: Any, factor: Any) -> Any:
     """The first `count` scores of row r become factor · softmax; there is room for whole vectors."""
@@ -57,7 +58,7 @@ def softmax(typing: Any, scores_RT: Any, r: Any, count: Any, factor: Any) -> Any
 
 
 def _fold(b: Any, row: Any, count: Any, start: Any, step: Callable[[Any, Any, Any], Any]) -> Any:
-    """Over vectors of `count` numbers: `step` makes of a place, its first number and a result the next one."""
+    """Over vectors of `count` numbers: `step` makes the next result of a place, its first number and one."""
     result = cgutils.alloca_once_value(b, start)
     vectors = b.udiv(b.add(count, ir.Constant(I64, LANES - 1)), ir.Constant(I64, LANES))
     with cgutils.for_range(b, vectors, intp=I64) as loop:
