@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from models.adapter import Adapter, base_spec, linear_shape, lora_scaling
 from models.adapter_config import LINEARS, LinearName
-from models.llama import Head, Layer, Llama, rms_norm
+from models.functional import rms_norm
+from models.llama import Head, Layer, Llama
 
 NORMS = ("attention_norm", "feed_forward_norm", "final_norm")
 
