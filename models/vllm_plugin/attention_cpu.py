@@ -19,7 +19,8 @@ from models.vllm_plugin.carriers import ROWS
 
 def takes_both(platform: type[AttentionBackend]) -> bool:
     """Whether `joint_backend` is for this platform's attention."""
-    return platform.get_name() == "CPU_ATTN"
+    name: str = platform.get_name()
+    return name == "CPU_ATTN"
 
 
 @functools.cache
