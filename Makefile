@@ -73,9 +73,17 @@ bench-serve: .venv/.dev
 # What the engine is measured beside, each in an environment of its own. llama.cpp is built here, for this
 # processor, which takes minutes.
 LLAMA_CPP := .venv-llama-cpp
+LITGPT := .venv-litgpt
 peers:
 	-$(MAKE) --no-print-directory vllm
 	-$(MAKE) --no-print-directory $(LLAMA_CPP)/.ready
+	-$(MAKE) --no-print-directory $(LITGPT)/.ready
+
+$(LITGPT)/.ready: bench/peers/requirements-litgpt.txt
+	test -x $(LITGPT)/bin/python || $(PYTHON) -m venv $(LITGPT)
+	$(LITGPT)/bin/pip install --quiet --constraint constraints.txt $(TORCH)
+	$(LITGPT)/bin/pip install --quiet --no-deps --requirement $<
+	touch $@
 
 $(LLAMA_CPP)/.ready: bench/peers/requirements-llama-cpp.txt
 	test -x $(LLAMA_CPP)/bin/python || $(PYTHON) -m venv $(LLAMA_CPP)
@@ -191,4 +199,4 @@ constraints: .venv/.dev
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch(vision)?==[^+]*)\+.*/\1/' > constraints.txt
 
 clean:
-	rm -rf .venv .venv-paddle $(VLLM) $(LLAMA_CPP) $(CLIENTS) $(DEPLOY) $(POLICY) $(NODE_CLIENTS)/node_modules build dist *.egg-info
+	rm -rf .venv .venv-paddle $(VLLM) $(LLAMA_CPP) $(LITGPT) $(CLIENTS) $(DEPLOY) $(POLICY) $(NODE_CLIENTS)/node_modules build dist *.egg-info

@@ -1,10 +1,10 @@
-"""The engine beside transformers + PEFT, vLLM and llama.cpp, in one run: `python bench/compare.py`.
+"""The engine beside transformers + PEFT, LitGPT, vLLM and llama.cpp, in one run: `python bench/compare.py`.
 
 A round asks each contender in turn, with the same prompts, greedily, to the same number of tokens, on as
 many threads; whoever is not asked sleeps. So a drift of the machine meets all alike, and ratios are taken
-within a round. Ours runs with one V1 adapter; transformers with PEFT's adapter of that size; the others have
-none, and run the bare base. Peers live in environments of their own (`make peers`); one that is not there is
-left out, and the table says so.
+within a round. Ours runs with one V1 adapter; transformers with PEFT's adapter of that size, LitGPT with its
+own; the others have none, and run the bare base. Peers live in environments of their own (`make peers`); one
+that is not there is left out, and the table says so.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def peers(base: Path, threads: int) -> list[Peer]:
         Peer("llama.cpp, q8_0", ".venv-llama-cpp", "llama_cpp_bare.py", ("q8_0", count)),
         Peer("llama.cpp, q4_1", ".venv-llama-cpp", "llama_cpp_bare.py", ("q4_1", count)),
         Peer(PEFT, ".venv", "transformers_peft.py", (str(base), count), slow=True),
+        Peer("LitGPT adapter", ".venv-litgpt", "litgpt_adapter.py", (count,), slow=True),
     ]
 
 
@@ -217,7 +218,7 @@ async def _measure(load: Load, settings: WorkerSettings, base: Path, output: Pat
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 7,
-    quick: Annotated[bool, typer.Option(help="three rounds, of which transformers runs in one")] = False,
+    quick: Annotated[bool, typer.Option(help="three rounds, one for slow peers")] = False,
     levels: Annotated[str, typer.Option(help="requests at once, separated by commas")] = "1,16",
     prompt_tokens: Annotated[int, typer.Option(min=2)] = 128,
     max_tokens: Annotated[int, typer.Option(min=4)] = 128,

@@ -62,7 +62,9 @@ def build_ours(base_path: Path, dtype: torch.dtype, batch: Batch) -> Step:
     from models.checkpoints.base import load_base
     from train.data.batches import Pass
     from train.forward import Forward
+    from train.memory import keep_freed_memory
 
+    keep_freed_memory()  # as `llama-adapter train` does
     base, fingerprint = load_base(base_path, dtype, torch.device("cpu"))
     layers = tuple(range(_SKIPPED, base.config.num_layers))
     config = AdapterConfig(

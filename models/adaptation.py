@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from models.adapter import Adapter, base_spec, linear_shape, lora_scaling
 from models.adapter_config import LINEARS, LinearName
-from models.llama import Head, Layer, Llama, rms_norm
+from models.functional import rms_norm
+from models.llama import Head, Layer, Llama
 
 NORMS = ("attention_norm", "feed_forward_norm", "final_norm")
 
@@ -116,12 +117,16 @@ class AdapterBank:
         """Put an adapter into a slot, in place of whatever was there."""
         assert 0 < slot < self._num_slots
         own = vectors(adapter)
-        for key in own.keys() - self.stacks.keys():
-            self.stacks[key] = self._identity(key)[:, None].repeat(1, self._num_slots, 1)
+        for key in own:
+            if key not in self.stacks:
+                self._add_stack(key)
         for key, stack in self.stacks.items():
             stack[:, slot] = own[key].to(stack.dtype) if key in own else self._identity(key)
         self._place_lora(slot, adapter)
         self._keys[slot] = frozenset(own) | {f"lora.{name}" for name in adapter.lora}
+
+    def _add_stack(self, key: str) -> None:
+        self.stacks[key] = self._identity(key)[:, None].repeat(1, self._num_slots, 1)
 
     def _place_lora(self, slot: int, adapter: Adapter) -> None:
         rank = adapter.config.lora.rank if adapter.config.lora else 0
@@ -197,6 +202,10 @@ class BatchAdaptation(_Adaptation):
     def is_elementwise(self) -> bool:
         """Norms, and biases and scales of outputs, are all that the batch's adapters have."""
         return not any(key.startswith(("lora.", "scale_in.")) for key in self._keys)
+
+    def has(self, key: str) -> bool:
+        """Whether an adapter of the batch has this vector."""
+        return key in self._keys
 
     def stack(self, key: str) -> Tensor | None:
         """All layers' and slots' vectors, [L, S, features]; None where no adapter of the batch has it."""

@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from models.errors import PromptError
 from models.tokenizer import Segment, Tokenizer
 
+_MAX_LEVELS = 100  # of a call's arguments; what walks through them calls itself
 _NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 
 
@@ -36,16 +37,22 @@ class ToolCall:
     arguments: str
 
     def message(self) -> dict[str, Any]:
-        """As templates expect it, the arguments as an object where they are one."""
+        """As templates expect it, the arguments as an object where they are one, else as text."""
         try:
-            arguments = json.loads(self.arguments)
-        except ValueError:
+            parsed = json.loads(self.arguments)
+            arguments = parsed if _is_shallow(parsed, _MAX_LEVELS) else self.arguments
+        except (ValueError, RecursionError):
             arguments = self.arguments
         return {
             "id": self.id,
             "type": "function",
             "function": {"name": self.name, "arguments": arguments},
         }
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(_is_shallow(item, levels - 1) for item in items)
 
 
 def render_chat(

@@ -6,6 +6,7 @@ size, H query heads, M blocks of the longest sequence, N tokens of a step, B seq
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +106,17 @@ class StepLayout:
         ends_B = np.asarray(self.starts[1:])
         seen_N: NDArray[np.int64] = np.arange(self.starts[-1]) + (self.lens_B + 1 - ends_B)[self.sequences_N]
         return seen_N
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """One sequence's next step: its last token, which is the `length`-th."""
+
+    token: int
+    length: int
+    block_table: Sequence[int]
+    bank_slot: int
+    prompt_slot: int
 
 
 class PagedAttend:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from models.adapter_config import LinearName
 from models.config import ModelConfig
 from models.errors import CheckpointError
+from models.functional import rms_norm, rotate
 from models.kernels.linear_cpu import can_pack, num_panels, pack, packed_linear, packed_shape
 from models.kernels.quantized_cpu import Bits
 
@@ -182,7 +183,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
         self.norm = _frozen(dtype, device, C)
         self.lm_head = self.embed if config.tie_word_embeddings else _frozen(dtype, device, V, C)
-        self.inverse_frequencies_D2 = rope_frequencies(config)  # float64, on the CPU: a small constant
+        self.inverse_frequencies_D2 = rope_frequencies(config)  # float64, a small constant
         self.packed: dict[str, Tensor] = {}  # a Layer's linears stacked [L, P, K, F], and lm_head [P, K, F]
 
     @property
@@ -254,7 +255,9 @@ class Llama(nn.Module):
 
     def rotary(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [N, 1, D] of the positions, in the model's dtype."""
-        angles = positions_N.double()[:, None] * self.inverse_frequencies_D2.to(positions_N.device)
+        if self.inverse_frequencies_D2.device != positions_N.device:  # once: no copy at each step
+            self.inverse_frequencies_D2 = self.inverse_frequencies_D2.to(positions_N.device)
+        angles = positions_N.double()[:, None] * self.inverse_frequencies_D2
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
@@ -292,61 +295,6 @@ class Llama(nn.Module):
             for module in layer.linears:
                 for name in module.names:
                     yield f"layers.{i}.{name}.weight", module.part(name)
-
-
-def rms_norm(x_NC: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · w, computed in x's precision, in the weight's dtype.
-
-    `weight` is [C], or [N, C] where rows have their own.
-    """
-    if torch.is_grad_enabled() and (x_NC.requires_grad or weight.requires_grad):
-        y_NC: Tensor = _RmsNorm.apply(x_NC, weight, eps)  # type: ignore[no-untyped-call]
-        return y_NC
-    return _scaled(x_NC, _inverse_rms(x_NC, eps), weight)
-
-
-def _inverse_rms(x_NC: Tensor, eps: float) -> Tensor:
-    """1 / √(mean(x²) + ε), [N, 1]."""
-    norm_N1 = torch.linalg.vector_norm(x_NC, dim=-1, keepdim=True)  # one pass, and no squares to store
-    r_N1: Tensor = (norm_N1.square() / x_NC.shape[-1] + eps).rsqrt()
-    return r_N1
-
-
-def _scaled(x_NC: Tensor, r_N1: Tensor, weight: Tensor) -> Tensor:
-    """x · r ⊙ w in w's dtype. Products of mixed dtypes are slow on the CPU, so w is converted first."""
-    return (x_NC * r_N1 * weight.to(x_NC.dtype)).to(weight.dtype)
-
-
-class _RmsNorm(torch.autograd.Function):
-    """The same with its gradient: half the passes over memory that autograd would take.
-
-    With r = 1/rms(x) and g = dy ⊙ w: dx = r·g − x·r³·mean(g ⊙ x), dw = Σ dy ⊙ x·r.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, weight: Tensor, eps: float) -> Tensor:
-        r_N1 = _inverse_rms(x_NC, eps)
-        ctx.save_for_backward(x_NC, weight, r_N1)
-        return _scaled(x_NC, r_N1, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad_NC: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_NC, weight, r_N1 = ctx.saved_tensors
-        dx_NC = dw = None
-        if ctx.needs_input_grad[0]:
-            dx_NC = grad_NC.to(x_NC.dtype) * weight.to(x_NC.dtype)
-            mean_N1 = torch.linalg.vecdot(dx_NC, x_NC).unsqueeze(-1) / x_NC.shape[-1]
-            dx_NC.mul_(r_N1).addcmul_(x_NC, mean_N1 * r_N1**3, value=-1)
-        if ctx.needs_input_grad[1]:
-            dw = (grad_NC * (x_NC * r_N1)).sum_to_size(weight.shape).to(weight.dtype)
-        return dx_NC, dw, None
-
-
-def rotate(x_NHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding, half-rotated layout: pairs are (i, i + D/2)."""
-    cos, sin = rotary
-    first, second = x_NHD.chunk(2, dim=-1)
-    return x_NHD * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

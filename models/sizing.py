@@ -12,7 +12,7 @@ from typing import Literal
 
 from models.adapter_config import AdapterConfig, LinearName
 from models.config import ModelConfig
-from models.vllm_plugin.carriers import ROWS, Room
+from models.vllm_plugin.carriers import ROWS, Room, fact_rows
 
 GIB = 1024**3
 
@@ -117,7 +117,7 @@ def native_adapter_bytes(base: ModelConfig, config: AdapterConfig, width: int) -
 def vllm_slot_bytes(base: ModelConfig, width: int, room: Room) -> int:
     """One of vLLM's adapter slots, whatever is in it; its prompt's keys and values lie in KV blocks."""
     C, R, sizes = base.hidden_size, ROWS, linear_sizes(base).values()
-    layer = R * C + base.num_heads * R
+    layer = R * C + fact_rows(base.num_heads) * R
     outside = 0
     if room.vectors:
         numbers = 1 + 2 * C + 2 * sum(out for out, _ in sizes)

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _CLOSING_SECONDS = 5  # for the last bytes to reach slow clients, after the drain
+_UNREAD_SECONDS = 60  # after which a client that takes nothing of what it is sent has gone
 
 
 class StartupError(Exception):
@@ -60,6 +62,8 @@ def _bind_tcp(host: str, port: int) -> socket.socket:
     family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     sock = socket.socket(family, kind, proto)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sys.platform == "linux":  # connections have it from the socket that listens
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_SECONDS * 1000)
     return _listen(sock, address)
 
 

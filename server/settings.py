@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 KIB = 1024
@@ -17,6 +19,20 @@ MIB = 1024 * 1024
 RATE = r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$"  # such as 60/minute
 
 Secret = Annotated[SecretStr, Field(min_length=1)]
+
+
+def _check_address(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        tcp = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, an address that is none
+        tcp = False
+    if not tcp and not url.startswith("unix:/"):
+        raise PydanticCustomError("address", "should be http://host:port or unix:/path")
+    return url
+
+
+Address = Annotated[str, AfterValidator(_check_address)]  # of a worker or an expert
 
 
 def default_cache_dir() -> Path:
@@ -51,8 +67,8 @@ class ImageLimits(_Settings):
 class GatewaySettings(ImageLimits):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="0: any free one")
-    worker_urls: tuple[str, ...] = Field((), description="http://host:port or unix:/path of each worker")
-    expert_urls: dict[str, str] = Field(
+    worker_urls: tuple[Address, ...] = Field((), description="http://host:port or unix:/path of each worker")
+    expert_urls: dict[str, Address] = Field(
         {}, description="name → http://host:port or unix:/path of its service"
     )
     expert_seconds: float = Field(20.0, gt=0, description="an expert that takes longer is left out")

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 import uuid
+import warnings
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
@@ -52,7 +53,9 @@ def configure_logging(level: str) -> None:
     """Send the whole process's logs through `JsonFormatter` from `level` (such as `info`) up.
 
     Replaces the root logger's handlers. Libraries that tell of each request they make are held to
-    warnings: the access log says it once already. Raises `ValueError` for an unknown level.
+    warnings: the access log says it once already. Pillow's warnings are not heard at all: they tell of
+    damaged metadata, anew for each picture, which is read all the same.
+    Raises `ValueError` for an unknown level.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
@@ -61,6 +64,7 @@ def configure_logging(level: str) -> None:
     root.handlers[:] = [handler]
     for name in ("httpx", "httpcore", "PIL"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def accepted_id(headers: Headers) -> str:

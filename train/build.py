@@ -29,6 +29,7 @@ from train.errors import Interrupted, TrainError
 from train.forward import Forward
 from train.groups import Groups
 from train.log import Log
+from train.memory import keep_freed_memory
 from train.processes import Processes, StopSignal
 from train.recipe import ComputeRecipe, Recipe, recipe_text
 from train.standardize import standardize
@@ -91,6 +92,7 @@ def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSigna
     compute = recipe.compute
     if compute.threads:
         torch.set_num_threads(compute.threads)
+    keep_freed_memory()
     checkpoints = Checkpoints(recipe.output / "checkpoints", recipe.keep.checkpoints)
     last = _check_output(recipe, checkpoints, processes)
     dtype: torch.dtype = getattr(torch, compute.dtype)
@@ -158,7 +160,7 @@ def check_same(file: Path, recipe: Recipe, free: tuple[str, ...] = _MAY_CHANGE) 
     """Raises TrainError where the recipe of a begun run, `file`, differs in more than the `free` keys."""
     try:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TrainError(
             f"{file}: cannot be read ({error}); restore it, or train to another output"
         ) from error

@@ -151,7 +151,10 @@ def _chat_template(folder: Path, tokenizer: dict[str, Any]) -> str | None:
     """`chat_template.jinja`, else the `chat_template` of `tokenizer_config.json`, of several the default."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}); fetch it again") from error
     template = tokenizer.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

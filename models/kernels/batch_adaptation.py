@@ -9,8 +9,9 @@ from torch import Tensor
 
 from models.adaptation import BatchAdaptation
 from models.adapter_config import LinearName
+from models.functional import rms_norm
 from models.kernels.slot_vectors import slot_rms_norm, slot_scale_bias
-from models.llama import Head, rms_norm
+from models.llama import Head
 
 
 class TritonBatchAdaptation(BatchAdaptation):

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.adaptation import BatchAdaptation
-from models.adapter_config import LINEARS
 from models.kernels import layers_cpu
 from models.kernels.layers_cpu import Batch, Cache, Rows, Vectors, Weights
 from models.kernels.linear_cpu import packed_linear
+from models.kernels.panel_bank import PanelBank
 from models.kernels.scalars_cpu import array
 from models.kernels.tile_cpu import PANEL
 from models.kv_cache import KVCache, PromptCache, StepLayout
@@ -26,8 +26,9 @@ from models.llama import Layer, Llama
 class FusedPass:
     """The packed base over the paged cache. Knows every adaptation that `is_elementwise`."""
 
-    def __init__(self, base: Llama, cache: KVCache, prompts: PromptCache) -> None:
+    def __init__(self, base: Llama, cache: KVCache, prompts: PromptCache, bank: PanelBank) -> None:
         self._base = base
+        self._bank = bank
         self._cache = cache
         self._prompts = prompts
         layers = [layer for layer in base.layers if isinstance(layer, Layer)]
@@ -40,7 +41,7 @@ class FusedPass:
         self._weights = Weights(qkv, wo, gate_up, w2, self._eps)
         self._head_PKF = array(base.packed["lm_head"])
         self._stored = array(base.embed).dtype
-        self._none_LSO = array(base.embed.new_empty(0, 0, 0))
+        self._none_LSA = array(base.embed.new_empty(0, 0, 0))
         # Compiled now: the first adapter's prompts would else wait for it, and everybody with them.
         packed_linear(base.embed[:1], base.packed["qkv"][0, :1])
 
@@ -60,7 +61,7 @@ class FusedPass:
         h_MC = np.empty((M, C), self._stored)
         layers_cpu.norm(x_MC.numpy(), self._norm("final_norm", adaptation)[0], slots_M, self._eps, h_MC)
         logits_MV = torch.empty(M, self._base.config.vocab_size)
-        bias, scale = (self._stack(f"{kind}.head", adaptation) for kind in ("bias", "scale_out"))
+        bias, scale = (self._panels(kind, "lm_head", adaptation) for kind in ("bias", "scale_out"))
         layers_cpu.head(h_MC, self._head_PKF, bias, scale, slots_M, logits_MV.numpy())
         return logits_MV
 
@@ -68,14 +69,16 @@ class FusedPass:
         return Vectors(
             self._norm("attention_norm", adaptation),
             self._norm("feed_forward_norm", adaptation),
-            tuple(self._stack(f"bias.{name}", adaptation) for name in _ORDER),
-            tuple(self._stack(f"scale_out.{name}", adaptation) for name in _ORDER),
+            tuple(self._panels("bias", weight, adaptation) for weight in _ORDER),
+            tuple(self._panels("scale_out", weight, adaptation) for weight in _ORDER),
             self._slots(adaptation, N),
         )
 
-    def _stack(self, key: str, adaptation: BatchAdaptation | None) -> Any:
-        stack_LSO = None if adaptation is None else adaptation.stack(key)
-        return self._none_LSO if stack_LSO is None else array(stack_LSO)
+    def _panels(self, kind: str, weight: str, adaptation: BatchAdaptation | None) -> Any:
+        names = self._bank.linears[weight]
+        if adaptation is None or not any(adaptation.has(f"{kind}.{name}") for name in names):
+            return self._none_LSA
+        return array(self._bank.panels[kind, weight])
 
     def _norm(self, name: str, adaptation: BatchAdaptation | None) -> Any:
         stack_LSC = None if adaptation is None else adaptation.stack(name)
@@ -121,5 +124,4 @@ class FusedPass:
         )
 
 
-_ORDER = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")  # of `Vectors`
-assert set(_ORDER) == set(LINEARS)
+_ORDER = ("qkv", "wo", "gate_up", "w2")  # of `Vectors`

@@ -38,8 +38,8 @@ class Weights(NamedTuple):
 class Vectors(NamedTuple):
     """What the batch's adapters put in place of norms, or add; a slot for each row.
 
-    Biases and scales in the order wq, wk, wv, wo, w1, w3, w2, [L, S, features]; without layers: none.
-    Norms have a single slot where all rows have the base's.
+    Biases and scales in the order qkv, wo, gate_up, w2, [L, S, A], as in `models.kernels.panel_bank`; without
+    layers: none. Norms have a single slot where all rows have the base's.
     """
 
     attention_norm_LSC: Any
@@ -88,12 +88,10 @@ def run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> None:
     """The residual stream through all layers, in place; new keys and values go to the cache."""
     N = rows.x_NC.shape[0]
     flat_NC = rows.out_NHD.reshape(N, rows.out_NHD.shape[1] * rows.out_NHD.shape[2])
-    q = flat_NC.shape[1]
-    kv = cache.k_LPsGD.shape[3] * cache.k_LPsGD.shape[4]
     bias, scale, slots_N = vectors.bias, vectors.scale, vectors.slots_N
     for layer in range(w.qkv_LPKF.shape[0]):
         norm(rows.x_NC, vectors.attention_norm_LSC[layer], slots_N, w.eps, rows.h_NC)
-        _qkv(layer, rows.h_NC, w.qkv_LPKF[layer], bias, scale, slots_N, rows.qkv_NA, q, kv)
+        _qkv(layer, rows.h_NC, w.qkv_LPKF[layer], bias[0], scale[0], slots_N, rows.qkv_NA)
         k_PsGD, v_PsGD = cache.k_LPsGD[layer], cache.v_LPsGD[layer]
         _rotate(rows.qkv_NA, batch.cos_ND, batch.sin_ND, batch.places_N, rows.q_NHD, k_PsGD, v_PsGD)
         attend(
@@ -110,20 +108,10 @@ def run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> None:
             cache.gate_LSH[layer],
             rows.out_NHD,
         )
-        _add(layer, flat_NC, w.wo_LPKF[layer], bias[3], scale[3], slots_N, rows.x_NC)
+        _add(layer, flat_NC, w.wo_LPKF[layer], bias[1], scale[1], slots_N, rows.x_NC)
         norm(rows.x_NC, vectors.feed_forward_norm_LSC[layer], slots_N, w.eps, rows.h_NC)
-        _gate_up(
-            layer,
-            rows.h_NC,
-            w.gate_up_LPKF[layer],
-            bias[4],
-            bias[5],
-            scale[4],
-            scale[5],
-            slots_N,
-            rows.act_NI,
-        )
-        _add(layer, rows.act_NI, w.w2_LPKF[layer], bias[6], scale[6], slots_N, rows.x_NC)
+        _gate_up(layer, rows.h_NC, w.gate_up_LPKF[layer], bias[2], scale[2], slots_N, rows.act_NI)
+        _add(layer, rows.act_NI, w.w2_LPKF[layer], bias[3], scale[3], slots_N, rows.x_NC)
 
 
 @jit
@@ -162,68 +150,30 @@ def _linear(
     first: int,
     w_PKF: Any,
     panel: int,
-    bias_LSO: Any,
-    scale_LSO: Any,
+    bias_LSA: Any,
+    scale_LSA: Any,
     slots_N: Any,
-    start: int,
     y_RF: Any,
 ) -> None:
-    """y = s ⊙ (W h + b) of at most ROWS rows from `first` on, for a panel that begins at feature `start`."""
+    """y = s ⊙ (W h + b) of at most ROWS rows from `first` on, for one panel of the weight."""
     last = min(first + ROWS, h_NK.shape[0])
-    adapted = bias_LSO.shape[0] + scale_LSO.shape[0] > 0
-    if adapted:
-        for n in range(first, last):
-            prefetch_panel(bias_LSO, layer, slots_N[n], start)
-            prefetch_panel(scale_LSO, layer, slots_N[n], start)
+    prefetch_panel(bias_LSA, layer, panel, slots_N, first, last)
+    prefetch_panel(scale_LSA, layer, panel, slots_N, first, last)
     tile_product(h_NK, sums_Ng, first, last, w_PKF, panel, y_RF)
-    if adapted:
-        _adapt(layer, first, last - first, bias_LSO, scale_LSO, slots_N, start, y_RF)
-
-
-@jit
-def _adapt(
-    layer: int, first: int, count: int, bias_LSO: Any, scale_LSO: Any, slots_N: Any, start: int, y_RF: Any
-) -> None:
-    """y = s ⊙ (y + b) on a panel that begins at feature `start`; past the last feature y is left alone."""
-    biased, scaled = bias_LSO.shape[0] > 0, scale_LSO.shape[0] > 0
-    width = (bias_LSO.shape[2] if biased else scale_LSO.shape[2]) - start
-    for r in range(count):
-        slot = slots_N[first + r]
-        if width >= PANEL:
-            add_and_scale(y_RF, r, bias_LSO, scale_LSO, layer, slot, start)
-        else:
-            for c in range(width):
-                if biased:
-                    y_RF[r, c] += widen(bias_LSO[layer, slot, start + c])
-                if scaled:
-                    y_RF[r, c] *= widen(scale_LSO[layer, slot, start + c])
+    if bias_LSA.shape[0] + scale_LSA.shape[0] > 0:
+        add_and_scale(y_RF, bias_LSA, scale_LSA, layer, panel, slots_N, first, last)
 
 
 @parallel_jit
-def _qkv(
-    layer: int, h_NC: Any, w_PKF: Any, bias: Any, scale: Any, slots_N: Any, qkv_NA: Any, q: int, kv: int
-) -> None:
-    """`q` and `kv`: features of the query, and of the key as of the value."""
-    N, P = h_NC.shape[0], w_PKF.shape[0]
-    k_panel = (q + PANEL - 1) // PANEL
-    v_panel = k_panel + (kv + PANEL - 1) // PANEL
-    bias_q, bias_k, bias_v = bias[0], bias[1], bias[2]
-    scale_q, scale_k, scale_v = scale[0], scale[1], scale[2]
+def _qkv(layer: int, h_NC: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots_N: Any, qkv_NA: Any) -> None:
+    N = h_NC.shape[0]
     sums = group_sums(h_NC, w_PKF)
-    for task in numba.prange(P):
+    for task in numba.prange(w_PKF.shape[0]):
         p = np.int64(task)
         y_RF = outputs(w_PKF, p, N)
         for first in range(0, N, ROWS):
             last = min(first + ROWS, N)
-            if p < k_panel:
-                start = p * PANEL
-                _linear(layer, h_NC, sums, first, w_PKF, p, bias_q, scale_q, slots_N, start, y_RF)
-            elif p < v_panel:
-                start = (p - k_panel) * PANEL
-                _linear(layer, h_NC, sums, first, w_PKF, p, bias_k, scale_k, slots_N, start, y_RF)
-            else:
-                start = (p - v_panel) * PANEL
-                _linear(layer, h_NC, sums, first, w_PKF, p, bias_v, scale_v, slots_N, start, y_RF)
+            _linear(layer, h_NC, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, y_RF)
             for r in range(last - first):
                 for c in range(PANEL):
                     qkv_NA[first + r, p * PANEL + c] = y_RF[r, c]
@@ -270,7 +220,7 @@ def _rotate_row(
 
 
 @parallel_jit
-def _add(layer: int, h_NK: Any, w_PKF: Any, bias_LSO: Any, scale_LSO: Any, slots_N: Any, x_NC: Any) -> None:
+def _add(layer: int, h_NK: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots_N: Any, x_NC: Any) -> None:
     """x += s ⊙ (W h + b)."""
     N, C = x_NC.shape
     sums = group_sums(h_NK, w_PKF)
@@ -280,7 +230,7 @@ def _add(layer: int, h_NK: Any, w_PKF: Any, bias_LSO: Any, scale_LSO: Any, slots
         width = min(PANEL, C - p * PANEL)
         for first in range(0, N, ROWS):
             last = min(first + ROWS, N)
-            _linear(layer, h_NK, sums, first, w_PKF, p, bias_LSO, scale_LSO, slots_N, p * PANEL, y_RF)
+            _linear(layer, h_NK, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, y_RF)
             for r in range(last - first):
                 for c in range(width):
                     x_NC[first + r, p * PANEL + c] += y_RF[r, c]
@@ -288,15 +238,7 @@ def _add(layer: int, h_NK: Any, w_PKF: Any, bias_LSO: Any, scale_LSO: Any, slots
 
 @parallel_jit
 def _gate_up(
-    layer: int,
-    h_NC: Any,
-    w_PKF: Any,
-    bias_1: Any,
-    bias_3: Any,
-    scale_1: Any,
-    scale_3: Any,
-    slots_N: Any,
-    act_NI: Any,
+    layer: int, h_NC: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots_N: Any, act_NI: Any
 ) -> None:
     """silu(W1 h) ⊙ W3 h; the panels of w1 are the first half."""
     N, I = act_NI.shape
@@ -308,8 +250,8 @@ def _gate_up(
         width = min(PANEL, I - p * PANEL)
         for first in range(0, N, ROWS):
             last = min(first + ROWS, N)
-            _linear(layer, h_NC, sums, first, w_PKF, p, bias_1, scale_1, slots_N, p * PANEL, gate_RF)
-            _linear(layer, h_NC, sums, first, w_PKF, half + p, bias_3, scale_3, slots_N, p * PANEL, up_RF)
+            _linear(layer, h_NC, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, gate_RF)
+            _linear(layer, h_NC, sums, first, w_PKF, half + p, bias_LSA, scale_LSA, slots_N, up_RF)
             for r in range(last - first):
                 for c in range(width):
                     gate = gate_RF[r, c]
@@ -318,7 +260,7 @@ def _gate_up(
 
 
 @parallel_jit
-def head(h_MC: Any, w_PKF: Any, bias_LSO: Any, scale_LSO: Any, slots_M: Any, logits_MV: Any) -> None:
+def head(h_MC: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots_M: Any, logits_MV: Any) -> None:
     """s ⊙ (W h + b), the logits, in float32."""
     M, V = logits_MV.shape
     sums = group_sums(h_MC, w_PKF)
@@ -328,7 +270,7 @@ def head(h_MC: Any, w_PKF: Any, bias_LSO: Any, scale_LSO: Any, slots_M: Any, log
         width = min(PANEL, V - p * PANEL)
         for first in range(0, M, ROWS):
             last = min(first + ROWS, M)
-            _linear(0, h_MC, sums, first, w_PKF, p, bias_LSO, scale_LSO, slots_M, p * PANEL, y_RF)
+            _linear(0, h_MC, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_M, y_RF)
             for r in range(last - first):
                 for c in range(width):
                     logits_MV[first + r, p * PANEL + c] = y_RF[r, c]

@@ -6,6 +6,7 @@ Shapes: N tokens, B sequences, H query heads, G key/value heads, D head size, M 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,51 +33,75 @@ class TritonPagedAttend:
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         self._cache.write(layer, self._slots_N, k_NGD, v_NGD)
-        k_PsGD, v_PsGD = self._cache.k_LPsGD[layer], self._cache.v_LPsGD[layer]
-        p, single, lens_B = self._prompts, self._num_single, self._lens_B
-        prompt_k_SKGD, prompt_v_SKGD = p.k_LSKGD[layer], p.v_LSKGD[layer]
-        prompt_lens_S, gate_SH = p.device_lens_LS[layer], p.gate_LSH[layer]
+        single, lens_B = self._num_single, self._lens_B
         if single:
             out_BHD = paged_decode(
                 q_NHD[:single],
-                k_PsGD,
-                v_PsGD,
+                *_pages(self._cache, layer),
                 self._blocks_BM[:single],
                 lens_B[:single],
-                prompt_k_SKGD,
-                prompt_v_SKGD,
-                self._prompt_slots_B[:single],
-                prompt_lens_S,
-                gate_SH,
+                *_prompts(self._prompts, layer, self._prompt_slots_B[:single]),
             )
             if single == len(lens_B):
                 return out_BHD
         out_NHD = paged_prefill(
             q_NHD,
-            k_PsGD,
-            v_PsGD,
+            *_pages(self._cache, layer),
             self._blocks_BM[single:],
             self._starts[single:],
             lens_B[single:],
             self._longest,
-            prompt_k_SKGD,
-            prompt_v_SKGD,
-            self._prompt_slots_B[single:],
-            prompt_lens_S,
-            gate_SH,
+            *_prompts(self._prompts, layer, self._prompt_slots_B[single:]),
         )
         if single:
             out_NHD[:single] = out_BHD
         return out_NHD
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeAttend:
+    """Of sequences of one token each, whose places are on the device already, as int32.
+
+    `slots_B` are flat cache positions of the tokens, int64. Length 0 is a row that is none.
+    """
+
+    cache: KVCache
+    prompts: PromptCache
+    slots_B: Tensor
+    lens_B: Tensor
+    prompt_slots_B: Tensor
+    blocks_BM: Tensor
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        self.cache.write(layer, self.slots_B, k_NGD, v_NGD)
+        prompts = _prompts(self.prompts, layer, self.prompt_slots_B)
+        return paged_decode(q_NHD, *_pages(self.cache, layer), self.blocks_BM, self.lens_B, *prompts)
+
+
+def _pages(cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
+    return cache.k_LPsGD[layer], cache.v_LPsGD[layer]
+
+
+def _prompts(
+    prompts: PromptCache, layer: int, slots_B: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the kernels take them."""
+    return (
+        prompts.k_LSKGD[layer],
+        prompts.v_LSKGD[layer],
+        slots_B,
+        prompts.device_lens_LS[layer],
+        prompts.gate_LSH[layer],
+    )
+
+
 @torch.inference_mode()
 def compile_kernels(cache: KVCache, prompts: PromptCache, num_heads: int) -> None:
     """Every variant that a step may need: compiling one takes seconds, which no request should wait for."""
-    k_PsGD, v_PsGD = cache.k_LPsGD[0], cache.v_LPsGD[0]
+    k_PsGD, v_PsGD = _pages(cache, 0)
     one, zero = k_PsGD.new_ones(1, dtype=torch.int32), k_PsGD.new_zeros(1, dtype=torch.int32)
     starts = torch.cat([zero, one])
-    prompt = (prompts.k_LSKGD[0], prompts.v_LSKGD[0], zero, prompts.device_lens_LS[0], prompts.gate_LSH[0])
+    prompt = _prompts(prompts, 0, zero)
     q_NHD = k_PsGD.new_zeros(1024, num_heads, k_PsGD.shape[-1])
     for num_splits in (1, 2):
         paged_decode(q_NHD[:1], k_PsGD, v_PsGD, zero[None], one, *prompt, num_splits)

@@ -23,40 +23,17 @@ from models.kernels.rows_cpu import HEAD_STEP, add_rows, prefetch_rows, score_ro
 from models.kernels.scalars_cpu import (
     SUPPORTED_DTYPES,
     array,
-    exp,
     inlined_jit,
-    jit,
     narrow,
     parallel_jit,
     widen,
 )
+from models.kernels.softmax_cpu import softmax
 from models.kernels.tile_cpu import LANES
 
 __all__ = ["SUPPORTED_DTYPES", "attend", "paged_attend"]
 
 _FEW = 8  # tasks; where there are fewer of one per key/value head, each query head is one
-
-
-@jit
-def _exponentials(scores_RT: Any, T: int, factor_R: Any) -> None:
-    """exp(score - the row's largest) in place, and in `factor_R` what makes their sum 1."""
-    tops = np.empty(LANES, np.float32)  # compared lane by lane, as one running maximum could not be
-    for r in range(scores_RT.shape[0]):
-        for i in range(LANES):
-            scores_RT[r, T + i] = -np.inf
-            tops[i] = scores_RT[r, i]
-        for start in range(LANES, T, LANES):
-            for i in range(LANES):
-                tops[i] = scores_RT[r, start + i] if scores_RT[r, start + i] > tops[i] else tops[i]
-        top = tops[0]
-        for i in range(1, LANES):
-            top = tops[i] if tops[i] > top else top
-        total = np.float32(0)
-        for t in range(T):
-            e = exp(scores_RT[r, t] - top)
-            scores_RT[r, t] = e
-            total += e
-        factor_R[r] = np.float32(1) / total
 
 
 @inlined_jit
@@ -119,25 +96,23 @@ def attend(
         b, T = np.int64(sequences_N[n]), np.int64(lens_N[n])
         slot = np.int64(slots_B[b])
         K = np.int64(prompt_lens_S[slot])
-        scores = np.empty((R, max(T, K) + 2 * LANES), np.float32)
-        factors = np.empty(R, np.float32)
+        scores = np.empty((R, (max(T, K) + 2 * LANES) // LANES * LANES), np.float32)
         total = np.zeros((R, D), np.float32)
+        if K > 0:
+            prefetch_rows(prompt_k_SKGD, slot, g)
+            prefetch_rows(prompt_v_SKGD, slot, g)
         for start in range(0, T, s):
             block = np.int64(blocks_BM[b, start // s])
             prefetch_rows(v_PsGD, block, g)
             _score(q_NHD, n, first, k_PsGD, block, g, min(s, T - start), scale, scores, start)
-        _exponentials(scores, T, factors)
+        for r in range(R):
+            softmax(scores, r, T, np.float32(1))
         for start in range(0, T, s):
             _add(scores, start, v_PsGD, np.int64(blocks_BM[b, start // s]), g, min(s, T - start), total)
-        for r in range(R if T > 0 else 0):
-            for d in range(D):
-                total[r, d] *= factors[r]
         if K > 0:
             _score(q_NHD, n, first, prompt_k_SKGD, slot, g, K, scale, scores, 0)
-            _exponentials(scores, K, factors)
             for r in range(R):
-                for t in range(K):
-                    scores[r, t] *= factors[r] * gate_SH[slot, first + r]
+                softmax(scores, r, K, gate_SH[slot, first + r])
             _add(scores, 0, prompt_v_SKGD, slot, g, K, total)
         for r in range(R):
             for d in range(D):

@@ -1,10 +1,13 @@
 """What adapters do to a panel of outputs, in LLVM's instructions: numba makes no vectors of such a loop.
 
-L layers, S slots of the adapter bank, O output features of a linear, R rows and F features of a panel.
+L layers, S slots of the adapter bank, A outputs of a packed weight, N rows of a step, R rows and F features
+of a panel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
@@ -20,54 +23,76 @@ _LINE = 64  # bytes that memory gives at once
 
 @intrinsic
 def add_and_scale(
-    typing: Any, y_RF: Any, r: Any, bias_LSO: Any, scale_LSO: Any, layer: Any, slot: Any, start: Any
+    typing: Any,
+    y_RF: Any,
+    bias_LSA: Any,
+    scale_LSA: Any,
+    layer: Any,
+    panel: Any,
+    slots_N: Any,
+    first: Any,
+    last: Any,
 ) -> Any:
-    """Row r of a panel's outputs becomes s ⊙ (y + b), of an adapter's vectors from feature `start` on.
+    """A panel's outputs y of the rows `first` … `last - 1` become s ⊙ (y + b), each by its row's slot.
 
     Vectors without layers are left out.
     """
 
     def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
         kinds = signature.args
-        y, bias, scale = (context.make_array(kinds[i])(context, b, args[i]) for i in (0, 2, 3))
-        y_row = address(b, y, args[1])
-        places = [b.add(y_row, ir.Constant(I64, 4 * LANES * i)) for i in range(VECTORS)]
-        sums = [cgutils.alloca_once_value(b, load(b, place, VF32)) for place in places]
-        for vector, kind, instruction in ((bias, kinds[2], b.fadd), (scale, kinds[3], b.fmul)):
-            size = kind.dtype.bitwidth // 8
-            with b.if_then(_has_layers(b, vector)):
-                first = address(b, vector, *args[4:7])
-                for i, total in enumerate(sums):
-                    value = widened(b, b.add(first, ir.Constant(I64, size * LANES * i)), kind.dtype)
-                    b.store(instruction(b.load(total), value), total)
-        for place, total in zip(places, sums, strict=True):
-            b.store(b.load(total), b.inttoptr(place, VF32.as_pointer()), align=4)
+        y, bias, scale, slots = (context.make_array(kinds[i])(context, b, args[i]) for i in (0, 1, 2, 5))
+        steps = ((bias, kinds[1], b.fadd), (scale, kinds[2], b.fmul))
+        with _rows(b, slots, *args[6:8]) as (r, slot):
+            y_row = address(b, y, r)
+            places = [b.add(y_row, ir.Constant(I64, 4 * LANES * i)) for i in range(VECTORS)]
+            sums = [cgutils.alloca_once(b, VF32) for _ in places]
+            for place, total in zip(places, sums, strict=True):
+                b.store(load(b, place, VF32), total)
+            for vector, kind, instruction in steps:
+                size = kind.dtype.bitwidth // 8
+                with b.if_then(_has_layers(b, vector)):
+                    start = address(b, vector, args[3], slot, _first_feature(b, args[4]))
+                    for i, total in enumerate(sums):
+                        value = widened(b, b.add(start, ir.Constant(I64, size * LANES * i)), kind.dtype)
+                        b.store(instruction(b.load(total), value), total)
+            for place, total in zip(places, sums, strict=True):
+                b.store(b.load(total), b.inttoptr(place, VF32.as_pointer()), align=4)
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(y_RF, i, bias_LSO, scale_LSO, i, i, i), build
+    return types.void(y_RF, bias_LSA, scale_LSA, i, i, slots_N, i, i), build
 
 
 @intrinsic
-def prefetch_panel(typing: Any, v_LSO: Any, layer: Any, slot: Any, start: Any) -> Any:
-    """Ask for an adapter's vector from feature `start` on, as far as a panel goes; without layers: for none.
-
-    Adapters' vectors lie here and there in the bank, where the processor does not foresee them.
-    """
+def prefetch_panel(
+    typing: Any, v_LSA: Any, layer: Any, panel: Any, slots_N: Any, first: Any, last: Any
+) -> Any:
+    """Ask for what a panel's rows `first` … `last - 1` will need of adapters' vectors, if there are any."""
 
     def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
         kind = signature.args[0]
-        vector = context.make_array(kind)(context, b, args[0])
+        vector, slots = (context.make_array(signature.args[i])(context, b, args[i]) for i in (0, 3))
         size = PANEL * kind.dtype.bitwidth // 8
-        with b.if_then(_has_layers(b, vector)):
-            first = address(b, vector, *args[1:4])
+        with b.if_then(_has_layers(b, vector)), _rows(b, slots, *args[4:6]) as (_, slot):
+            start = address(b, vector, args[1], slot, _first_feature(b, args[2]))
             for offset in [*range(0, size, _LINE), size - 1]:  # it need not begin with a line
-                prefetch(b, b.add(first, ir.Constant(I64, offset)))
+                prefetch(b, b.add(start, ir.Constant(I64, offset)))
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(v_LSO, i, i, i), build
+    return types.void(v_LSA, i, i, slots_N, i, i), build
 
 
-def _has_layers(b: Any, vector_LSO: Any) -> Any:
-    return b.icmp_signed(">", cgutils.unpack_tuple(b, vector_LSO.shape)[0], ir.Constant(I64, 0))
+@contextmanager
+def _rows(b: Any, slots_N: Any, first: Any, last: Any) -> Iterator[tuple[Any, Any]]:
+    """Emit a loop over rows: the row's number, counted from `first`, and its slot."""
+    with cgutils.for_range(b, b.sub(last, first), intp=I64) as loop:
+        yield loop.index, load(b, address(b, slots_N, b.add(first, loop.index)), I64)
+
+
+def _first_feature(b: Any, panel: Any) -> Any:
+    return b.mul(panel, ir.Constant(I64, PANEL))
+
+
+def _has_layers(b: Any, vector_LSA: Any) -> Any:
+    return b.icmp_signed(">", cgutils.unpack_tuple(b, vector_LSA.shape)[0], ir.Constant(I64, 0))

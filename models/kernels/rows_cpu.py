@@ -207,11 +207,12 @@ def score_rows(
 ) -> None:
     """scores[r, at + i] = scale · (q[n, h + r] · k[p, t + i, g]) over `count` rows, for every r.
 
-    What follows the last of them, up to a multiple of LANES, is written too, and means nothing. A row's size
-    is a multiple of 64 bytes.
+    What follows the last of them, up to a multiple of LANES, is written too, and means nothing; it is made
+    of whatever rows come next. A row's size is a multiple of 64 bytes, and rows lie at even distances.
     """
+    left = (k_PsGD.shape[0] - p) * k_PsGD.shape[1] - t
     for i in range(0, count, LANES):
-        whole = t + i + LANES <= k_PsGD.shape[1]
+        whole = i + LANES <= left
         for r in range(scores_RT.shape[0]):
             if whole:
                 _score_whole(q_NHD, n, h + r, k_PsGD, p, t + i, g, LANES, scale, scores_RT, r, at + i)

@@ -80,6 +80,20 @@ def power_of_two(typing: Any, exponent: Any) -> Any:
     return types.float32(types.int32), build
 
 
+# ln 2 in two parts, of which the first times n is exact; and of e^f's polynomial the terms from f⁷ to f².
+LN_2 = (0.693359375, -2.12194440e-4)
+EXP_TERMS = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+_LN_2_HIGH, _LN_2_LOW = (np.float32(part) for part in LN_2)
+_TERM_6, _TERM_5, _TERM_4, _TERM_3, _TERM_2, _TERM_1 = (np.float32(term) for term in EXP_TERMS)
+
+
 @jit
 def exp(x: Any) -> Any:
     """e^x to a few units in the last place, without a branch or a call; below -87 it is e^-87."""
@@ -88,13 +102,12 @@ def exp(x: Any) -> Any:
     if x > np.float32(88):
         x = np.float32(88)
     n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
-    # ln 2 in two parts, of which the first times n is exact.
-    f = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * f + np.float32(1.3981999507e-3)
-    p = p * f + np.float32(8.3334519073e-3)
-    p = p * f + np.float32(4.1665795894e-2)
-    p = p * f + np.float32(1.6666665459e-1)
-    p = p * f + np.float32(5.0000001201e-1)
+    f = x - n * _LN_2_HIGH - n * _LN_2_LOW
+    p = _TERM_6
+    p = p * f + _TERM_5
+    p = p * f + _TERM_4
+    p = p * f + _TERM_3
+    p = p * f + _TERM_2
+    p = p * f + _TERM_1
     p = p * f * f + f + np.float32(1)
     return p * power_of_two(np.int32(n))

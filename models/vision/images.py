@@ -9,6 +9,7 @@ from typing import Literal
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+MAX_SIDE = 65_535  # JPEG's own; a PNG of one column has a memory block a row, which takes Pillow seconds
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation → what turns the stored picture upright (EXIF 2.32, table 6).
 _UPRIGHT = {
@@ -74,6 +75,10 @@ def _check_size(image: Image.Image, limits: ImageLimits) -> None:
         raise ImageError(
             "pixels",
             f"The image has {width}×{height} pixels; at most {limits.max_pixels} in all are decoded.",
+        )
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(
+            "pixels", f"The image has {width}×{height} pixels; a side may have {MAX_SIDE} at most."
         )
 
 

@@ -22,6 +22,7 @@ from server.commands.eval_common import (
     Split,
     cache_dir,
     installed,
+    learnt_rows,
     report,
     settings_of,
     source_of,
@@ -33,8 +34,11 @@ from server.serving import StartupError
 from server.settings import EvaluationSettings
 
 if TYPE_CHECKING:
+    from train.evaluation.captions import Captioner
     from train.evaluation.endpoint import Endpoint
     from train.evaluation.results import Result
+    from train.evaluation.samples import Wanted
+    from train.recipe import SourceRecipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,24 +97,13 @@ def captions(
         raise StartupError("--classifier and --nearest are two captioners; give one of them.")
     with installed(), ExitStack() as stack:
         from train.evaluation.captions import asked, evaluate_captions, read_pictures, shuffled
-        from train.evaluation.samples import all_rows, trained_rows
 
         source = source_of(data, columns, format=format, images=images, bad_rows=bad_rows)
         faults: list[str] = []
         pictures = read_pictures(source, wanted_rows(split, holdout), faults, settings.limit)
-        if classifier:
-            from train.evaluation.baselines import imagenet_captioner
-
-            captioner, name = imagenet_captioner(), "ImageNet name"
-        elif nearest:
-            from train.evaluation.baselines import nearest_captioner
-
-            known = read_pictures(
-                source.model_copy(update={"path": tuple(nearest)}),
-                trained_rows(holdout) if split == "held-out" else all_rows,
-                faults,
-            )
-            captioner, name = nearest_captioner(known, encoder, cache_dir()), "nearest picture"
+        if classifier or nearest:
+            known = learnt_rows(split, holdout)
+            captioner, name = _baseline(source, nearest, known, faults, encoder)
         else:
             from server.commands.evaluated import evaluated
 
@@ -122,6 +115,19 @@ def captions(
         result = evaluate_captions(pictures, captioner)
     about = {"model": name, "data": _paths(data), "split": split, "holdout": holdout}
     report(result.told(**about, bad_rows=len(faults), shuffle_images=shuffle_images), settings)
+
+
+def _baseline(
+    source: SourceRecipe, nearest: list[Path] | None, known: Wanted, faults: list[str], encoder: str
+) -> tuple[Captioner, str]:
+    """Who describes pictures without a language model, and its name; by the `nearest` files, if given."""
+    from train.evaluation.baselines import imagenet_captioner, nearest_captioner
+    from train.evaluation.captions import read_pictures
+
+    if not nearest:
+        return imagenet_captioner(), "ImageNet name"
+    source = source.model_copy(update={"path": tuple(nearest)})
+    return nearest_captioner(read_pictures(source, known, faults), encoder, cache_dir()), "nearest picture"
 
 
 @app.command(

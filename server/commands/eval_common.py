@@ -73,6 +73,13 @@ def wanted_rows(split: str, holdout: float) -> Wanted:
     return held_out_rows(holdout) if split == "held-out" else all_rows
 
 
+def learnt_rows(split: str, holdout: float) -> Wanted:
+    """The rows that whoever is evaluated on such a split may know."""
+    from train.evaluation.samples import all_rows, trained_rows
+
+    return trained_rows(holdout) if split == "held-out" else all_rows
+
+
 def cache_dir() -> Path:
     return load(WorkerSettings, {}).cache_dir
 

@@ -10,7 +10,9 @@ import asyncio
 import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 
 import httpx
@@ -30,15 +32,21 @@ _METADATA = tuple(  # of clouds; those that no other rule covers, also for `imag
 _HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]{0,252})")
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_ADDRESSES = 4  # of one host, tried in turn
+_LOOKUPS = 32  # names that are looked up at once; one without an answer takes its thread some ten seconds
 
 
 class FetchRefused(InvalidRequest):
     """An image's URL is against the rules, or its host did not deliver."""
 
 
-async def resolve(host: str, port: int) -> list[str]:
-    """The system's resolver. Raises `OSError` for an unknown name."""
-    infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+async def resolve(threads: Executor, host: str, port: int) -> list[str]:
+    """The system's resolver, on one of `threads`. Raises `OSError` for an unknown name.
+
+    Not the loop's own few threads: whoever names a host may have its name servers take their time, and the
+    names of workers and experts are looked up there.
+    """
+    lookup = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    infos = await asyncio.get_running_loop().run_in_executor(threads, lookup)
     return list(dict.fromkeys(str(info[4][0]) for info in infos))
 
 
@@ -74,11 +82,12 @@ class ImageFetcher:
     def __init__(
         self,
         limits: ImageLimits,
-        resolver: Resolver = resolve,
+        resolver: Resolver | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._limits = limits
-        self._resolver = resolver
+        self._threads = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="image-host")
+        self._resolver = resolver or partial(resolve, self._threads)
         # The bare transport: no cookies, proxies, netrc or redirects of httpx's own. No connection is
         # kept, since one that was opened for a host must not serve another at the same address.
         self._transport = transport or httpx.AsyncHTTPTransport(
@@ -87,6 +96,7 @@ class ImageFetcher:
         self._allowed_hosts = {host.lower().rstrip(".") for host in limits.image_allowed_hosts}
 
     async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
         await self._transport.aclose()
 
     async def fetch(self, url: str) -> bytes:

@@ -22,6 +22,7 @@ from server.settings import ImageLimits
 from server.tracing import span
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_MAX_SIDE = 65_535  # JPEG's own; what decodes a PNG of millions of rows stands still meanwhile
 _BASE64_PIECE = 4 * 2**18  # decoded piecewise, since a piece holds the interpreter
 _THREADS = 4
 
@@ -86,6 +87,11 @@ class ImageLoader:
         width, height = self._size(data)
         if width * height > self._limits.max_image_pixels:
             raise self._too_many_pixels(f"{width}x{height}")
+        if max(width, height) > _MAX_SIDE:
+            raise InvalidRequest(
+                f"The image has {width}x{height} pixels; a side may have {_MAX_SIDE} at most.",
+                code="image_too_large",
+            )
         return Image(data, hashlib.sha256(data).hexdigest())
 
     def _size(self, data: bytes) -> tuple[int, int]:

@@ -13,6 +13,7 @@ Lifetime        a vanished client, a passed deadline or an expired drain ends a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import ClassVar
@@ -47,6 +48,7 @@ from server.telemetry import accepted_id, request_id
 log = logging.getLogger(__name__)
 
 _CLIENT_GONE = 499  # in logs and metrics only: nobody is there to receive it
+_LAST_WORD_SECONDS = 5.0  # for a stream's error event: a client that reads nothing more is not waited for
 
 
 class RequestContext:
@@ -166,9 +168,15 @@ class Errors:
             if not begun:
                 await _answer(error)(scope, receive, send)
             elif streaming:
-                await send({"type": "http.response.body", "body": sse(error.body()), "more_body": False})
+                await _end_stream(error, send)
             else:
                 raise
+
+
+async def _end_stream(error: ApiError, send: Send) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_WORD_SECONDS):
+            await send({"type": "http.response.body", "body": sse(error.body()), "more_body": False})
 
 
 def _as_api_error(error: Exception) -> ApiError:

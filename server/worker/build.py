@@ -83,6 +83,8 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         max_hot_adapters=settings.max_hot_adapters,
         prompt_slots=settings.prompt_slots,
         kernels=_kernels(settings, base),
+        max_decodes=settings.max_num_seqs,
+        max_model_len=scheduler.max_sequence_len,
     )
     loader = AdapterLoader(
         settings.base_id or base_id(settings.base),
@@ -93,7 +95,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         adapter_root=settings.adapter_root,
     )
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
-    step_loop = StepLoop(runner, scheduler, tokenizer)
+    step_loop = StepLoop(runner, scheduler, tokenizer, overlap=device.type == "cuda")
     _warm_up(step_loop)
     log.info("loaded %s in %s in %.1f s", path, bits or dtype, time.monotonic() - began)
     limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)

@@ -116,7 +116,7 @@ class NativeEngine(EngineBase):
             while self._take_commands():
                 if self._step_loop.has_work:
                     self._stats = self._step_loop.stats()  # what came and went is seen before the step's end
-                    self._step_loop.step()
+                    self._step_loop.step(self._deliver)
                 self._stats = self._step_loop.stats()
                 self._deliver()
         except Exception:

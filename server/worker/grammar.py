@@ -131,9 +131,14 @@ class GrammarCompiler:
             return too_much
         try:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(_styled(schema)))
+            message = LLMatcher.validate_grammar(grammar, self._vocabulary, limits=_LIMITS)
         except ValueError as error:  # such as a number that it cannot read
             return _one_line(str(error))
-        message = LLMatcher.validate_grammar(grammar, self._vocabulary, limits=_LIMITS)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's, which no module gives a name to
+                raise
+            # Met where the library cuts what it complains of in the middle of a character.
+            return "it has values that its keywords do not take"
         return _one_line(message) if message else None
 
 

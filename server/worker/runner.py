@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -18,10 +19,14 @@ from torch import Tensor
 from models.adaptation import AdapterBank, BatchAdaptation
 from models.attention import Prompts
 from models.kernels.fused_cpu import FusedPass
-from models.kv_cache import KVCache, PagedAttend, PromptCache, StepLayout
+from models.kernels.panel_bank import PanelBank
+from models.kv_cache import Decode, KVCache, PagedAttend, PromptCache, StepLayout
 from models.llama import Attend, Llama
 from server.worker.adapter_slots import SlotTable
 from server.worker.sight import ImageInput, LoadedAdapter, Sight
+
+if TYPE_CHECKING:
+    from models.kernels.decode_graph import DecodeGraphs
 
 Kernels = Literal["cpu", "triton", "none"]
 
@@ -51,12 +56,18 @@ class Runner:
         prompt_slots: int,
         feature_cache_entries: int = 1024,
         kernels: Kernels = "cpu",
+        max_decodes: int = 0,
+        max_model_len: int = 0,
     ) -> None:
+        """Up to `max_decodes` sequences of up to `max_model_len` tokens decode as a graph, with Triton."""
         config = base.config
         self.base = base
         self.block_size = block_size
-        self.kv_cache = KVCache(config, num_blocks, block_size, base.dtype, base.device)
-        self.bank = AdapterBank(base, max_hot_adapters)
+        has_graphs = kernels == "triton" and max_decodes > 0
+        # The spare block is what rows beyond a batch's write to.
+        self.kv_cache = KVCache(config, num_blocks + has_graphs, block_size, base.dtype, base.device)
+        fused = kernels == "cpu" and bool(base.packed)
+        self.bank = PanelBank(base, max_hot_adapters) if fused else AdapterBank(base, max_hot_adapters)
         self.adapter_slots = SlotTable(max_hot_adapters)
         self.prompt_cache = PromptCache(config, prompt_slots, base.dtype, base.device)
         self.prompt_slots = SlotTable(prompt_slots)
@@ -71,8 +82,23 @@ class Runner:
 
             self._attend, self._batch_adaptation = TritonPagedAttend, TritonBatchAdaptation
             compile_kernels(self.kv_cache, self.prompt_cache, config.num_heads)
-        fused = kernels == "cpu" and bool(base.packed)
-        self._fused = FusedPass(base, self.kv_cache, self.prompt_cache) if fused else None
+        self._graphs: DecodeGraphs | None = None
+        if has_graphs:
+            from models.kernels.decode_graph import DecodeGraphs
+
+            self._graphs = DecodeGraphs(
+                base,
+                self.kv_cache,
+                self.prompt_cache,
+                self.bank,
+                max_rows=max_decodes,
+                max_blocks=-(-max_model_len // block_size),
+                spare_block=num_blocks,
+            )
+            self._graphs.record_all()
+        self._fused = None
+        if isinstance(self.bank, PanelBank):
+            self._fused = FusedPass(base, self.kv_cache, self.prompt_cache, self.bank)
 
     @torch.inference_mode()
     def run(self, items: Sequence[StepItem]) -> Tensor:
@@ -81,6 +107,8 @@ class Runner:
         Items of one token must come first: those are the decodes.
         """
         adapter_slots, prompt_slots = self._place(items)
+        if self._graphs is not None and self._is_graph(items, adapter_slots):
+            return self._graphs.run(list(map(_decode, items, adapter_slots, prompt_slots)))
         layout = self._layout(items, prompt_slots)
         tokens_N = torch.tensor([t for item in items for t in item.tokens], device=self.base.device)
         counts = [len(item.tokens) for item in items]
@@ -89,7 +117,7 @@ class Runner:
         adaptation = self._adaptation(adapter_slots, counts)
         wanted_counts = [len(chunk) for chunk in wanted]
         of_rows = adaptation if wanted_counts == counts else self._adaptation(adapter_slots, wanted_counts)
-        positions_N = np.concatenate([np.arange(item.start, item.start + len(item.tokens)) for item in items])
+        positions_N = layout.lens_N - 1
         if self._fused is not None and (adaptation is None or adaptation.is_elementwise):
             hidden_NC = self._fused.hidden(tokens_N, positions_N, layout, adaptation)
             return self._fused.logits(hidden_NC[rows_M], of_rows)
@@ -97,6 +125,15 @@ class Runner:
         positions = torch.from_numpy(positions_N).to(self.base.device)
         hidden_NC = self.base(tokens_N, positions, attend, adaptation)
         return self.base.logits(hidden_NC[rows_M], of_rows).float()
+
+    def _is_graph(self, items: Sequence[StepItem], adapter_slots: Sequence[int]) -> bool:
+        """Whether all are decodes that want their row, of adapters without low-rank terms."""
+        assert self._graphs is not None
+        return (
+            len(items) <= self._graphs.max_rows
+            and all(len(item.tokens) == 1 and len(range(1)[item.wants_logits]) == 1 for item in items)
+            and not any(key.startswith("lora.") for key in self.bank.keys_of(adapter_slots))
+        )
 
     def has_seen(self, loaded: LoadedAdapter, image: ImageInput) -> bool:
         """Whether a step with this image need not encode it."""
@@ -155,24 +192,28 @@ class Runner:
     def _layout(self, items: Sequence[StepItem], prompt_slots: Sequence[int]) -> StepLayout:
         singles = [len(item.tokens) == 1 for item in items]
         assert singles == sorted(singles, reverse=True), "items of one token come first"
-        starts = [0]
-        for item in items:
-            starts.append(starts[-1] + len(item.tokens))
+        counts = [len(item.tokens) for item in items]
+        starts = [0, *accumulate(counts)]
+        lens_B = np.array([item.start + len(item.tokens) for item in items], np.int32)
         blocks_BM = np.zeros((len(items), max(len(item.block_table) for item in items)), np.int32)
-        flat = np.empty(starts[-1], np.int64)
         for b, item in enumerate(items):
             blocks_BM[b, : len(item.block_table)] = item.block_table
-            positions = np.arange(item.start, item.start + len(item.tokens))
-            blocks = blocks_BM[b, positions // self.block_size].astype(np.int64)
-            flat[starts[b] : starts[b + 1]] = blocks * self.block_size + positions % self.block_size
+        positions_N = np.arange(starts[-1]) + np.repeat(lens_B - starts[1:], counts)
+        sequences_N = np.repeat(np.arange(len(items)), counts)
+        blocks_N = blocks_BM[sequences_N, positions_N // self.block_size].astype(np.int64)
+        flat_N = blocks_N * self.block_size + positions_N % self.block_size
         return StepLayout(
             num_single=sum(singles),
             starts=starts,
-            lens_B=np.array([item.start + len(item.tokens) for item in items], np.int32),
+            lens_B=lens_B,
             blocks_BM=blocks_BM,
             prompt_slots_B=np.array(prompt_slots, np.int32),
-            slots_N=torch.from_numpy(flat).to(self.base.device),
+            slots_N=torch.from_numpy(flat_N).to(self.base.device),
         )
+
+
+def _decode(item: StepItem, bank_slot: int, prompt_slot: int) -> Decode:
+    return Decode(item.tokens[0], item.start + 1, item.block_table, bank_slot, prompt_slot)
 
 
 def _prompt_key(item: StepItem) -> Hashable:

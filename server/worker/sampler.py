@@ -76,8 +76,10 @@ class SamplerState:
             self._counts_V[token] += 1
 
 
-def sample(logits_MV: Tensor, states: Sequence[SamplerState]) -> list[int]:
-    """One token per row. `logits_MV` is float32 and is changed."""
+@torch.inference_mode()
+def sample(logits_MV: Tensor, states: Sequence[SamplerState]) -> tuple[list[int], list[bool]]:
+    """One token per row, and whether the row's logits were finite. `logits_MV` is float32 and is changed."""
+    finite_M = logits_MV.amax(-1).isfinite()
     for logits_V, state in zip(logits_MV, states, strict=True):
         state.adjust(logits_V)
     constrain(logits_MV, [state.grammar for state in states])
@@ -86,10 +88,10 @@ def sample(logits_MV: Tensor, states: Sequence[SamplerState]) -> list[int]:
     if drawn:
         rows = torch.tensor(drawn, device=logits_MV.device)
         tokens_M[rows] = _draw(logits_MV[rows], [states[m] for m in drawn])
-    tokens: list[int] = tokens_M.tolist()
+    tokens, finite = torch.stack((tokens_M, finite_M.long())).tolist()  # the one wait for the device
     for token, state in zip(tokens, states, strict=True):
         state.take(token)
-    return tokens
+    return tokens, list(map(bool, finite))
 
 
 def _draw(logits_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from models.tokenizer import IncrementalDecoder, Tokenizer
@@ -28,13 +27,13 @@ from server.worker.messages import (
     SamplingParams,
     Scheduled,
     TokenLogprob,
-    TopLogprob,
     Usage,
 )
 from server.worker.output import OutputStream
 from server.worker.runner import Runner, StepItem
-from server.worker.sampler import SamplerState, log_probabilities, sample
+from server.worker.sampler import SamplerState, sample
 from server.worker.scheduler import Batch, ScheduledSequence, Scheduler, SequenceRejected
+from server.worker.scores import describe, raw_logprobs
 from server.worker.sequence import Sequence as TokenSequence
 from server.worker.sight import ImageInput, ImageQueue, LoadedAdapter
 from server.worker.tool_calls import ToolCallEvents
@@ -87,13 +86,18 @@ class _Drawn:
 
 
 class StepLoop:
-    def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer, overlap: bool = False
+    ) -> None:
+        """`overlap`: the text of a step's tokens is made while the device computes the next step."""
         self._runner = runner
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._requests: dict[str, ActiveRequest] = {}
         self._images = ImageQueue(runner.sight)
         self._eos_ids = tuple(sorted(tokenizer.eos_ids))
+        self._overlap = overlap
+        self._untold: list[_Drawn] = []
         self.num_steps = 0
 
     @property
@@ -152,14 +156,15 @@ class StepLoop:
         self._runner.forget(adapter_key)
         self._scheduler.forget(lambda key: isinstance(key, tuple) and key[0] == adapter_key)
 
-    def step(self) -> None:
+    def step(self, deliver: Callable[[], None] = lambda: None) -> None:
+        """`deliver` is called within the step, once what was emitted need not wait for its end."""
         began = time.perf_counter()
         self._encode_images()
         if not self._scheduler.has_work:
             return
         encoded = time.perf_counter()
         batch = self._scheduler.schedule(spent=encoded - began)
-        self._compute(batch)
+        self._compute(batch, deliver)
         if self._scheduler.pace is not None:
             num_prompt_tokens = batch.num_tokens - batch.num_decodes
             self._scheduler.pace.observe(batch.num_decodes, num_prompt_tokens, time.perf_counter() - encoded)
@@ -176,12 +181,15 @@ class StepLoop:
         for request_id in failed:
             self._requests.pop(request_id).emit(_failure("The engine failed to encode this request's image."))
 
-    def _compute(self, batch: Batch) -> None:
+    def _compute(self, batch: Batch, deliver: Callable[[], None]) -> None:
         items = sorted(batch.sequences, key=lambda item: item.num_tokens != 1)
-        self._tell_scheduled(items)
+        requests = [self._requests[item.seq.request_id] for item in items]
+        self._tell_scheduled(requests)
         try:
-            logits_MV = self._runner.run([self._step_item(item) for item in items])
-            drawn = self._draw(items, logits_MV)
+            logits_MV = self._runner.run(list(map(self._step_item, requests, items)))
+            self._tell_rest()
+            deliver()
+            drawn = self._draw(requests, items, logits_MV)
         except Exception:
             log.exception("a step failed; its %d requests end in an error", len(items))
             self._fail(batch, "The engine failed to compute this request.")
@@ -189,11 +197,28 @@ class StepLoop:
         self.num_steps += 1
         self._scheduler.postprocess(batch, {row.request.seq.request_id: row.token for row in drawn})
         for row in drawn:
-            self._advance(row)
-        for item in items:
-            request = self._requests.get(item.seq.request_id)
-            if request is not None and item.seq.is_complete:
+            if self._overlap and self._goes_on(row):
+                self._untold.append(row)
+            else:
+                self._advance(row)
+        for request in requests:
+            if self._runs(request) and request.seq.is_complete:
                 self._finish(request, "length")
+
+    def _runs(self, request: ActiveRequest) -> bool:
+        """Whether it is still there: a stop string may have ended it within the step, or its client left."""
+        return self._requests.get(request.prepared.request_id) is request
+
+    def _goes_on(self, row: _Drawn) -> bool:
+        """Whether the next step has the request, as far as can be told without the token's text."""
+        request = row.request
+        ends = row.token in self._eos_ids or request.prepared.grammar is not None
+        return row.finite and not ends and not request.seq.is_complete
+
+    def _tell_rest(self) -> None:
+        rows, self._untold = self._untold, []
+        for row in rows:
+            self._advance(row)
 
     def stats(self) -> EngineStats:
         scheduler, blocks = self._scheduler, self._scheduler.blocks.stats
@@ -217,15 +242,13 @@ class StepLoop:
         self._runner.prompt_slots.check_integrity()
         assert self._scheduler.num_sequences + len(self._images) == len(self._requests), "a request is lost"
 
-    def _tell_scheduled(self, items: Sequence[ScheduledSequence]) -> None:
-        for item in items:
-            request = self._requests[item.seq.request_id]
+    def _tell_scheduled(self, requests: Sequence[ActiveRequest]) -> None:
+        for request in requests:
             if request.queued:
                 request.queued = False
                 request.emit(Scheduled(time.monotonic() - request.prepared.ready_at))
 
-    def _step_item(self, item: ScheduledSequence) -> StepItem:
-        request = self._requests[item.seq.request_id]
+    def _step_item(self, request: ActiveRequest, item: ScheduledSequence) -> StepItem:
         end = item.start + item.num_tokens
         if self._scores_prompt(request, item):
             wants = slice(0, item.num_tokens)
@@ -244,13 +267,14 @@ class StepLoop:
         wanted = request.prepared.sampling.prompt_logprobs is not None
         return wanted and len(request.prompt_logprobs) < item.seq.num_prompt_tokens
 
-    def _draw(self, items: Sequence[ScheduledSequence], logits_MV: Tensor) -> list[_Drawn]:
+    def _draw(
+        self, asked: Sequence[ActiveRequest], items: Sequence[ScheduledSequence], logits_MV: Tensor
+    ) -> list[_Drawn]:
         """Score prompts, and sample the rows that want a token."""
         rows: list[int] = []
         requests: list[ActiveRequest] = []
         end = 0
-        for item in items:
-            request = self._requests[item.seq.request_id]
+        for request, item in zip(asked, items, strict=True):
             start = end
             if self._scores_prompt(request, item):
                 end += item.num_tokens
@@ -262,18 +286,28 @@ class StepLoop:
                 requests.append(request)
         if not requests:
             return []
-        logits_MV = logits_MV[rows]
-        finite = logits_MV.amax(-1).isfinite().tolist()
-        logprobs = self._raw_logprobs(requests, logits_MV)
-        tokens = sample(logits_MV, [request.sampler for request in requests])
+        if len(rows) < len(logits_MV):
+            logits_MV = logits_MV[rows]
+        logprobs = raw_logprobs(logits_MV, [request.prepared.sampling for request in requests])
+        tokens, finite = sample(logits_MV, [request.sampler for request in requests])
         return [
             _Drawn(request, token, ok, self._token_logprob(logprobs.get(m), token, request))
             for m, (request, token, ok) in enumerate(zip(requests, tokens, finite, strict=True))
         ]
 
+    def _token_logprob(
+        self, logprobs_V: Tensor | None, token: int, request: ActiveRequest
+    ) -> TokenLogprob | None:
+        if logprobs_V is None:
+            return None
+        num_top = request.prepared.sampling.logprobs or 0
+        return describe(self._tokenizer, [token], logprobs_V[None], num_top)[0]
+
     def _advance(self, row: _Drawn) -> None:
         """One generated token: show it, or end the request."""
         request, grammar = row.request, row.request.prepared.grammar
+        if not self._runs(request):
+            return
         if not row.finite:
             self._refuse(request, "The model gave logits that are not finite; check the adapter's weights.")
         elif grammar is not None and grammar.error:
@@ -319,6 +353,7 @@ class StepLoop:
         self._scheduler.finish(request.seq.request_id)
 
     def _fail(self, batch: Batch, message: str) -> None:
+        self._tell_rest()
         for item in batch.sequences:
             request = self._requests.get(item.seq.request_id)
             if request is not None:
@@ -327,6 +362,7 @@ class StepLoop:
 
     def fail_all(self, status: int, message: str) -> None:
         """End every request with an error, such as at shutdown."""
+        self._tell_rest()
         for request in list(self._requests.values()):
             request.emit(
                 Failed(status=status, message=message, error_type="server_error", code="unavailable")
@@ -347,45 +383,13 @@ class StepLoop:
         )
         if targets:
             rows = logits_TV[targets.start - item.start - 1 : targets.stop - item.start - 1]
-            chosen = torch.tensor(seq.token_ids[targets.start : targets.stop], device=rows.device)
-            n = params.prompt_logprobs
-            picked = log_probabilities(rows.log_softmax(-1), chosen, n)
-            request.prompt_logprobs += self._describe(chosen.tolist(), *picked)
+            tokens = seq.token_ids[targets.start : targets.stop]
+            request.prompt_logprobs += describe(
+                self._tokenizer, tokens, rows.log_softmax(-1), params.prompt_logprobs
+            )
         if len(request.prompt_logprobs) == seq.num_prompt_tokens:
             text = self._tokenizer.decode(seq.token_ids[: seq.num_prompt_tokens])
             request.emit(PromptScored(tuple(request.prompt_logprobs), text))
-
-    def _raw_logprobs(self, requests: Sequence[ActiveRequest], logits_MV: Tensor) -> dict[int, Tensor]:
-        """log softmax [V] of the rows that report it, before sampling changes the logits."""
-        wanted = [m for m, r in enumerate(requests) if r.prepared.sampling.logprobs is not None]
-        if not wanted:
-            return {}
-        return dict(zip(wanted, logits_MV[wanted].log_softmax(-1), strict=True))
-
-    def _token_logprob(
-        self, logprobs_V: Tensor | None, token: int, request: ActiveRequest
-    ) -> TokenLogprob | None:
-        if logprobs_V is None:
-            return None
-        chosen = torch.tensor([token], device=logprobs_V.device)
-        picked = log_probabilities(logprobs_V[None], chosen, request.prepared.sampling.logprobs or 0)
-        return self._describe([token], *picked)[0]
-
-    def _describe(
-        self, tokens: list[int], chosen_M: Tensor, top_Mn: Tensor, ids_Mn: Tensor
-    ) -> list[TokenLogprob]:
-        text = self._tokenizer.token_text
-        return [
-            TokenLogprob(
-                token,
-                text(token),
-                logprob,
-                tuple(TopLogprob(i, text(i), value) for i, value in zip(ids, values, strict=True)),
-            )
-            for token, logprob, values, ids in zip(
-                tokens, chosen_M.tolist(), top_Mn.tolist(), ids_Mn.tolist(), strict=True
-            )
-        ]
 
 
 def _failure(message: str) -> Failed:

@@ -17,6 +17,7 @@ from models.adapter import Adapter, base_spec
 from models.adapter_config import LINEARS, AdapterConfig
 from models.attention import DenseAttend, Prompts
 from models.config import ModelConfig
+from models.kernels.panel_bank import PanelBank
 from models.llama import Llama
 
 V1 = {"prompt": {"length": 4, "layers": (1, 2, 3)}}
@@ -170,11 +171,12 @@ def test_a_batch_of_base_requests_changes_nothing():
 
 @pytest.mark.parametrize("old", KINDS)
 @pytest.mark.parametrize("new", KINDS)
-def test_placing_over_an_old_slot_leaves_nothing_behind(old: str, new: str):
+@pytest.mark.parametrize("bank", [AdapterBank, PanelBank])
+def test_placing_over_an_old_slot_leaves_nothing_behind(bank: type[AdapterBank], old: str, new: str):
     """A slot that held another adapter holds exactly what one holds that never did."""
     base, tokens_BT = random_base(MHA), some_tokens(3, 6)
     first, second, neighbour = make(MHA, old, seed=1), make(MHA, new, seed=2), make(MHA, "lora", seed=3)
-    used, clean = AdapterBank(base, 2), AdapterBank(base, 2)
+    used, clean = bank(base, 2), bank(base, 2)
     for slot, adapter in ((1, first), (2, neighbour), (1, second)):
         used.place(slot, adapter)
     for slot, adapter in ((1, second), (2, neighbour)):

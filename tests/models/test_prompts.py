@@ -249,6 +249,15 @@ def test_tools_reach_a_template_that_writes_calls_as_they_are_read(tmp_path: Pat
     assert not any(not tokenizer.token_bytes(id) for id in tokenizer.encode_segments(rendered.segments).ids)
 
 
+@pytest.mark.parametrize("depth", [100, 600, 100_000])
+def test_arguments_of_a_call_may_be_nested_as_deeply_as_a_caller_likes(tmp_path: Path, depth: int) -> None:
+    """They are text of whoever asks, such as a client that repeats what it was told by a model."""
+    nested = "[" * depth + "]" * depth
+    turns = [Turn("user", "?"), Turn("assistant", "", (ToolCall("c1", "f", nested),)), Turn("user", "?")]
+    rendered = render("chat", turns, (), with_template(tmp_path, TOOLS))
+    assert rendered.text in [f"[user:?][assistant:|f{said}][user:?]" for said in (nested, f'"{nested}"')]
+
+
 @pytest.mark.parametrize(
     "template", [None, "{{ tools }}", "<tool_call>", "<tool_call><function= {{ tools }}"]
 )

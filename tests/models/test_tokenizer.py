@@ -334,6 +334,12 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, byte_level: Path) -> No
     refuse(tmp_path, "WordPiece", "belongs to the base")
 
 
+def test_a_chat_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    write_byte_level(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    refuse(tmp_path, "chat_template.jinja: cannot be read", "fetch it again")
+
+
 def test_damaged_sentencepiece_is_refused(tmp_path: Path, sentencepiece_file: Path) -> None:
     file = tmp_path / "tokenizer.model"
     file.write_bytes(sentencepiece_file.read_bytes()[:-3])

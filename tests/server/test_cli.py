@@ -91,6 +91,16 @@ def test_bad_values_name_option_and_variable(monkeypatch: pytest.MonkeyPatch) ->
         load(WorkerSettings, {})
 
 
+@pytest.mark.parametrize(
+    "url", ["10.0.0.5:8001", "ftp://a", "http://", "http://a:port", "http://a:0", "unix:x", ""]
+)
+def test_an_address_without_its_scheme_stops_the_start(url: str) -> None:
+    for given in ({"worker_urls": ["http://a:1", url]}, {"expert_urls": [f"ocr={url}"]}):
+        with pytest.raises(StartupError, match="should be http://host:port or unix:/path, not '") as error:
+            load(GatewaySettings, given)
+        assert repr(url) in str(error.value)
+
+
 def write_manifests(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).mkdir(parents=True)

@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
+from io import BytesIO
 
 import pytest
+from PIL import Image
 
 from server.serving import StartupError
 from server.telemetry import configure_logging, request_id
@@ -43,6 +46,22 @@ def test_exceptions_are_part_of_their_line(capsys: pytest.CaptureFixture[str]) -
         logging.getLogger("x").exception("failed")
     [line] = capsys.readouterr().err.splitlines()
     assert "ValueError: cause" in json.loads(line)["exception"]
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0II*\0\x08\0\0\0\x63\0"])
+def test_metadata_of_a_picture_says_nothing_to_the_log(exif: bytes) -> None:
+    file = BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", exif=exif)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with Image.open(file) as picture:
+            picture.load()
+        assert heard
+        heard.clear()
+        configure_logging("info")
+        with Image.open(file) as picture:
+            picture.load()
+        assert heard == []
 
 
 def test_an_unknown_level() -> None:

@@ -103,6 +103,9 @@ def test_a_run_is_neither_overwritten_nor_mixed(recipe: str, tmp_path: Path):
         train(recipe)
     with pytest.raises(TrainError, match=r"another recipe; optimizer\.max_steps, seed changed"):
         train(recipe, ["resume=true", "seed=3"])
+    (tmp_path / "run" / "recipe.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(TrainError, match=r"recipe\.yaml: cannot be read .*restore it"):
+        train(recipe, ["resume=true"])
     assert (tmp_path / "run" / "adapter" / "adapter.safetensors").read_bytes() == before
 
 

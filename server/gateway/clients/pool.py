@@ -48,6 +48,7 @@ class Worker:
     stats: EngineStats | None = None
     in_flight: int = 0  # this gateway's own requests
     others: int = 0  # requests of anybody else, at the last poll
+    polled: bool = False
     silent_polls: int = 0  # in a row that got no answer
     lost_polls: int = 0  # in a row that found nobody
     _heard: float = field(default_factory=time.monotonic)  # when anything came from it
@@ -63,7 +64,8 @@ class Worker:
 
     async def poll(self, seconds: float) -> None:
         """Look again; what cannot be had within `seconds` makes it unready, keeping what is known."""
-        was_ready = self.ready
+        was_ready = self.ready if self.polled else None
+        self.polled, cause = True, ""
         try:
             ready = await self.client.ready(seconds)
             if ready:
@@ -78,13 +80,15 @@ class Worker:
             self.ready = False
             self.silent_polls += isinstance(error, (Unreachable, Timeout))
             self.lost_polls = self.lost_polls + 1 if isinstance(error, Unreachable) else 0
-            if was_ready:
-                log.warning(
-                    "a worker cannot be polled", extra={"worker": self.client.url, "cause": error.message}
-                )
+            reason = str(error.__cause__) if isinstance(error, Unreachable) else ""
+            cause = reason or error.message
         if self.ready != was_ready:
-            word = "ready" if self.ready else "not ready"
-            log.info("a worker is %s", word, extra={"worker": self.client.url})
+            self._tell_readiness(cause, logging.WARNING if cause and was_ready else logging.INFO)
+
+    def _tell_readiness(self, cause: str, level: int) -> None:
+        word = "ready" if self.ready else "not ready"
+        why = {"cause": cause} if cause else {}
+        log.log(level, "a worker is %s", word, extra={"worker": self.client.url, **why})
 
     @property
     def silent_seconds(self) -> float:

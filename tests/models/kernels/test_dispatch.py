@@ -58,14 +58,23 @@ def adapter_configs(config: ModelConfig) -> list[AdapterConfig]:
 
 
 @torch.no_grad()
-def steps(config: ModelConfig, kernels: Kernels, device: str) -> list[torch.Tensor]:
-    """Logits of three steps: chunks that mix adapters, chunks beside decodes, and decodes alone."""
+def steps(config: ModelConfig, kernels: Kernels, device: str, max_decodes: int = 0) -> list[torch.Tensor]:
+    """Logits of six steps: chunks that mix adapters, chunks beside decodes, and decodes alone."""
     base = random_base(config).to(device)
     adapters = [
         LoadedAdapter((f"a{i}", 1), random_adapter(adapter_config, seed=i).to(device))
         for i, adapter_config in enumerate(adapter_configs(config))
     ]
-    runner = Runner(base, num_blocks=32, block_size=4, max_hot_adapters=4, prompt_slots=4, kernels=kernels)
+    runner = Runner(
+        base,
+        num_blocks=32,
+        block_size=4,
+        max_hot_adapters=4,
+        prompt_slots=4,
+        kernels=kernels,
+        max_decodes=max_decodes,
+        max_model_len=32,
+    )
 
     def item(sequence: int, start: int, num_tokens: int) -> StepItem:
         tokens = [
@@ -78,14 +87,17 @@ def steps(config: ModelConfig, kernels: Kernels, device: str) -> list[torch.Tens
         runner.run([item(0, 0, 7), item(1, 0, 3), item(3, 0, 2)]),
         runner.run([item(0, 7, 1), item(3, 2, 1), item(1, 3, 9), item(2, 0, 5)]),
         runner.run([item(0, 8, 1), item(1, 12, 1), item(2, 5, 1), item(3, 3, 1)]),
+        runner.run([item(0, 9, 1), item(1, 13, 1), item(3, 4, 1)]).clone(),
+        runner.run([item(0, 10, 1), item(3, 5, 1)]).clone(),
+        runner.run([item(3, 6, 1)]),
     ]
 
 
 def test_a_worker_computes_the_same(device: str):
-    runs = [steps(CONFIGS["gqa"], kernels, device) for kernels in ("triton", "none", "cpu")]
-    for fused, plain, usual in zip(*runs, strict=True):
-        torch.testing.assert_close(usual, plain, atol=2e-4, rtol=2e-4)
-        torch.testing.assert_close(fused, plain, atol=2e-4, rtol=2e-4)
+    plain, *others = [steps(CONFIGS["gqa"], kernels, device) for kernels in ("none", "cpu", "triton")]
+    others.append(steps(CONFIGS["gqa"], "triton", device, max_decodes=8))
+    for other in others:
+        torch.testing.assert_close(other, plain, atol=2e-4, rtol=2e-4)
 
 
 def test_a_training_pass_computes_the_same(device: str):

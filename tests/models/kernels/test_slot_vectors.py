@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from models.functional import rms_norm
 from models.kernels.slot_vectors import slot_rms_norm, slot_scale_bias
-from models.llama import rms_norm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 SLOTS = (2, 0, 1, 2, 0)

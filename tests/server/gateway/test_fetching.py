@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
@@ -384,7 +386,33 @@ async def test_tls_is_checked_against_the_name(
 
 
 async def test_the_systems_resolver() -> None:
-    assert set(await resolve("localhost", 80)) <= {"127.0.0.1", "::1"}
-    with pytest.raises(socket.gaierror):
-        await resolve("no-such-name.invalid", 80)
+    with ThreadPoolExecutor() as threads:
+        assert set(await resolve(threads, "localhost", 80)) <= {"127.0.0.1", "::1"}
+        with pytest.raises(socket.gaierror):
+            await resolve(threads, "no-such-name.invalid", 80)
     assert issubclass(FetchRefused, InvalidRequest)
+
+
+async def test_names_that_nobody_answers_for_hold_up_no_other_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of workers and experts, say, whose connections begin with one."""
+    answered = threading.Event()
+    system = socket.getaddrinfo
+
+    def slow(host: str, *rest: Any, **more: Any) -> Any:
+        if host.endswith(".example"):
+            answered.wait(30)
+        return system(host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    fetcher = ImageFetcher(ImageLimits(image_total_seconds=0.3))
+    try:
+        fetches = [fetcher.fetch(f"http://slow-{i}.example/") for i in range(40)]
+        outcomes = asyncio.gather(*fetches, return_exceptions=True)
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            assert await asyncio.get_running_loop().getaddrinfo("127.0.0.1", 80)
+            codes = [outcome.code for outcome in await outcomes if isinstance(outcome, FetchRefused)]
+        assert codes == ["image_fetch_timeout"] * 40
+    finally:
+        answered.set()
+    await fetcher.close()

@@ -231,6 +231,31 @@ async def test_a_body_of_too_many_values(launch: Launch, worker: ScriptedWorker)
     assert worker.requests
 
 
+async def test_a_client_that_does_not_read_its_stream_is_not_waited_for(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its deadline passes, and then there is no room for the event that says so, either."""
+    monkeypatch.setattr("server.gateway.middleware._LAST_WORD_SECONDS", 0.2)
+    caplog.set_level(logging.INFO, "server.gateway.middleware")
+
+    async def script(_: object):
+        yield Started(1)
+        while True:
+            yield Delta("x" * 2**16, (1,))
+            await asyncio.sleep(0.001)
+
+    gateway = await launch(ScriptedWorker(script=script), request_seconds=1)
+    body = json.dumps({"model": "base", "stream": True, "messages": [{"role": "user", "content": "Hi"}]})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: here\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, (gateway.http.base_url.host, gateway.http.base_url.port))
+        await loop.sock_sendall(client, (head + body).encode())
+        await until(lambda: any(record.message == "request" for record in caplog.records))
+
+
 async def test_a_body_that_comes_too_slowly(launch: Launch, worker: ScriptedWorker) -> None:
     gateway = await launch(worker, body_seconds=0.2)
 

@@ -96,6 +96,14 @@ async def test_limits_on_bytes_and_pixels() -> None:
     assert (error.code, "max_image_pixels" in error.message) == ("image_too_large", True)
 
 
+@pytest.mark.parametrize("size", [(1, 65_536), (65_536, 1), (1, 39_000_000)])
+async def test_a_side_that_has_no_end_is_refused(size: tuple[int, int]) -> None:
+    """A hundred bytes for as many memory blocks as there are rows, on each service that decodes it."""
+    error = await refused(data_url(huge_png(*size)))
+    assert (error.code, "a side may have 65535" in error.message) == ("image_too_large", True)
+    assert (await load(data_url(huge_png(1, 65_535)))).sha256
+
+
 @pytest.mark.parametrize("side", [7_000, 10_000, 20_000, 2**31 - 1])
 async def test_a_decompression_bomb_is_refused_by_its_header(side: int) -> None:
     assert (await refused(data_url(huge_png(side, side)))).code in ("image_too_large", "invalid_image")

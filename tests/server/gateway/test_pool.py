@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -283,6 +284,20 @@ async def test_a_worker_that_is_not_there(launch: Launch) -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
     assert (await alone.http.get("/health/ready")).status_code == 503
     assert healthy.requests == []
+
+
+async def test_the_log_says_why_a_worker_was_never_ready(
+    launch: Launch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "server.gateway.clients.pool")
+    await launch(worker_urls=("unix:/nowhere.sock",), worker_poll_seconds=0.05)
+    await asyncio.sleep(0.3)
+    [line] = [record for record in caplog.records if record.message == "a worker is not ready"]
+    assert (line.levelname, line.worker, line.cause) == (  # type: ignore[attr-defined]
+        "INFO",
+        "unix:/nowhere.sock",
+        "[Errno 2] No such file or directory",
+    )
 
 
 async def test_all_refuse(launch: Launch) -> None:

@@ -394,6 +394,12 @@ def test_whatever_is_sent_as_a_schema_is_compiled_or_refused(tokenizer: Tokenize
         constrain(torch.zeros(1, tokenizer.vocab_size), [state])
 
 
+@pytest.mark.parametrize("before", ["", "a"])
+def test_a_schema_whose_fault_the_library_cannot_print_is_refused(tokenizer: Tokenizer, before: str):
+    with pytest.raises(GrammarError, match="cannot be followed"):
+        compiler(tokenizer).compile(json_schema({"$ref": {"a": before + "é" * 60}}))
+
+
 def test_a_tool_that_is_not_strict_falls_back_to_any_object(tokenizer: Tokenizer):
     tool = ToolSchema("f", {"type": "object", "properties": {"id": {"type": "string", "format": "uuid9"}}})
     head = tokenizer.encode('<tool_call>\n{"name": "f", "arguments": {"other', add_special_tokens=False)

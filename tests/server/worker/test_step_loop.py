@@ -23,7 +23,7 @@ from models.adapter_config import (
 from models.attention import DenseAttend
 from models.llama import Llama
 from server.worker.blocks import BlockManager
-from server.worker.messages import Delta, Failed, Finished, PromptScored, SamplingParams
+from server.worker.messages import Delta, Failed, Finished, PromptScored, SamplingParams, Scheduled
 from server.worker.pace import Pace
 from server.worker.runner import Runner
 from server.worker.scheduler import Scheduler, SequenceRejected
@@ -122,7 +122,16 @@ class Deployment:
             )
 
     def loop(
-        self, *, num_blocks=64, budget=64, seqs=16, hot=16, prompts=16, prefix_caching=True, pace=None
+        self,
+        *,
+        num_blocks=64,
+        budget=64,
+        seqs=16,
+        hot=16,
+        prompts=16,
+        prefix_caching=True,
+        pace=None,
+        overlap=False,
     ) -> StepLoop:
         runner = Runner(
             self.base, num_blocks=num_blocks, block_size=4, max_hot_adapters=hot, prompt_slots=prompts
@@ -134,7 +143,7 @@ class Deployment:
             max_model_len=200,
             pace=pace,
         )
-        return StepLoop(runner, scheduler, Bytes())  # type: ignore[arg-type]
+        return StepLoop(runner, scheduler, Bytes(), overlap)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def logits(self, prepared: Prepared, tokens: list[int]) -> torch.Tensor:
@@ -208,6 +217,8 @@ POOLS = {
     "no prefix cache": {"prefix_caching": False},
     "paced": {"pace": Pace(stretch=1.1, least=1, first=3)},
     "few slots": {"seqs": 2, "hot": 2, "prompts": 2},
+    "told later": {"overlap": True},
+    "preempting, told later": {"num_blocks": 18, "seqs": 8, "overlap": True},
 }
 
 
@@ -225,7 +236,7 @@ def test_tokens_equal_those_of_the_request_alone(name: str, pool: str):
     stats = loop.stats()
     assert stats.kv_blocks_used == 0
     assert stats.running == stats.waiting == 0
-    assert (stats.preemptions > 0) == (pool == "preempting")
+    assert (stats.preemptions > 0) == ("preempting" in pool)
     assert (stats.prefix_cache_hits > 0) == (pool != "no prefix cache")
 
 
@@ -304,6 +315,37 @@ def test_aborted_requests_give_their_blocks_back_before_the_next_step():
     assert loop.stats().kv_blocks_used == 0
     assert not loop.has_work
     loop.check_integrity()
+
+
+def test_what_is_told_later_is_the_same():
+    """A stop string is found when the next step runs already, whose token then counts for nothing."""
+    deployment = Deployment()
+    requests = [deployment.request(i, random.Random(i), max_tokens=30) for i in range(8)]
+    for i, request in enumerate(requests[:6]):
+        texts = [
+            event.text for event in run(deployment.loop(), [request])[str(i)] if isinstance(event, Delta)
+        ]
+        requests[i] = replace(request, stop=("".join(texts)[4:6],))
+    told = [run(deployment.loop(overlap=overlap), requests) for overlap in (False, True)]
+    usual, later = (
+        {key: [event for event in events if not isinstance(event, Scheduled)] for key, events in run.items()}
+        for run in told
+    )
+    assert later == usual
+    assert sum(events[-1].finish_reason == "stop" for events in later.values()) >= 6
+
+
+def test_what_is_told_later_is_delivered_while_the_next_step_runs():
+    deployment = Deployment()
+    loop = deployment.loop(overlap=True)
+    request = deployment.request(0, random.Random(0), adapter=None, max_tokens=5)
+    events: list = []
+    loop.add(request, events.append)
+    delivered: list[int] = []
+    while loop.has_work:
+        loop.step(lambda: delivered.append(len(tokens_of(events))))
+    assert delivered == [0, 1, 2, 3, 4]
+    assert len(tokens_of(events)) == 5
 
 
 def test_a_failing_encoder_fails_its_own_requests_and_leaves_no_stale_prompts(
