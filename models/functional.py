@@ -64,7 +64,8 @@ def rotate(x_NHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     if torch.is_grad_enabled() and x_NHD.requires_grad:
         y_NHD: Tensor = _Rotation.apply(x_NHD, *rotary)  # type: ignore[no-untyped-call]
         return y_NHD
-    return _turned(x_NHD, *rotary, 1)
+    cos, sin = rotary
+    return _turned(x_NHD, cos, sin, 1)
 
 
 def _turned(x_NHD: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
@@ -86,4 +87,5 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NHD: Tensor) -> tuple[Tensor, None, None]:
-        return _turned(grad_NHD, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(grad_NHD, cos, sin, -1), None, None

@@ -83,10 +83,11 @@ class Worker:
             reason = str(error.__cause__) if isinstance(error, Unreachable) else ""
             cause = reason or error.message
         if self.ready != was_ready:
-            self._tell_readiness(cause, logging.WARNING if cause and was_ready else logging.INFO)
+            self._tell_readiness(was_ready, cause)
 
-    def _tell_readiness(self, cause: str, level: int) -> None:
-        word = "ready" if self.ready else "not ready"
+    def _tell_readiness(self, was_ready: bool | None, cause: str) -> None:
+        word = "ready" if self.ready else "not ready" if was_ready else "not ready yet"
+        level = logging.WARNING if was_ready and cause else logging.INFO
         why = {"cause": cause} if cause else {}
         log.log(level, "a worker is %s", word, extra={"worker": self.client.url, **why})
 

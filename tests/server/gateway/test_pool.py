@@ -292,7 +292,7 @@ async def test_the_log_says_why_a_worker_was_never_ready(
     caplog.set_level("INFO", "server.gateway.clients.pool")
     await launch(worker_urls=("unix:/nowhere.sock",), worker_poll_seconds=0.05)
     await asyncio.sleep(0.3)
-    [line] = [record for record in caplog.records if record.message == "a worker is not ready"]
+    [line] = [record for record in caplog.records if record.message == "a worker is not ready yet"]
     assert (line.levelname, line.worker, line.cause) == (  # type: ignore[attr-defined]
         "INFO",
         "unix:/nowhere.sock",
