@@ -3,12 +3,12 @@
 A request's first ROWS tokens are placeholders, whose keys and values are the adapter's prompt. Both
 views are vLLM's own attention of the platform, given other metadata: of the text, all block tables
 shifted past the prompt; of the prompt, its blocks and as many keys as the request's adapter has rows.
+Here each view is an attention of its own, as on GPUs; `attention_cpu` has both in one.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 import torch
@@ -30,28 +30,15 @@ def text_backend(platform: type[AttentionBackend]) -> type[AttentionBackend]:
             super().__init__(spec, layer_names, vllm_config, device)
             self._prompt_blocks = ROWS // spec.block_size
             # Lengths lie where they lay before: a CUDA graph reads them by address.
-            self._lens = _lens_buffer(vllm_config, device)
+            self._lens = lens_buffer(vllm_config, device)
 
         def build(
             self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False
         ) -> Any:
             """Without a common prefix, whose cascade would read the unshifted table."""
-            return super().build(0, self._shifted(common), fast_build)
+            return super().build(0, text_view(common, self._prompt_blocks, self._lens), fast_build)
 
-        def _shifted(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-            B = common.num_reqs
-            lens_B = torch.sub(common.seq_lens[:B], ROWS, out=self._lens[:B]).clamp_(min=0)
-            bound = common.seq_lens_cpu_upper_bound
-            shifted: CommonAttentionMetadata = common.replace(
-                seq_lens=lens_B,
-                seq_lens_cpu_upper_bound=None if bound is None else (bound - ROWS).clamp(min=0),
-                max_seq_len=max(common.max_seq_len - ROWS, 1),
-                block_table_tensor=common.block_table_tensor[:, self._prompt_blocks :],
-            )
-            on_cpu = common.query_start_loc.device.type == "cpu"
-            return _apart(common, shifted, self._prompt_blocks) if on_cpu else shifted
-
-    return _backend("Text", platform, TextBuilder)
+    return named_backend("Text", platform, TextBuilder)
 
 
 @functools.cache
@@ -65,7 +52,7 @@ def prompt_backend(platform: type[AttentionBackend]) -> type[AttentionBackend]:
         def __init__(self, spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
             super().__init__(spec, layer_names, vllm_config, device)
             self._prompt_blocks = ROWS // spec.block_size
-            self._lens = _lens_buffer(vllm_config, device)
+            self._lens = lens_buffer(vllm_config, device)
             layers = vllm_config.compilation_config.static_forward_context
             self._carrier = layers[layer_names[0]].carrier
 
@@ -87,7 +74,22 @@ def prompt_backend(platform: type[AttentionBackend]) -> type[AttentionBackend]:
             )
             return super().build(0, prompts, fast_build)
 
-    return _backend("Prompt", platform, PromptBuilder)
+    return named_backend("Prompt", platform, PromptBuilder)
+
+
+def text_view(common: CommonAttentionMetadata, prompt_blocks: int, lens: Tensor) -> CommonAttentionMetadata:
+    """Tables shifted past the prompt; `lens`, longer than the batch, receives the lengths."""
+    B = common.num_reqs
+    lens_B = torch.sub(common.seq_lens[:B], ROWS, out=lens[:B]).clamp_(min=0)
+    bound = common.seq_lens_cpu_upper_bound
+    shifted: CommonAttentionMetadata = common.replace(
+        seq_lens=lens_B,
+        seq_lens_cpu_upper_bound=None if bound is None else (bound - ROWS).clamp(min=0),
+        max_seq_len=max(common.max_seq_len - ROWS, 1),
+        block_table_tensor=common.block_table_tensor[:, prompt_blocks:],
+    )
+    on_cpu = common.query_start_loc.device.type == "cpu"
+    return _apart(common, shifted) if on_cpu else shifted
 
 
 def prompt_lengths(carrier: Any, slots_B: Tensor) -> Tensor:
@@ -109,30 +111,32 @@ def token_slots(carrier: Any) -> Tensor:
     return slots
 
 
-def _lens_buffer(vllm_config: Any, device: torch.device) -> Tensor:
+def lens_buffer(vllm_config: Any, device: torch.device) -> Tensor:
     return torch.zeros(vllm_config.scheduler_config.max_num_seqs + 1, dtype=torch.int32, device=device)
 
 
-def _backend(name: str, platform: type[AttentionBackend], builder: type) -> type[AttentionBackend]:
-    return type(f"{name}{platform.__name__}", (platform,), {"get_builder_cls": staticmethod(lambda: builder)})
+def named_backend(
+    name: str, platform: type[AttentionBackend], builder: type, impl: type | None = None
+) -> type[AttentionBackend]:
+    changed = {"get_builder_cls": staticmethod(lambda: builder)}
+    if impl is not None:
+        changed["get_impl_cls"] = staticmethod(lambda: impl)
+    return type(f"{name}{platform.__name__}", (platform,), changed)
 
 
-def _apart(
-    common: CommonAttentionMetadata, shifted: CommonAttentionMetadata, prompt_blocks: int
-) -> CommonAttentionMetadata:
+def _apart(common: CommonAttentionMetadata, shifted: CommonAttentionMetadata) -> CommonAttentionMetadata:
     """Placeholders as requests of their own, over the prompt's blocks.
 
     In the shifted view they are queries without keys before them, for which the CPU's kernel writes
     nonsense into its neighbours' rows too. What they attend to is never used.
     """
-    starts = common.query_start_loc[: common.num_reqs + 1].tolist()
-    lens = common.seq_lens[: common.num_reqs].tolist()
-    counts = [end - start for start, end in itertools.pairwise(starts)]
-    if all(length - count >= ROWS for length, count in zip(lens, counts, strict=True)):
+    counts_B = common.query_start_loc[: common.num_reqs + 1].diff()
+    lens_B = common.seq_lens[: common.num_reqs]
+    if (lens_B - counts_B >= ROWS).all():
         return shifted
     new_starts, new_lens, tables = [0], [], []
     width = shifted.block_table_tensor.shape[1]
-    for b, (length, count) in enumerate(zip(lens, counts, strict=True)):
+    for b, (length, count) in enumerate(zip(lens_B.tolist(), counts_B.tolist(), strict=True)):
         computed = length - count
         placeholders = min(max(ROWS - computed, 0), count)
         if placeholders:

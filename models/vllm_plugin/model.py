@@ -26,13 +26,10 @@ from vllm.model_executor.models.llama import (
     LlamaForCausalLM,
     LlamaModel,
 )
+from vllm.v1.attention.backend import AttentionBackend
 
-from models.vllm_plugin.attention import (
-    facts,
-    prompt_backend,
-    text_backend,
-    token_slots,
-)
+from models.vllm_plugin.attention import facts, prompt_backend, text_backend, token_slots
+from models.vllm_plugin.attention_cpu import joint_backend, takes_both
 from models.vllm_plugin.carriers import (
     FINAL,
     GATES,
@@ -53,36 +50,36 @@ from models.vllm_plugin.vectors import Step, Tuned, base_spec, flat, share, vect
 
 
 class AdapterAttention(LlamaAttention):
-    """`self.attn` over the text, `self.prompt_attn` over the prompt, both on one cache."""
+    """`self.attn` over the text, `self.prompt_attn` over the prompt, both on one cache; where that is None
+    `self.attn` is for both."""
 
     def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(config, *args, prefix=prefix, **kwargs)
         layers = get_current_vllm_config().compilation_config.static_forward_context
-        options = {
-            "num_kv_heads": self.num_kv_heads,
-            "cache_config": kwargs.get("cache_config"),
-            "quant_config": kwargs.get("quant_config"),
-        }
         platform = layers.pop(f"{prefix}.attn").attn_backend
-        self.attn: Any = Attention(
-            self.num_heads,
-            self.head_dim,
-            self.scaling,
-            prefix=f"{prefix}.attn",
-            attn_backend=text_backend(platform),
-            **options,
-        )
-        self.prompt_attn = Attention(
-            self.num_heads,
-            self.head_dim,
-            self.scaling,
-            prefix=f"{prefix}.prompt_attn",
-            attn_backend=prompt_backend(platform),
-            kv_sharing_target_layer_name=f"{prefix}.attn",
-            **options,
-        )
-        # The builder of this layer's metadata asks it; the carrier is not wrapped yet.
-        self.prompt_attn.carrier = lambda: self.carrier
+
+        def attention(name: str, backend: type[AttentionBackend], shares: str | None = None) -> Any:
+            layer: Any = Attention(
+                self.num_heads,
+                self.head_dim,
+                self.scaling,
+                num_kv_heads=self.num_kv_heads,
+                cache_config=kwargs.get("cache_config"),
+                quant_config=kwargs.get("quant_config"),
+                prefix=f"{prefix}.{name}",
+                attn_backend=backend,
+                kv_sharing_target_layer_name=shares,
+            )
+            # The builder of this layer's metadata asks it; the carrier is not wrapped yet.
+            layer.carrier = lambda: self.carrier
+            return layer
+
+        self.prompt_attn: Any = None
+        if takes_both(platform):
+            self.attn = attention("attn", joint_backend(platform))
+        else:
+            self.attn = attention("attn", text_backend(platform))
+            self.prompt_attn = attention("prompt_attn", prompt_backend(platform), f"{prefix}.attn")
         rows = fact_rows(self.total_num_heads)
         carrier = ReplicatedLinear(self.hidden_size, rows, bias=False, prefix=f"{prefix}.{PROMPT}")
         self.add_module(PROMPT, carrier)
@@ -105,9 +102,7 @@ class AdapterAttention(LlamaAttention):
         if step.placeholder_N1 is not None:
             v = torch.where(step.placeholder_N1 & ~self._has_rows(step), 0, v)
         q, k = self.rotary_emb(positions, q, k)
-        out = self.attn(q, k, v)
-        if step.own_N1 is not None:
-            out = out + self._prompts_part(q, step, step.own_N1)
+        out = self.attn(q, k, v) if step.own_N1 is None else self._attend(q, k, v, step, step.own_N1)
         out, _ = self.o_proj(out if tuned is None else tuned.before("wo", out))
         return out if tuned is None else tuned.after("wo", out)
 
@@ -138,13 +133,18 @@ class AdapterAttention(LlamaAttention):
             has_N1 = has_N1 | ((facts_NF[:, SEES, None] > 0) & (step.visual_NC != 0).any(-1, keepdim=True))
         return has_N1
 
-    def _prompts_part(self, q: Tensor, step: Step, own_N1: Tensor) -> Tensor:
-        """g · softmax(q·k_aᵀ/√D)·v_a, [N, h·D]."""
-        gate_Nh = facts(self.carrier)[:, self.own_gates][step.slot_N]
-        out_NhD = self.prompt_attn(q, None, None).unflatten(-1, (self.num_heads, self.head_dim))
-        # Where no request has an adapter nothing was written to `out_NhD`: it may hold anything.
-        part_NhD = torch.where(own_N1[..., None], out_NhD * gate_Nh[..., None], 0)
-        return part_NhD.flatten(-2)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step, own_N1: Tensor) -> Tensor:
+        """softmax(q·kᵀ/√D)·v + g · softmax(q·k_aᵀ/√D)·v_a, [N, h·D]."""
+        if self.prompt_attn is None:
+            both = torch.Size((2 * q.shape[0], q.shape[1]))
+            text, prompt = self.attn(q, k, v, output_shape=both).chunk(2)
+        else:
+            text, prompt = self.attn(q, k, v), self.prompt_attn(q, None, None)
+        gate_Nh1 = facts(self.carrier)[:, self.own_gates][step.slot_N].unsqueeze(-1)
+        gated_NhD = prompt.unflatten(-1, (self.num_heads, self.head_dim)) * gate_Nh1
+        # Where no request has an adapter nothing was written to `prompt`: it may hold anything.
+        attended: Tensor = text + torch.where(own_N1, gated_NhD.flatten(-2), 0)
+        return attended
 
 
 class AdapterLayer(LlamaDecoderLayer):

@@ -50,6 +50,16 @@ def test_each_gets_its_own_answer(deployment: Deployment, changes: dict[str, Any
     assert [answer.cached for answer in again] == [64 if cached else 0] * len(asked)
 
 
+def test_two_attentions_a_layer_as_on_other_platforms_answer_alike(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.vllm_plugin.model.takes_both", lambda platform: False)
+    llm = deployment.vllm(max_num_batched_tokens=20)
+    asked = requests(75)
+    for _ in range(2):
+        check(deployment, asked, deployment.ask(llm, asked))
+
+
 def test_preempted_ones_start_again_and_end_alike(deployment: Deployment) -> None:
     llm = deployment.vllm(num_gpu_blocks_override=14)
     asked = requests(20, max_tokens=60)
