@@ -102,29 +102,48 @@ def _draw(logits_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
 
     temperature_M1 = column([state.params.temperature for state in states])
     uniform_M1 = column([state.random.random() for state in states])
+    min_p_M1 = column([state.params.min_p for state in states])
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
     scaled_MV = (logits_MV - logits_MV.amax(-1, keepdim=True)) / temperature_M1
     probs_MV = scaled_MV.softmax(-1)
-    if all(s.params.top_p == 1 and s.params.top_k == 0 for s in states):
-        kept_MV = _at_least(probs_MV, column([s.params.min_p for s in states]))
-        return _invert(kept_MV, uniform_M1)
+    # The same uniform number means another token in another order: what sorts a row is its own parameters.
+    cut = [m for m, state in enumerate(states) if state.params.top_p < 1 or state.params.top_k]
+    if not cut:
+        return _invert(_at_least(probs_MV, min_p_M1), uniform_M1)
+    whole = sorted({*range(len(states))} - {*cut})
+    tokens_M = torch.empty(len(states), dtype=torch.long, device=logits_MV.device)
+    if whole:
+        tokens_M[whole] = _invert(_at_least(probs_MV[whole], min_p_M1[whole]), uniform_M1[whole])
+    top_k_M1 = column([float(states[m].params.top_k or probs_MV.shape[-1]) for m in cut])
+    top_p_M1 = column([states[m].params.top_p for m in cut])
+    tokens_M[cut] = _draw_cut(probs_MV[cut], uniform_M1[cut], top_k_M1, top_p_M1, min_p_M1[cut])
+    return tokens_M
 
+
+def _draw_cut(
+    probs_MV: Tensor, uniform_M1: Tensor, top_k_M1: Tensor, top_p_M1: Tensor, min_p_M1: Tensor
+) -> Tensor:
+    """Tokens [M] of rows with top-k or top-p: among a row's candidates, or all tokens where those lack."""
     V = probs_MV.shape[-1]
-    top_k_M1 = column([float(s.params.top_k or V) for s in states])
-    top_p_M1 = column([s.params.top_p for s in states])
-    min_p_M1 = column([s.params.min_p for s in states])
+
+    def draw(probs_MW: Tensor, ids_MW: Tensor, rows: slice | Tensor) -> Tensor:
+        """`probs_MW` descend, and belong to the tokens `ids_MW`."""
+        ranks_W = torch.arange(probs_MW.shape[-1], device=probs_MW.device)
+        probs_MW = probs_MW * (ranks_W < top_k_M1[rows])
+        sums_M1 = probs_MW.sum(-1, keepdim=True)
+        probs_MW = probs_MW / sums_M1.where(top_k_M1[rows] < V, torch.ones_like(sums_M1))
+        before_MW = probs_MW.cumsum(-1) - probs_MW
+        probs_MW = probs_MW * (before_MW < top_p_M1[rows])  # the token that crosses top_p still counts
+        kept_MW = _at_least(probs_MW, min_p_M1[rows])
+        return ids_MW.gather(-1, _invert(kept_MW, uniform_M1[rows])[:, None]).flatten()
+
     W = min(V, CANDIDATES)
     probs_MW, ids_MW = probs_MV.topk(W, sorted=True)
-    enough_M = ((probs_MW.sum(-1, keepdim=True) >= top_p_M1) | (top_k_M1 <= W)).flatten()
-    if not enough_M.all():
-        probs_MW, ids_MW = probs_MV.sort(-1, descending=True)
-    ranks_W = torch.arange(probs_MW.shape[-1], device=probs_MW.device)
-    probs_MW = probs_MW * (ranks_W < top_k_M1)
-    probs_MW = probs_MW / probs_MW.sum(-1, keepdim=True).where(top_k_M1 < V, torch.ones_like(top_k_M1))
-    before_MW = probs_MW.cumsum(-1) - probs_MW
-    probs_MW = probs_MW * (before_MW < top_p_M1)  # the token that crosses top_p still counts
-    kept_MW = _at_least(probs_MW, min_p_M1)
-    return ids_MW.gather(-1, _invert(kept_MW, uniform_M1)[:, None]).flatten()
+    tokens_M = draw(probs_MW, ids_MW, slice(None))
+    lacking_M = ((probs_MW.sum(-1, keepdim=True) < top_p_M1) & (top_k_M1 > W)).flatten()
+    if lacking_M.any():
+        tokens_M[lacking_M] = draw(*probs_MV[lacking_M].sort(-1, descending=True), lacking_M)
+    return tokens_M
 
 
 def _at_least(probs_MW: Tensor, min_p_M1: Tensor) -> Tensor:

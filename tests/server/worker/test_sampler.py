@@ -1,0 +1,64 @@
+"""Tokens are drawn from the distribution that a request asks for, and by its own number alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from server.worker.messages import SamplingParams
+from server.worker.sampler import CANDIDATES, SamplerState, sample
+
+VOCAB = CANDIDATES + 200  # flat rows need more than the candidates
+CUTS: list[dict[str, Any]] = [
+    {},
+    {"min_p": 0.3},
+    {"top_p": 0.5},
+    {"top_k": 5},
+    {"top_k": CANDIDATES + 100},
+    {"top_p": 0.97},
+    {"top_p": 0.9, "top_k": 40, "min_p": 0.02},
+    {"temperature": 3.0, "top_p": 0.99},
+]
+
+
+def state(seed: int, **params: Any) -> SamplerState:
+    return SamplerState(SamplingParams(seed=seed, **params), VOCAB, (1,), [0])
+
+
+def test_a_seed_draws_the_token_that_it_draws_alone() -> None:
+    logits_MV = torch.randn(len(CUTS), VOCAB, generator=torch.Generator().manual_seed(0)) * 2
+    for seed in range(20):
+        alone = [sample(logits_MV[m : m + 1].clone(), [state(seed, **cut)])[0] for m, cut in enumerate(CUTS)]
+        together, _ = sample(logits_MV.clone(), [state(seed, **cut) for cut in CUTS])
+        assert together == [token for (token,) in alone]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_tokens_are_as_frequent_as_they_should_be(cut: dict[str, Any], spread: float) -> None:
+    logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)) * spread
+    draws, params = 4000, SamplingParams(**cut)
+    tokens, _ = sample(logits_V.repeat(draws, 1), [state(seed, **cut) for seed in range(draws)])
+    wanted = plainly(logits_V, params)
+    got = Counter(tokens)
+    assert got.keys() <= wanted.keys()
+    for token, share in sorted(wanted.items(), key=lambda item: -item[1])[:5]:
+        deviation = math.sqrt(share * (1 - share) / draws)
+        assert got[token] / draws == pytest.approx(share, abs=5 * deviation + 1e-9)
+
+
+def plainly(logits_V: torch.Tensor, params: SamplingParams) -> dict[int, float]:
+    """The probabilities after temperature, top-k, top-p and min-p, token by token."""
+    probs = (logits_V.double() / params.temperature).softmax(-1).tolist()
+    kept = sorted(range(VOCAB), key=lambda token: -probs[token])[: params.top_k or VOCAB]
+    total, mass = sum(probs[token] for token in kept), 0.0
+    nucleus = {}
+    for token in kept:
+        if mass < params.top_p and probs[token] >= params.min_p * probs[kept[0]]:
+            nucleus[token] = probs[token]
+        mass += probs[token] / total
+    return {token: prob / sum(nucleus.values()) for token, prob in nucleus.items()}
