@@ -42,6 +42,7 @@ class NativeEngine(EngineBase):
         self._step_loop = step_loop
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outbox: list[tuple[asyncio.Queue[Event], Event]] = []
+        self._asked: set[Future[None]] = set()  # commands that somebody waits for
         self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stats = _IDLE_STATS
@@ -106,9 +107,13 @@ class NativeEngine(EngineBase):
                 future.set_result(None)
 
         if not self._healthy:
-            raise Unavailable("The engine stopped; the worker is restarting.", retry_after=5)
+            raise _stopped()
+        self._asked.add(future)
         self._inbox.put(run)
-        await asyncio.wrap_future(future)
+        try:
+            await asyncio.wrap_future(future)
+        finally:
+            self._asked.discard(future)
 
     def _run(self) -> None:
         """The step thread."""
@@ -125,6 +130,13 @@ class NativeEngine(EngineBase):
             self._healthy = False
             self._step_loop.fail_all(503, "The engine stopped before this request was finished.")
             self._deliver()
+            self._call(self._refuse_asked)
+
+    def _refuse_asked(self) -> None:
+        """What still lies in the inbox, nobody will run. On the event loop, where `_ask` looks first."""
+        for future in self._asked:
+            if not future.done():
+                future.set_exception(_stopped())
 
     def _take_commands(self) -> bool:
         """Run what waits in the inbox, waiting for something while there is no work; False to stop."""
@@ -149,8 +161,16 @@ class NativeEngine(EngineBase):
             for events, event in outbox:
                 events.put_nowait(event)
 
+        self._call(put)
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Let the event loop call it."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(put)
+            self._loop.call_soon_threadsafe(function)
         except RuntimeError:  # the event loop is closed: nobody listens any more
-            log.debug("%d events came after the end", len(outbox))
+            log.debug("events came after the end")
+
+
+def _stopped() -> Unavailable:
+    return Unavailable("The engine stopped; the worker is restarting.", retry_after=5)

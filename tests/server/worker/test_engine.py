@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_base import tiny_config, write_adapter, write_tiny_base
 
 from models.errors import AdapterMismatch, CheckpointError
-from server.errors import ApiError, InvalidRequest, NotFound, RateLimited, Timeout
+from server.errors import ApiError, InvalidRequest, NotFound, RateLimited, Timeout, Unavailable
 from server.serving import StartupError
 from server.settings import WorkerSettings
 from server.worker.build import build_engine
@@ -242,6 +242,36 @@ async def test_stopping_ends_what_runs_with_an_error(folder: Path):
     assert events[-1].type == "failed"
     assert events[-1].status == 503
     assert not engine.healthy
+
+
+async def test_a_request_that_the_step_thread_never_takes_ends_with_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It lay behind the word to stop, or the thread died first: nobody would ever have answered."""
+    engine = build_engine(settings(folder))
+    busy, go_on = threading.Event(), threading.Event()
+    run = engine._step_loop._runner.run
+
+    def held(*arguments):
+        busy.set()
+        assert go_on.wait(10)
+        return run(*arguments)
+
+    monkeypatch.setattr(engine._step_loop._runner, "run", held)
+    await engine.start()
+    first = asyncio.create_task(collect(engine, chat("first", id="first")))
+    assert await asyncio.to_thread(busy.wait, 10)
+    stopping = asyncio.create_task(engine.stop())
+    await asyncio.sleep(0)
+    late = asyncio.create_task(collect(engine, chat("second", id="second")))
+    for _ in range(500):
+        if engine._inbox.qsize() == 2:
+            break
+        await asyncio.sleep(0.01)
+    go_on.set()
+    await asyncio.gather(stopping, first)
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(late, 5)
 
 
 async def test_adapters_come_and_go_while_others_run(engine: NativeEngine, folder: Path, tmp_path: Path):
