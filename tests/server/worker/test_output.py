@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -97,3 +98,14 @@ def test_a_character_comes_whole() -> None:
     raw = "a😀b".encode()
     deltas, _ = shown([raw[:2], raw[2:4], raw[4:]], [])
     assert [delta.text for delta in deltas if delta.text] == ["a", "😀b"]
+
+
+def test_what_is_held_back_costs_no_more_the_more_it_is() -> None:
+    """A stop string may be as long as a body, and a biased answer may keep to its beginning throughout."""
+    pieces = [b"a"] * 8000 + [b"c"]
+    for stop in ("a" * 4000 + "b", "a" * 100_000):
+        began = time.process_time()
+        deltas, stopped = shown(pieces, [stop] * 4)
+        assert time.process_time() - began < 5  # a pass over what is held at each token took half a minute
+        assert "".join(delta.text for delta in deltas) == "a" * 8000 + "c"
+        assert not stopped
