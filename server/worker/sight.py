@@ -47,18 +47,15 @@ class Sight:
 
     def see(self, loaded: LoadedAdapter, images: Sequence[ImageInput]) -> Tensor:
         """Features [S, …] of the images, from the cache or computed in one batch."""
-        keys = [_key(loaded, image) for image in images]
         for _ in self.seeing(loaded, images):
             pass
-        found = [self._features[key] for key in keys]
-        for key in keys:
-            self._features.move_to_end(key)
-        while len(self._features) > self._entries:
-            self._features.popitem(last=False)
-        return torch.stack(found)
+        return torch.stack([self._features[_key(loaded, image)] for image in images])
 
     def seeing(self, loaded: LoadedAdapter, images: Sequence[ImageInput]) -> Generator[None]:
-        """Put what the cache lacks into it, in one batch, yielding after each layer of the encoder."""
+        """Put what the cache lacks into it, in one batch, yielding after each layer of the encoder.
+
+        Then the cache is as large as it may be, or as `images` are: nobody may come to `see` them.
+        """
         vision, encoder = loaded.adapter.config.vision, loaded.encoder
         assert vision is not None
         assert encoder is not None
@@ -66,7 +63,14 @@ class Sight:
         if missing:
             pixels = torch.stack(list(missing.values())).to(self._device)
             features = yield from encoder.by_layers(vision.features, pixels)
-            self._features.update(zip(missing, features.unbind(), strict=True))
+            # Each for itself: one that stays is not to keep the whole batch.
+            self._features.update(zip(missing, map(Tensor.clone, features.unbind()), strict=True))
+        keys = dict.fromkeys(_key(loaded, image) for image in images)
+        for key in keys:
+            if key in self._features:  # else it made room for another encoding that has ended meanwhile
+                self._features.move_to_end(key)
+        while len(self._features) > max(self._entries, len(keys)):
+            self._features.popitem(last=False)
 
 
 class ImageQueue:

@@ -302,6 +302,48 @@ def test_a_request_may_leave_while_its_image_is_encoded():
     assert deployment.encoder.calls == 1
 
 
+def test_images_whose_requests_left_stay_within_the_cache():
+    """Nobody asks for their features any more: what is encoded for them must make room by itself."""
+    deployment = Deployment()
+    pace = Pace(stretch=1.0)
+    loop = deployment.loop(pace=pace)
+    pace.observe(1, 0, 0.001)
+    sight = loop._runner.sight
+    sight._entries = 2
+    sees = deployment.adapters[-1]
+    quick = replace(deployment.request(0, random.Random(0), adapter=None, image=None), max_tokens=40)
+    loop.add(quick, lambda event: None)
+    loop.step()
+    for i in range(1, 7):
+        image = ImageInput(str(i), torch.full((3, 4, 4), float(i)))
+        loop.add(deployment.request(i, random.Random(i), adapter=sees, image=image), lambda event: None)
+        loop.step()  # its first layer
+        loop.abort(str(i))
+        waiting = replace(image, key=f"{i} again")
+        loop.add(
+            deployment.request(100 + i, random.Random(i), adapter=sees, image=waiting), lambda event: None
+        )
+        for _ in range(3):
+            loop.step()
+        loop.abort(str(100 + i))
+        assert len(sight._features) <= 2
+    assert deployment.encoder.calls == 6
+
+
+def test_a_cached_image_keeps_no_batch():
+    deployment = Deployment()
+    sees = deployment.adapters[-1]
+    sight = deployment.loop()._runner.sight
+    sight._entries = 2
+    images = [ImageInput(str(i), torch.full((3, 4, 4), float(i))) for i in range(5)]
+    seen = sight.see(sees, images)
+    assert torch.equal(seen, torch.stack([image.pixels.flatten() for image in images]))
+    sight.see(sees, images[:1])
+    for feature in sight._features.values():
+        assert feature.untyped_storage().nbytes() == feature.numel() * feature.element_size()
+    assert len(sight._features) == 2
+
+
 def test_aborted_requests_give_their_blocks_back_before_the_next_step():
     deployment = Deployment()
     loop = deployment.loop()
