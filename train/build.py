@@ -118,7 +118,7 @@ def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSigna
     trainer = Trainer(recipe, adapter, groups, forward, processes, len(plan))
     if last is not None:
         trainer.restore(load_state(last))
-    read = images.reader()
+    read = images.reader(stores.values())
     if recipe.init.features == "standardized" and last is None and recipe.start_from is None:
         standardize(adapter, stores.values(), read)
     steps = Steps(

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_base import tiny_config
 from torch import Tensor
+from train_files import write_lines
 
 from models.adapter_config import VisionConfig
+from models.tokenizer import load_tokenizer
 from models.vision.preprocess import Color
 from train.data.features import (
     FeatureCache,
@@ -20,8 +23,11 @@ from train.data.features import (
     live_pixels,
     random_resized_crop,
 )
-from train.data.images import noisy
+from train.data.images import Images, noisy
+from train.data.store import Encoder, Store, prepare
 from train.errors import TrainError
+from train.processes import StopSignal
+from train.recipe import ComputeRecipe, SourceRecipe
 
 VISION = VisionConfig(
     encoder="efficientnet-lite0",
@@ -91,7 +97,7 @@ def test_each_content_is_encoded_once(paths: list[Path], tmp_path: Path, workers
     features = cache.open()
     for i in (0, 17, 39):
         expected = np.array([i, 2 * i, 255 - i], np.float32) / 255
-        np.testing.assert_allclose(features[rows[i]], expected, atol=1e-6)
+        np.testing.assert_allclose(features[cache.row(rows[i])], expected, atol=1e-6)
     again = FeatureCache(folder, (3,))
     assert read(paths[:40], encoder, again, workers) == rows[:40]
     assert encoder.encoded == 39
@@ -112,7 +118,33 @@ def test_an_interrupted_cache_goes_on(paths: list[Path], tmp_path: Path):
         expected = (
             np.array([max(i, 0) if i != 1 else 0, 2 * i if i != 1 else 0, 255 - (i if i != 1 else 0)]) / 255
         )
-        np.testing.assert_allclose(features[rows[i]], expected, atol=1e-6)
+        np.testing.assert_allclose(features[cache.row(rows[i])], expected, atol=1e-6)
+
+
+def test_a_row_gets_its_own_image_from_another_cache(tiny: Path, tmp_path: Path):
+    """A training goes on when the cache was emptied, or on another machine, and others have filled it."""
+    images = Images(ComputeRecipe(workers=0), VISION, MeanColor(), tmp_path, StopSignal())
+    tokens = Encoder(load_tokenizer(tiny), "chat", 512, tiny_config().vocab_size, sees=True)
+
+    def prepared(name: str, shades: list[int]) -> Store:
+        for shade in shades:
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / name / f"{shade}.png")
+        rows = [{"image": f"{shade}.png", "caption": f"shade {shade}"} for shade in shades]
+        file = write_lines(tmp_path / f"{name}.jsonl", rows)
+        source = SourceRecipe(format="captions", path=(file,), images=tmp_path / name, question="What?")
+        folder = tmp_path / f"{name}-store"
+        return prepare(name, source, tokens, folder, images.read_all, lambda count: None)
+
+    ours = prepared("ours", [51, 102])
+    shutil.rmtree(tmp_path / "features")
+    theirs = prepared("theirs", [153, 204, 255])
+    with pytest.raises(TrainError, match=r"has no features of .*51\.png.*remove `data`"):
+        images.reader([theirs, ours])
+    images.read_all(ours.image_paths)
+    read = images.reader([theirs, ours])
+    shades = [round(255 * float(read(store, image, None)[0])) for store in (ours, theirs) for image in (0, 1)]
+    assert shades == [51, 102, 153, 204]
 
 
 def test_without_a_cache_images_are_only_checked(paths: list[Path]):

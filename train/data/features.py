@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from models.adapter_config import VisionConfig
 from models.vision.encoder import VisionEncoder, encode
 from models.vision.images import ImageError, decode_image
+from train.data.store import HASH_BYTES
 from train.data.workers import quiet_worker
 from train.errors import TrainError
 
 _BATCH = 16
-_HASH_BYTES = 32
 
 Progress = Callable[[int], None]
 
@@ -78,8 +78,8 @@ class FeatureCache:
         for file in (self._rows_file, self._hashes_file):
             file.touch()
         hashes = self._hashes_file.read_bytes()
-        count = min(len(hashes) // _HASH_BYTES, self._rows_file.stat().st_size // self._row_bytes)
-        self._index = {hashes[i * _HASH_BYTES : (i + 1) * _HASH_BYTES]: i for i in range(count)}
+        count = min(len(hashes) // HASH_BYTES, self._rows_file.stat().st_size // self._row_bytes)
+        self._index = {hashes[i * HASH_BYTES : (i + 1) * HASH_BYTES]: i for i in range(count)}
 
     def __len__(self) -> int:
         return len(self._index)
@@ -98,7 +98,7 @@ class FeatureCache:
             rows.seek(count * self._row_bytes)
             rows.write(features.to(torch.float32).cpu().contiguous().numpy().tobytes())
             rows.flush()
-            hashes.seek(count * _HASH_BYTES)
+            hashes.seek(count * HASH_BYTES)
             hashes.write(b"".join(digests))
         self._index |= {digest: count + i for i, digest in enumerate(digests)}
 
@@ -129,12 +129,11 @@ def encode_images(
     cache: FeatureCache | None,
     workers: int,
     progress: Progress,
-) -> list[int | str]:
-    """The cache row of each image, or why it has none. Without a cache they are only checked (row 0)."""
+) -> list[bytes | str]:
+    """The hash of each image, under which `cache` has its features then; or why it has none."""
     known = cache.known if cache else frozenset()
-    found: list[int | str] = []
+    found: list[bytes | str] = []
     waiting: dict[bytes, Tensor] = {}
-    digests: list[bytes] = []
 
     def flush() -> None:
         if waiting and cache is not None:
@@ -142,8 +141,7 @@ def encode_images(
         waiting.clear()
 
     for decoded in _decode(ImageFiles(paths, encoder, config, known), workers):
-        digests.append(decoded.digest)
-        found.append(decoded.fault or 0)
+        found.append(decoded.fault or decoded.digest)
         new = cache is not None and decoded.pixels is not None and cache.row(decoded.digest) is None
         if new and decoded.pixels is not None:
             waiting[decoded.digest] = decoded.pixels
@@ -151,11 +149,7 @@ def encode_images(
             flush()
         progress(len(found))
     flush()
-    if cache is None:
-        return found
-    rows = [fault or cache.row(digest) for fault, digest in zip(found, digests, strict=True)]
-    assert all(row is not None for row in rows)
-    return [row for row in rows if row is not None]
+    return found
 
 
 def _decode(images: ImageFiles, workers: int) -> Iterator[Decoded]:

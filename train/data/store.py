@@ -33,6 +33,7 @@ _TOKENS, _GENERATED, _ROWS, _IMAGES, _SUMMARY = (
 )
 _SHOWN_FAULTS = 20
 NO_IMAGE = -1
+HASH_BYTES = 32  # of an image file, by SHA-256
 
 Report = Callable[[int], None]
 _Number = TypeVar("_Number", np.uint32, np.bool_)
@@ -67,7 +68,7 @@ class Store:
         self._starts_R: NDArray[np.int64] = rows["starts"]
         self.targets_R: NDArray[np.int32] = rows["targets"]
         self.image_R: NDArray[np.int32] = rows["image"]
-        self.feature_J: NDArray[np.int32] = rows["feature"]
+        self._hashes_J: NDArray[np.uint8] = rows["hashes"]
         usable = rows["usable"]
         self.train: NDArray[np.int64] = np.flatnonzero(usable & ~rows["held_out"])
         self.held_out: NDArray[np.int64] = np.flatnonzero(usable & rows["held_out"])
@@ -79,6 +80,10 @@ class Store:
 
     def length(self, row: int) -> int:
         return int(self._starts_R[row + 1] - self._starts_R[row])
+
+    def image_hash(self, image: int) -> bytes:
+        """Of the file as it was when it was checked."""
+        return bytes(self._hashes_J[image])
 
     def tokens(self, row: int) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         """Token ids of a row, and for each whether the model is to write it."""
@@ -167,7 +172,7 @@ class _Writer:
             if image in images:
                 yield row, image, (self._places[0][row], self._places[1][row])
 
-    def close(self, feature_J: list[int], dropped: Collection[int], summary: Summary) -> None:
+    def close(self, hashes: list[bytes], dropped: Collection[int], summary: Summary) -> None:
         """Write what belongs to the rows; the `dropped` ones stay unused."""
         self._files.close()
         usable = np.ones(len(self._targets), np.bool_)
@@ -183,7 +188,7 @@ class _Writer:
             starts=np.array(self._starts),
             targets=targets,
             image=np.array(self._image, np.int32),
-            feature=np.array(feature_J, np.int32),
+            hashes=np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BYTES),
             usable=usable,
             held_out=held_out,
         )
@@ -198,8 +203,8 @@ class _Writer:
         self._files.close()
 
 
-# Image paths → the row of its features for each, or why it cannot be used.
-ReadImages = Callable[[list[Path]], list[int | str]]
+# Image paths → the hash of each one's file, or why it cannot be used.
+ReadImages = Callable[[list[Path]], list[bytes | str]]
 
 
 def prepare(
@@ -229,7 +234,8 @@ def prepare(
             reason = f"image {writer.images[number]}: {faults[number]}"
             _fault(source, summary, source.path[file], line, reason)
             dropped.append(row)
-        writer.close([row if isinstance(row, int) else NO_IMAGE for row in found], dropped, summary)
+        unread = bytes(HASH_BYTES)
+        writer.close([unread if isinstance(one, str) else one for one in found], dropped, summary)
     if not summary.used:
         shown = f": {summary.faults[0]}" if summary.faults else ""
         raise TrainError(f"data.{name}: none of {summary.read} rows can be used{shown}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -76,9 +77,9 @@ def global_features(images: Sequence[Path], encoder: VisionEncoder, cache_dir: P
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         cache = FeatureCache(folder, feature_shape(encoder, config))
-        rows = encode_images(images, encoder, config, cache, 0, lambda count: None)
-    found = [row for row in rows if isinstance(row, int)]
-    if len(found) < len(rows):
-        at = next(i for i, row in enumerate(rows) if isinstance(row, str))
-        raise EvaluationError(f"{images[at]}: {rows[at]}")
-    return torch.from_numpy(cache.open()[found].copy())
+        found = encode_images(images, encoder, config, cache, 0, lambda count: None)
+    for image, one in zip(images, found, strict=True):
+        if isinstance(one, str):
+            raise EvaluationError(f"{image}: {one}")
+    rows = [cache.row(digest) for digest in found if isinstance(digest, bytes)]
+    return torch.from_numpy(cache.open()[np.array(rows, np.int64)])

@@ -69,7 +69,7 @@ def folder_loss(
         store = _prepare(data, tokens, images.read_all, data.wanted, stack)
         forward = Forward(base, loaded, encoder, live=False, checkpointing=False)
         part = HeldOut("evaluation", store, store.train.tolist())
-        loss = held_out_loss(forward, part, images.reader(), _PASS_TOKENS, processes)
+        loss = held_out_loss(forward, part, images.reader([store]), _PASS_TOKENS, processes)
     return _result(loss, store, used)
 
 
@@ -157,7 +157,7 @@ def _without_images(wanted: Wanted) -> Wanted:
     return text_only
 
 
-def _no_images(paths: list[Path]) -> list[int | str]:
+def _no_images(paths: list[Path]) -> list[bytes | str]:
     assert not paths
     return []
 
