@@ -330,6 +330,39 @@ def test_images_whose_requests_left_stay_within_the_cache():
     assert deployment.encoder.calls == 6
 
 
+def test_a_crowd_of_images_is_encoded_in_batches(monkeypatch: pytest.MonkeyPatch):
+    """All at once they would take gigabytes, and minutes in which nobody is answered."""
+    deployment = Deployment()
+    sizes = []
+    by_layers = deployment.encoder.by_layers
+
+    def counted(features: str, pixels_BCHW: torch.Tensor) -> Generator[None, None, torch.Tensor]:
+        sizes.append(len(pixels_BCHW))
+        return by_layers(features, pixels_BCHW)
+
+    monkeypatch.setattr(deployment.encoder, "by_layers", counted)
+    requests = [
+        deployment.request(
+            i,
+            random.Random(i),
+            adapter=deployment.adapters[-1],
+            image=ImageInput(str(i), torch.full((3, 4, 4), float(i))),
+        )
+        for i in range(40)
+    ]
+    loop = deployment.loop()
+    events: dict[str, list] = {request.request_id: [] for request in requests}
+    for request in requests:
+        loop.add(request, events[request.request_id].append)
+    loop.step()
+    assert sizes == [16]
+    assert isinstance(events["0"][0], Scheduled)
+    while loop.has_work:
+        loop.step()
+    assert sizes == [16, 16, 8]
+    assert all(isinstance(told[-1], Finished) for told in events.values())
+
+
 def test_a_cached_image_keeps_no_batch():
     deployment = Deployment()
     sees = deployment.adapters[-1]
