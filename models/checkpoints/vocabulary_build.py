@@ -21,6 +21,7 @@ _LLAMA3_HINT = (
     "fetch it again, or, as Llama 3's tokenizer.model is of another format, put the tokenizer.json of its "
     "Hugging Face folder beside it"
 )
+_MAX_PIECE = 1000  # characters; LLaMA's have 16, and each way to split one is looked up
 # Token types, the same numbers in SentencePiece's protocol and in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -148,6 +149,12 @@ def _byte_level_backend(file: Path, spec: _GgufSpec) -> Tokenizer:
 
 
 def _sentencepiece_backend(file: Path, pieces: Sequence[Piece], dummy_prefix: bool) -> Tokenizer:
+    longest = max(len(piece.text) for piece in pieces)
+    if longest > _MAX_PIECE:
+        raise CheckpointError(
+            f"{file}: a token has {longest} characters, of at most {_MAX_PIECE}; use the tokenizer that "
+            "belongs to the base"
+        )
     unknown = next((piece.text for piece in pieces if piece.kind == UNKNOWN), None)
     merges = _merges([piece for piece in pieces if piece.kind == NORMAL])
     options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": any(p.kind == BYTE for p in pieces)}

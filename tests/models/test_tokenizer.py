@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizer_files import (
     CHATML,
     CORPUS,
@@ -346,6 +346,16 @@ def test_damaged_sentencepiece_is_refused(tmp_path: Path, sentencepiece_file: Pa
     refuse(file, "tokenizer.model", "SentencePiece")
     file.write_text("IQ== 0\nIg== 1\n")
     refuse(tmp_path, "Llama 3", "tokenizer.json")
+
+
+def test_a_piece_that_is_a_book_is_refused(tmp_path: Path, sentencepiece_file: Path) -> None:
+    """Its splits would be looked up for hours."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(sentencepiece_file.read_bytes())
+    proto.pieces.add(piece="a" * 200_000, score=0.0, type=1)
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(proto.SerializeToString())
+    refuse(file, "200000 characters, of at most 1000", "belongs to the base")
 
 
 def test_special_token_outside_the_vocabulary_is_refused(byte_level: Path, tmp_path: Path) -> None:
