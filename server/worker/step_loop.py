@@ -136,13 +136,13 @@ class StepLoop:
 
     def _queue(self, prepared: Prepared, seq: TokenSequence) -> None:
         """To the scheduler, or first to those whose images are still to be encoded."""
+        if prepared.request_id in self._requests:
+            raise SequenceRejected(f"a request {prepared.request_id!r} is running already; choose another id")
         loaded, image = prepared.adapter, prepared.image
         if loaded is None or image is None or self._runner.has_seen(loaded, image):
             self._scheduler.add(seq)
             return
         self._scheduler.check_fits(seq.num_prompt_tokens, seq.max_tokens)
-        if prepared.request_id in self._requests:
-            raise SequenceRejected(f"a request {prepared.request_id!r} is running already; choose another id")
         self._images.put(prepared.request_id, loaded, image)
 
     def abort(self, request_id: str) -> None:
