@@ -40,6 +40,8 @@ from server.worker.tool_calls import ToolCallEvents
 
 log = logging.getLogger(__name__)
 
+_NOT_FINITE = "The model gave logits that are not finite; check the adapter's weights."
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -309,7 +311,7 @@ class StepLoop:
         if not self._runs(request):
             return
         if not row.finite:
-            self._refuse(request, "The model gave logits that are not finite; check the adapter's weights.")
+            self._refuse(request, _NOT_FINITE)
         elif grammar is not None and grammar.error:
             self._break_off(request, grammar)
         elif row.token in self._eos_ids and not request.prepared.sampling.ignore_eos:
@@ -364,9 +366,7 @@ class StepLoop:
         """End every request with an error, such as at shutdown."""
         self._tell_rest()
         for request in list(self._requests.values()):
-            request.emit(
-                Failed(status=status, message=message, error_type="server_error", code="unavailable")
-            )
+            request.emit(Failed(status, message, "server_error", "unavailable"))
             self.abort(request.seq.request_id)
 
     def _score_prompt(self, request: ActiveRequest, item: ScheduledSequence, logits_TV: Tensor) -> None:
@@ -384,6 +384,9 @@ class StepLoop:
         if targets:
             rows = logits_TV[targets.start - item.start - 1 : targets.stop - item.start - 1]
             tokens = seq.token_ids[targets.start : targets.stop]
+            if not rows.amax(-1).isfinite().all():
+                self._refuse(request, _NOT_FINITE)
+                return
             request.prompt_logprobs += describe(
                 self._tokenizer, tokens, rows.log_softmax(-1), params.prompt_logprobs
             )

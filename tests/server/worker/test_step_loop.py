@@ -455,8 +455,14 @@ def test_weights_that_are_not_finite_end_their_own_request_only():
         deployment.request(0, random.Random(0), adapter=bad, image=None),
         deployment.request(1, random.Random(1), adapter=None, image=None),
     ]
+    scoring = SamplingParams(prompt_logprobs=1)
+    for i, max_tokens in ((2, 0), (3, 4)):
+        asked = replace(requests[0], request_id=str(i), sampling=scoring, max_tokens=max_tokens)
+        requests.append(asked)
     events = run(loop, requests)
-    assert isinstance(events["0"][-1], Failed)
+    for i in ("0", "2", "3"):
+        assert isinstance(events[i][-1], Failed)
+        assert not any(isinstance(event, PromptScored) for event in events[i])
     assert isinstance(events["1"][-1], Finished)
     assert tokens_of(events["1"]) == without_eos(deployment.alone(requests[1]))
 
