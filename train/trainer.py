@@ -67,7 +67,10 @@ class Trainer:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        decays = [group["weight_decay"] for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
+        for group, decay in zip(self._optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # the recipe's, which may have changed since
         self._scaler.load_state_dict(state["scaler"])
         self.finished_steps = int(state["finished_steps"])
 

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,18 @@ def test_a_resumed_run_ends_with_the_same_bits(recipe: str, tmp_path: Path):
     # A finished run goes on to its end at once.
     train(recipe, [f"output={tmp_path / 'parts'}", "resume=true"])
     assert_bit_identical(tmp_path / "whole" / "adapter", tmp_path / "parts" / "adapter")
+
+
+def test_a_run_may_go_on_with_another_weight_decay(recipe: str, tmp_path: Path):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, [f"output={tmp_path / 'same'}"])
+    shutil.copytree(tmp_path / "same", tmp_path / "decayed")
+    train(recipe, [f"output={tmp_path / 'same'}", "resume=true"])
+    train(recipe, [f"output={tmp_path / 'decayed'}", "resume=true", "optimizer.weight_decay=10"])
+    same, decayed = (weights(tmp_path / name / "adapter")["prompt"] for name in ("same", "decayed"))
+    assert decayed.norm() < same.norm()
 
 
 def test_a_run_is_neither_overwritten_nor_mixed(recipe: str, tmp_path: Path):
