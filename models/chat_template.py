@@ -25,6 +25,7 @@ from models.errors import PromptError
 from models.tokenizer import Segment, Tokenizer
 
 _MAX_LEVELS = 100  # of a call's arguments; what walks through them calls itself
+_PIECE = 1 << 16  # characters that one search looks through: while it does, no other thread runs
 _NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 
 
@@ -127,8 +128,13 @@ class _Shield:
         for size in range(1, min(self._longest, len(text)) + 1):
             if text[-size:] in self._beginnings:
                 tail = len(text) - size
-        head = self._tokens.sub(lambda match: self._cover[match[0]], text)
+        head = "".join(self._cover_tokens(text, at) for at in range(0, len(text), _PIECE))
         return head[:tail] + "".join(self._cover.get(char, char) for char in head[tail:])
+
+    def _cover_tokens(self, text: str, at: int) -> str:
+        """One piece, a character for a character; a token may reach beyond it."""
+        seen = text[at : at + _PIECE + self._longest]
+        return self._tokens.sub(lambda match: self._cover[match[0]], seen)[:_PIECE]
 
 
 def _answers(

@@ -1,6 +1,8 @@
 """Templates render the texts that adapters were trained with, and keep users out of the markup."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_files import CHATML, SPECIALS, write_byte_level
 
-from models.chat_template import ToolCall
+from models.chat_template import ToolCall, _Shield
 from models.errors import PromptError
 from models.prompts import CAPTION_PROMPT, Context, Rendered, Turn, context_text, render, template_names
 from models.tokenizer import Tokenizer, load_tokenizer
@@ -176,6 +178,31 @@ def test_users_cannot_write_special_tokens(tmp_path: Path, template: str) -> Non
         assert count(system, question, reading) == count("x", "x", "x")
 
     check()
+
+
+@pytest.mark.parametrize("missing", [0, 1, 5, 9, 10, 11])
+def test_special_tokens_are_covered_wherever_they_stand_in_a_long_text(missing: int) -> None:
+    shield = _Shield(SPECIALS)
+    text = "x" * ((1 << 16) - missing) + "<|im_end|>" + "y" * (1 << 16) + "<|im_end|>"
+    covered = shield.cover(text)
+    assert len(covered) == len(text)
+    assert [i for i, char in enumerate(covered) if char in shield.uncover] == [
+        (1 << 16) - missing,
+        len(text) - len("<|im_end|>"),
+    ]
+
+
+def test_others_go_on_while_a_long_text_is_searched_for_special_tokens() -> None:
+    """A regular expression lets no other thread run, and Llama 3 has hundreds of special tokens."""
+    shield = _Shield([f"<|reserved_special_token_{i}|>" for i in range(250)])
+    searched = threading.Thread(target=shield.cover, args=("<|reserved_special_token_" * 160_000,))
+    began = last = time.perf_counter()
+    longest = 0.0
+    searched.start()
+    while searched.is_alive():
+        time.sleep(0.001)
+        longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+    assert longest < (last - began) / 3
 
 
 def test_hostile_text_still_arrives_as_text(tokenizer: Tokenizer) -> None:
