@@ -169,6 +169,8 @@ class Frontend:
             raise InvalidRequest(str(error), param="prompt") from error
 
     def _encode_chat(self, model: ServedModel, prompt: ChatPrompt) -> tuple[list[int], tuple[str, ...]]:
+        # To render it takes long, too.
+        self._refuse_endless((message.content for message in prompt.messages), "messages")
         try:
             rendered = render(
                 model.template,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections.abc import AsyncGenerator
 from io import BytesIO
@@ -185,6 +186,18 @@ async def test_what_cannot_be_answered_is_refused_before_the_first_event(
         await collect(engine, request_)
     await settle(engine)
     assert text_of(await collect(engine, chat("still here?")))
+
+
+async def test_a_text_that_cannot_fit_is_not_rendered_first(folder: Path, tmp_path: Path):
+    shutil.copytree(folder / "tiny", tmp_path / "tiny")
+    (tmp_path / "tiny" / "chat_template.jinja").write_text("{{ raise_exception('it was rendered') }}")
+    engine = build_engine(settings(folder, base=str(tmp_path / "tiny"), adapters=()))
+    await engine.start()
+    with pytest.raises(InvalidRequest, match="it was rendered"):
+        await collect(engine, chat("x"))
+    with pytest.raises(InvalidRequest, match="a text of 10000000 characters cannot fit"):
+        await collect(engine, chat("x" * 10_000_000))
+    await engine.stop()
 
 
 async def test_logit_bias_and_stop_strings_are_honoured(engine: NativeEngine):
