@@ -1,4 +1,4 @@
-"""Which adapters there are: id → path, configuration, version and hash. Holds no tensors.
+"""Adapters by id: versions, paths that may be loaded, and what tells files apart. Holds no tensors.
 
 An id is what a request's `model` names. Paths given at run time must lie in the configured root, with
 symbolic links resolved.
@@ -8,63 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from models.adapter_config import AdapterConfig
-from models.checkpoints.manifest import MANIFEST, read_manifest
 from models.errors import CheckpointError
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,96}")
 _CHUNK = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterEntry:
-    """One adapter. `version` counts loads under the same id, `created` is in Unix seconds."""
-
-    id: str
-    path: Path
-    config: AdapterConfig
-    hash: str
-    version: int
-    created: int
-
-
 class AdapterRegistry:
-    """The adapters that are served, in the order in which their ids were first added."""
+    """Which versions of each id there were, and where adapters that come at run time may lie."""
 
     def __init__(self, root: Path | None = None) -> None:
         """`root` is the folder that run-time paths must lie in; None lets none pass."""
         self._root = root.resolve() if root else None
-        self._entries: dict[str, AdapterEntry] = {}
-        self._versions: dict[str, int] = {}  # outlives removal: a version never comes twice
+        self._versions: dict[str, int] = {}  # the last one of each id: a version never comes twice
 
-    def add(self, id: str, path: Path, config: AdapterConfig, version: int = 1) -> AdapterEntry:
-        """Record an adapter, as `version` or the next one of this id if that is higher.
-
-        Raises CheckpointError for a bad id.
-        """
+    def next_version(self, id: str, at_least: int = 1) -> int:
+        """Of what is loaded under this id now. Raises CheckpointError for a bad id."""
         check_id(id)
-        version = max(version, self._versions.get(id, 0) + 1)
-        entry = AdapterEntry(id, path, config, content_hash(path), version, int(time.time()))
+        version = max(at_least, self._versions.get(id, 0) + 1)
         self._versions[id] = version
-        self._entries[id] = entry
-        return entry
-
-    def remove(self, id: str) -> AdapterEntry | None:
-        return self._entries.pop(id, None)
-
-    def find(self, id: str) -> AdapterEntry | None:
-        return self._entries.get(id)
-
-    def __iter__(self) -> Iterator[AdapterEntry]:
-        return iter(tuple(self._entries.values()))
-
-    def __len__(self) -> int:
-        return len(self._entries)
+        return version
 
     def resolve(self, path: str) -> Path:
         """A path given at run time, absolute or relative to the root.
@@ -86,21 +51,6 @@ class AdapterRegistry:
         if not exists:
             raise CheckpointError(f"{path!r} is not in the adapter root; copy the adapter there first")
         return resolved
-
-
-def scan(folder: Path) -> dict[str, Path]:
-    """Id → folder of each native adapter directly below `folder`; the id is the folder's name.
-
-    Raises CheckpointError for a folder that cannot be read, a bad id or a bad manifest.
-    """
-    try:
-        folders = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error}); check path and permissions") from error
-    for path in folders:
-        check_id(path.name)
-        read_manifest(path)
-    return {path.name: path for path in folders}
 
 
 def check_id(id: str) -> str:

@@ -85,19 +85,19 @@ class AdapterLoader:
                 )
         adapter = adapter.requires_grad_(False).to(self._device)
         with self._lock:
-            entry = self._registry.add(id, path, config, version)
+            version = self._registry.next_version(id, version)
         info = ModelInfo(
             id=id,
             kind="adapter",
             root=path.name,
             parent=self._base_id,
-            created=entry.created,
+            created=int(time.time()),
             max_model_len=self._max_model_len,
             reads_images=encoder is not None,
-            version=entry.version,
+            version=version,
             variant=config.variant,
         )
-        return ServedModel(info, LoadedAdapter((id, entry.version), adapter, encoder))
+        return ServedModel(info, LoadedAdapter((id, version), adapter, encoder))
 
     def base_model(self, path: Path) -> ServedModel:
         """The base itself, as a model that requests may name."""
