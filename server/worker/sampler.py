@@ -19,6 +19,7 @@ from server.worker.messages import SamplingParams
 # Rows that cut off their tail (top-k, top-p) sort this many candidates first, and the whole
 # vocabulary only where these do not hold enough probability.
 CANDIDATES = 512
+_COLDEST = torch.finfo(torch.float32).tiny  # a lower temperature would be 0, and 0 / 0 no probability
 
 
 @dataclass(slots=True)
@@ -100,7 +101,7 @@ def _draw(logits_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, device=logits_MV.device)[:, None]
 
-    temperature_M1 = column([state.params.temperature for state in states])
+    temperature_M1 = column([max(state.params.temperature, _COLDEST) for state in states])
     uniform_M1 = column([state.random.random() for state in states])
     min_p_M1 = column([state.params.min_p for state in states])
     # Subtracting the maximum first keeps tiny temperatures from overflowing.

@@ -51,6 +51,14 @@ def test_tokens_are_as_frequent_as_they_should_be(cut: dict[str, Any], spread: f
         assert got[token] / draws == pytest.approx(share, abs=5 * deviation + 1e-9)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-46, 5e-324])
+def test_the_lowest_temperatures_take_the_best(temperature: float) -> None:
+    logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2))
+    states = [state(m, temperature=temperature, **cut) for m, cut in enumerate(({}, {"top_p": 0.5}))]
+    tokens, _ = sample(logits_V.repeat(2, 1), states)
+    assert tokens == [int(logits_V.argmax())] * 2
+
+
 def plainly(logits_V: torch.Tensor, params: SamplingParams) -> dict[int, float]:
     """The probabilities after temperature, top-k, top-p and min-p, token by token."""
     probs = (logits_V.double() / params.temperature).softmax(-1).tolist()
