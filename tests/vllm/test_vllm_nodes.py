@@ -22,14 +22,17 @@ from vllm_support import HEAD_DIM
 
 pytestmark = [pytest.mark.vllm, pytest.mark.server, pytest.mark.timeout(900)]
 
-_APART = "mount -t tmpfs tmpfs /tmp; mount -t tmpfs tmpfs /dev/shm; exec"
+_ROOT = Path(__file__).parents[2]
+# But what the code itself lies in.
+_OWN = [place for place in ("/tmp", "/dev/shm") if not _ROOT.is_relative_to(place)]
+_APART = "; ".join(f"mount -t tmpfs tmpfs {place}" for place in _OWN) + "; exec"
 _MODELS = ("tiny", "poet", "tuned")
 
 
 @pytest.fixture
 def files() -> Iterator[Path]:
     """A base and adapters where both machines see them: not in /tmp."""
-    folder = Path(__file__).parents[2] / "build" / f"two-machines-{os.getpid()}"
+    folder = _ROOT / "build" / f"two-machines-{os.getpid()}"
     write_tiny_base(folder / "tiny", head_dim=HEAD_DIM)
     for name, kind in (("poet", "v1"), ("tuned", "v2")):
         write_adapter(folder / "adapters" / name, kind, head_dim=HEAD_DIM)
