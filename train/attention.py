@@ -126,7 +126,7 @@ class _CausalAttention(torch.autograd.Function):
             end = start + q_BGMD.shape[2] // R
             scores_BGMU = _scores(q_BGMD, k_BGTD[:, :, :end], D**-0.5)
             _hide_future(scores_BGMU, start)
-            p_BGMU = torch.softmax(scores_BGMU, -1, out=scores_BGMU).to(v_BGTD.dtype)
+            p_BGMU = scores_BGMU.softmax(-1).to(v_BGTD.dtype)
             outs.append((p_BGMU @ v_BGTD[:, :, :end]).unflatten(2, (R, -1)))
             queries.append(q_BGMD)
             probs.append(p_BGMU)

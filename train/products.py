@@ -17,7 +17,10 @@ _TYPICAL_ROWS = 1024  # what the layout is chosen for; it serves any number
 
 
 def pack_products(base: Llama) -> bool:
-    """Give the base such products, where this machine has them. Its linears then take twice their memory."""
+    """Give the base such products, where this machine has them; False where it has not.
+
+    Its linears then take twice their memory, and their weights cannot be read any more.
+    """
     if not _can_pack(base):
         return False
     base.replace_products(FrozenProduct)
@@ -30,9 +33,18 @@ def _can_pack(base: Llama) -> bool:
     # What AVX processors take from it was measured; others may lack it.
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return False
-    if base.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return base.dtype == torch.float32
+    return base.dtype in (torch.float32, torch.bfloat16) and _works(base.dtype)
+
+
+def _works(dtype: torch.dtype) -> bool:
+    """PyTorch promises nothing for these operators, so a small product is tried."""
+    weight, x = torch.eye(16, dtype=dtype), torch.ones(2, 16, dtype=dtype)
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        return torch.equal(FrozenProduct(weight)(x), x)
+    except (AttributeError, RuntimeError, TypeError):  # gone, not built in, other arguments
+        return False
 
 
 class FrozenProduct:

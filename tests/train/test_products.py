@@ -93,6 +93,20 @@ def test_weights_are_not_kept_twice():
         assert not any(linear.weight.numel() for layer in layers for linear in layer.linears)
 
 
+def test_operators_that_are_gone_leave_the_base_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    """They are private ones, so another PyTorch may have none, or others."""
+
+    def gone(weight: torch.Tensor, rows: int) -> torch.Tensor:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", gone)
+    base = random_base(CONFIGS["gqa"])
+    assert not pack_products(base)
+    layer = base.layers[0]
+    assert isinstance(layer, Layer)
+    assert layer.qkv.weight.numel()
+
+
 def test_what_has_no_such_products_stays_as_it_is():
     for base in (random_base(CONFIGS["gqa"], torch.float64), random_base(CONFIGS["gqa"]).to("meta")):
         assert not pack_products(base)
