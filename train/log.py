@@ -27,6 +27,7 @@ class Log:
 
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(folder) if line["step"] <= start]
+        self._evaluated = {line["step"] for line in kept if "held_out" in line}
         self._lines = (folder / LOG).open("w", encoding="utf-8")
         self._lines.writelines(json.dumps(line) + "\n" for line in kept)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
@@ -50,7 +51,10 @@ class Log:
         )
 
     def evaluation(self, step: int, losses: Mapping[str, float], gates: list[float]) -> None:
-        """Held-out loss by source, and the mean gate magnitude of each gated layer."""
+        """Held-out loss by source, and the mean gate magnitude of each gated layer. Told once for a step."""
+        if step in self._evaluated:
+            return
+        self._evaluated.add(step)
         self._write(step, {"held_out": dict(losses), "gates": gates})
         if losses:
             text = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())

@@ -88,7 +88,7 @@ class Trainer:
         Raises TrainError for a loss or gradient that is no number, before it reaches the weights.
         """
         keep, saved = self._recipe.keep, self.finished_steps
-        if self.finished_steps == 0:
+        if self._is_evaluated(self.finished_steps):  # perhaps it ended between saving and evaluating
             self._evaluate(held_out, read_image, log)
         began = time.perf_counter()
         for step in steps:
@@ -103,11 +103,14 @@ class Trainer:
                 saved = self.finished_steps
             if stopping and not last:
                 return False
-            if last or self.finished_steps % keep.evaluate_every == 0:
+            if self._is_evaluated(self.finished_steps):
                 self._evaluate(held_out, read_image, log)
             began = time.perf_counter()
         assert saved == self.finished_steps
         return True
+
+    def _is_evaluated(self, step: int) -> bool:
+        return step == self._total_steps or step % self._recipe.keep.evaluate_every == 0
 
     def _step(self, step: Step, stop: bool, checkpoints: Checkpoints) -> tuple[dict[str, Any], bool]:
         """One update. Returns what to log, and whether any process is to stop after it."""

@@ -18,7 +18,7 @@ from train.errors import TrainError
 from train.log import read_log
 from train.main import train
 from train.recipe import OptimizerRecipe
-from train.trainer import learning_rate
+from train.trainer import Trainer, learning_rate
 
 
 @pytest.fixture
@@ -95,6 +95,26 @@ def test_a_resumed_run_ends_with_the_same_bits(recipe: str, tmp_path: Path):
     # A finished run goes on to its end at once.
     train(recipe, [f"output={tmp_path / 'parts'}", "resume=true"])
     assert_bit_identical(tmp_path / "whole" / "adapter", tmp_path / "parts" / "adapter")
+
+
+def test_an_evaluation_that_was_cut_off_is_made_when_the_run_goes_on(recipe: str, tmp_path: Path):
+    train(recipe, [f"output={tmp_path / 'whole'}"])
+    whole = [line for line in read_log(tmp_path / "whole") if "held_out" in line]
+    together = ["keep.checkpoint_every=4", f"output={tmp_path / 'parts'}"]
+    for cut_off in (4, whole[-1]["step"]):  # the last one's step is saved, too
+        with pytest.MonkeyPatch.context() as patch:
+            evaluate = Trainer._evaluate
+
+            def cut(self: Trainer, *rest: Any, at: int = cut_off, go_on: Any = evaluate) -> None:
+                if self.finished_steps == at:
+                    raise KeyboardInterrupt
+                go_on(self, *rest)
+
+            patch.setattr(Trainer, "_evaluate", cut)
+            with pytest.raises(KeyboardInterrupt):
+                train(recipe, [*together, f"resume={str(cut_off > 4).lower()}"])
+    train(recipe, [*together, "resume=true"])
+    assert [line for line in read_log(tmp_path / "parts") if "held_out" in line] == whole
 
 
 def test_a_run_may_go_on_with_another_weight_decay(recipe: str, tmp_path: Path):
