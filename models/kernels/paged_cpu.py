@@ -1,13 +1,13 @@
 """Gated attention over the paged cache, compiled for the CPU by numba.
 
-Each row is the query of one position, which sees its sequence up to itself: decodes and prompts' chunks are
-the same. One task is a row and some query heads of one key/value head. It reads the sequence's blocks where
-they lie (the cache is never gathered or copied), then the prompt's rows, and writes
-softmax(qK)V + g·softmax(qK_a)V_a. Everything is accumulated in float32, and a row's result does not depend on
-the other rows.
+Each row is the query of one position, which sees its sequence up to itself. A task is a tile of rows that
+follow one another in a sequence, or a decode's only one, and some query heads of one key/value head. It reads
+the sequence's blocks where they lie (the cache is never gathered or copied), then the prompt's rows, and
+writes softmax(qK)V + g·softmax(qK_a)V_a. Everything is accumulated in float32, and a row's result depends
+neither on the other rows nor on its tile, to the last bit.
 
 Shapes: N rows, B sequences, M blocks of the longest, P blocks of s positions, T positions, H query heads, G
-key/value heads, R heads of a task, D head size, S prompt slots, K prompt rows.
+key/value heads, R queries of a task, D head size, S prompt slots, K prompt rows.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.kernels.query_tile_cpu import HEAD_SIZES, score_queries, transpose_rows
 from models.kernels.rows_cpu import HEAD_STEP, add_rows, prefetch_rows, score_rows
 from models.kernels.scalars_cpu import (
     SUPPORTED_DTYPES,
     array,
     inlined_jit,
+    jit,
     narrow,
     parallel_jit,
     widen,
@@ -33,37 +35,100 @@ from models.kernels.tile_cpu import LANES
 
 __all__ = ["SUPPORTED_DTYPES", "attend", "paged_attend"]
 
+_TILE = 8  # rows; more are no quicker, and leave a short chunk's tasks fewer than threads
 _FEW = 8  # tasks; where there are fewer of one per key/value head, each query head is one
 
 
 @inlined_jit
 def _score(
-    q_NHD: Any, n: int, h: int, k_PsGD: Any, p: int, g: int, count: int, scale: Any, scores_RT: Any, at: int
+    q_NHD: Any,
+    n: int,
+    count: int,
+    h: int,
+    k_PsGD: Any,
+    v_PsGD: Any,
+    blocks_BM: Any,
+    b: int,
+    g: int,
+    T: int,
+    scores_RT: Any,
 ) -> None:
-    """As `score_rows` from the block's first row, of any head size."""
-    D = q_NHD.shape[2]
-    if D % HEAD_STEP == 0:
-        score_rows(q_NHD, n, h, k_PsGD, p, 0, g, count, scale, scores_RT, at)
+    """Scores of `count` rows' queries, some heads of each from h on, with a sequence's first T keys.
+
+    Values are asked for on the way. Scores past the last, up to a multiple of LANES, mean nothing.
+    """
+    s, D = k_PsGD.shape[1], q_NHD.shape[2]
+    scale = np.float32(1 / np.sqrt(D))
+    if count > 1:
+        q_RD = _gather(q_NHD, n, h, scores_RT.shape[0], count)
+        keys_WT = np.empty((D * q_NHD.itemsize // 4, LANES), np.float32)
+        for start in range(0, T, s):
+            block, some = np.int64(blocks_BM[b, start // s]), min(s, T - start)
+            for t in range(0, some, LANES):
+                transpose_rows(k_PsGD, block, t, g, some - t, keys_WT)
+                score_queries(q_RD, keys_WT, scale, scores_RT, start + t)
     else:
-        for r in range(scores_RT.shape[0]):
-            for i in range(count):
-                total = np.float32(0)
-                for d in range(D):
-                    total += widen(q_NHD[n, h + r, d]) * widen(k_PsGD[p, i, g, d])
-                scores_RT[r, at + i] = total * scale
+        for start in range(0, T, s):
+            block, some = np.int64(blocks_BM[b, start // s]), min(s, T - start)
+            prefetch_rows(v_PsGD, block, g)
+            if D % HEAD_STEP == 0:
+                score_rows(q_NHD, n, h, k_PsGD, block, 0, g, some, scale, scores_RT, start)
+            else:
+                _score_plain(q_NHD, n, h, k_PsGD, block, g, some, scale, scores_RT, start)
 
 
 @inlined_jit
-def _add(weights_RT: Any, at: int, v_PsGD: Any, p: int, g: int, count: int, out_RD: Any) -> None:
-    """As `add_rows` from the block's first row, of any head size."""
-    R, D = out_RD.shape
-    if D % HEAD_STEP == 0:
-        add_rows(weights_RT, at, v_PsGD, p, 0, g, count, out_RD)
-    else:
+def _gather(q_NHD: Any, n: int, h: int, R: int, count: int) -> Any:
+    """The queries of `count` rows from n on, R // count heads of each from h on, one after another."""
+    heads, D = R // count, q_NHD.shape[2]
+    q_RD = np.empty((R, D), q_NHD.dtype)
+    for r in range(R):
+        row, head = n + r // heads, h + r % heads
+        for d in range(D):
+            q_RD[r, d] = q_NHD[row, head, d]
+    return q_RD
+
+
+@inlined_jit
+def _score_plain(
+    q_NHD: Any, n: int, h: int, k_PsGD: Any, p: int, g: int, count: int, scale: Any, scores_RT: Any, at: int
+) -> None:
+    """As `score_rows` from the block's first row, of any head size."""
+    for r in range(scores_RT.shape[0]):
         for i in range(count):
-            for r in range(R):
-                for d in range(D):
-                    out_RD[r, d] += weights_RT[r, at + i] * widen(v_PsGD[p, i, g, d])
+            total = np.float32(0)
+            for d in range(q_NHD.shape[2]):
+                total += widen(q_NHD[n, h + r, d]) * widen(k_PsGD[p, i, g, d])
+            scores_RT[r, at + i] = total * scale
+
+
+@inlined_jit
+def _add(weights_RT: Any, v_PsGD: Any, blocks_BM: Any, b: int, g: int, T: int, out_RD: Any) -> None:
+    """out[r] += Σ weights[r, t] · v[t] over a sequence's first T values, for every r."""
+    s = v_PsGD.shape[1]
+    R, D = out_RD.shape
+    for start in range(0, T, s):
+        block, count = np.int64(blocks_BM[b, start // s]), min(s, T - start)
+        if D % HEAD_STEP == 0:
+            add_rows(weights_RT, start, v_PsGD, block, 0, g, count, out_RD)
+        else:
+            for i in range(count):
+                for r in range(R):
+                    for d in range(D):
+                        out_RD[r, d] += weights_RT[r, start + i] * widen(v_PsGD[block, i, g, d])
+
+
+@jit
+def _tiles(sequences_N: Any, most: int) -> Any:
+    """Where runs of at most `most` rows of one sequence begin; N at the end."""
+    N = len(sequences_N)
+    firsts, count = np.empty(N + 1, np.int64), 0
+    for n in range(N):
+        if count == 0 or n - firsts[count - 1] == most or sequences_N[n] != sequences_N[n - 1]:
+            firsts[count] = n
+            count += 1
+    firsts[count] = N
+    return firsts[: count + 1]
 
 
 @parallel_jit
@@ -83,17 +148,20 @@ def attend(
 ) -> None:
     """Row n sees the first `lens_N[n]` positions of sequence `sequences_N[n]`, and the prompt in its slot."""
     N, H, D = q_NHD.shape
-    s, G = k_PsGD.shape[1], k_PsGD.shape[2]
+    G = k_PsGD.shape[2]
     group = H // G
-    R = group if N * G >= _FEW else 1
-    tasks = H // R  # of a row
-    scale = np.float32(1 / np.sqrt(D))
-    for task in numba.prange(N * tasks):
-        # Rows from both ends in turn: threads take runs of tasks, and a chunk's later rows see more.
-        place, first = np.int64(task) // tasks, np.int64(task) % tasks * R
-        n = place // 2 if place % 2 == 0 else N - 1 - place // 2
-        g = first // group
-        b, T = np.int64(sequences_N[n]), np.int64(lens_N[n])
+    heads = group if N * G >= _FEW else 1  # of a task
+    tasks = H // heads  # of a tile
+    firsts = _tiles(sequences_N, _TILE if D in HEAD_SIZES else 1)
+    tiles = len(firsts) - 1
+    slots_B1 = slots_B.reshape(len(slots_B), 1)  # a prompt is a cache of one block
+    for task in numba.prange(tiles * tasks):
+        # Tiles from both ends in turn: threads take runs of tasks, and a chunk's later rows see more.
+        place, first = np.int64(task) // tasks, np.int64(task) % tasks * heads
+        tile = place // 2 if place % 2 == 0 else tiles - 1 - place // 2
+        n, count = firsts[tile], firsts[tile + 1] - firsts[tile]
+        g, R = first // group, count * heads
+        b, T = np.int64(sequences_N[n]), np.int64(lens_N[n + count - 1])
         slot = np.int64(slots_B[b])
         K = np.int64(prompt_lens_S[slot])
         scores = np.empty((R, (max(T, K) + 2 * LANES) // LANES * LANES), np.float32)
@@ -101,22 +169,22 @@ def attend(
         if K > 0:
             prefetch_rows(prompt_k_SKGD, slot, g)
             prefetch_rows(prompt_v_SKGD, slot, g)
-        for start in range(0, T, s):
-            block = np.int64(blocks_BM[b, start // s])
-            prefetch_rows(v_PsGD, block, g)
-            _score(q_NHD, n, first, k_PsGD, block, g, min(s, T - start), scale, scores, start)
+        _score(q_NHD, n, count, first, k_PsGD, v_PsGD, blocks_BM, b, g, T, scores)
         for r in range(R):
-            softmax(scores, r, T, np.float32(1))
-        for start in range(0, T, s):
-            _add(scores, start, v_PsGD, np.int64(blocks_BM[b, start // s]), g, min(s, T - start), total)
+            seen = T - count + 1 + r // heads
+            softmax(scores, r, seen, np.float32(1))
+            for t in range(seen, T):
+                scores[r, t] = np.float32(0)
+        _add(scores, v_PsGD, blocks_BM, b, g, T, total)
         if K > 0:
-            _score(q_NHD, n, first, prompt_k_SKGD, slot, g, K, scale, scores, 0)
+            _score(q_NHD, n, count, first, prompt_k_SKGD, prompt_v_SKGD, slots_B1, b, g, K, scores)
             for r in range(R):
-                softmax(scores, r, K, gate_SH[slot, first + r])
-            _add(scores, 0, prompt_v_SKGD, slot, g, K, total)
+                softmax(scores, r, K, gate_SH[slot, first + r % heads])
+            _add(scores, prompt_v_SKGD, slots_B1, b, g, K, total)
         for r in range(R):
+            row, head = n + r // heads, first + r % heads
             for d in range(D):
-                out_NHD[n, first + r, d] = narrow(total[r, d], out_NHD[n, first + r, d])
+                out_NHD[row, head, d] = narrow(total[r, d], out_NHD[row, head, d])
 
 
 def paged_attend(

@@ -18,7 +18,7 @@ from models.kernels.scalars_cpu import inlined_jit, intrinsic
 from models.kernels.tile_cpu import I32, I64, LANES, VF32, VI32, broadcast, fma, multiply_add
 
 _VI16 = ir.VectorType(ir.IntType(16), LANES)
-_STEP = 64  # bytes of a row that are taken at once
+STEP = 64  # bytes of a row that are taken at once
 HEAD_STEP = 64  # numbers of a row that `add_rows` takes at once
 
 
@@ -44,11 +44,11 @@ def _score(clamped: bool) -> Callable[..., None]:
         def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
             kinds = signature.args
             q, k, out = (context.make_array(kinds[i])(context, b, args[i]) for i in (0, 3, 9))
-            rows = _row_addresses(b, k, args[4:7], args[7] if clamped else None)
+            rows = row_addresses(b, k, args[4:7], args[7] if clamped else None)
             size = b.mul(cgutils.unpack_tuple(b, q.shape)[2], ir.Constant(I64, kinds[0].dtype.bitwidth // 8))
             paired = kinds[0].dtype == types.uint16
             sums = _dot_each(b, address(b, q, args[1], args[2]), rows, size, paired)
-            total = b.fmul(_sum_each(b, sums), _splat(b, args[8]))
+            total = b.fmul(_sum_each(b, sums), splat(b, args[8]))
             place = b.inttoptr(address(b, out, args[10], args[11]), VF32.as_pointer())
             b.store(total, place, align=4)
             return context.get_dummy_value()
@@ -60,7 +60,7 @@ def _score(clamped: bool) -> Callable[..., None]:
     return made
 
 
-def _row_addresses(b: Any, k: Any, first: Any, count: Any) -> list[Any]:
+def row_addresses(b: Any, k: Any, first: Any, count: Any) -> list[Any]:
     """Of LANES rows from indices `first`. With a `count` the last is repeated, not what lies behind it."""
     stride = cgutils.unpack_tuple(b, k.strides)[1]
     rows = [address(b, k, *first)]
@@ -77,8 +77,8 @@ def _dot_each(b: Any, q_row: Any, rows: list[Any], size: Any, paired: bool) -> l
     sums = [cgutils.alloca_once(b, VF32) for _ in rows]
     for place in sums:
         b.store(ir.Constant(VF32, None), place)
-    with cgutils.for_range(b, b.udiv(size, ir.Constant(I64, _STEP)), intp=I64) as loop:
-        offset = b.mul(loop.index, ir.Constant(I64, _STEP))
+    with cgutils.for_range(b, b.udiv(size, ir.Constant(I64, STEP)), intp=I64) as loop:
+        offset = b.mul(loop.index, ir.Constant(I64, STEP))
         q_part = load(b, b.add(q_row, offset), VI32)
         for row, place in zip(rows, sums, strict=True):
             k_part = load(b, b.add(row, offset), VI32)
@@ -106,7 +106,7 @@ def prefetch(b: Any, place: Any) -> None:
     b.call(fetch, [b.inttoptr(place, ir.IntType(8).as_pointer()), *how])
 
 
-def _splat(b: Any, value: Any) -> Any:
+def splat(b: Any, value: Any) -> Any:
     return b.bitcast(broadcast(b, b.bitcast(value, I32)), VF32)
 
 
@@ -188,7 +188,7 @@ def widened(b: Any, place: Any, stored: Any) -> Any:
 
 
 _score_whole, _score_some = _score(clamped=False), _score(clamped=True)
-_add_4, _add_3, _add_2, _add_1 = (_add(heads) for heads in (4, 3, 2, 1))
+_add_6, _add_4, _add_3, _add_2, _add_1 = (_add(heads) for heads in (6, 4, 3, 2, 1))
 
 
 @inlined_jit
@@ -231,8 +231,8 @@ def prefetch_rows(typing: Any, x_PsGD: Any, p: Any, g: Any) -> Any:
         first = address(b, x, args[1], ir.Constant(I64, 0), args[2])
         with cgutils.for_range(b, shape[1], intp=I64) as row:
             start = b.add(first, b.mul(row.index, stride))
-            with cgutils.for_range(b, b.udiv(size, ir.Constant(I64, _STEP)), intp=I64) as line:
-                prefetch(b, b.add(start, b.mul(line.index, ir.Constant(I64, _STEP))))
+            with cgutils.for_range(b, b.udiv(size, ir.Constant(I64, STEP)), intp=I64) as line:
+                prefetch(b, b.add(start, b.mul(line.index, ir.Constant(I64, STEP))))
         return context.get_dummy_value()
 
     return types.void(x_PsGD, types.int64, types.int64), build
@@ -244,12 +244,18 @@ def add_rows(weights_RT: Any, at: int, v_PsGD: Any, p: int, t: int, g: int, coun
     r, R = 0, out_RD.shape[0]
     while r < R:
         left = R - r
-        if left >= 4:
+        if left >= 6:
+            _add_6(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
+            r += 6
+        elif left >= 4:
             _add_4(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
+            r += 4
         elif left == 3:
             _add_3(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
+            r += 3
         elif left == 2:
             _add_2(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
+            r += 2
         else:
             _add_1(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
-        r += min(left, 4)
+            r += 1

@@ -1,5 +1,8 @@
 """The CPU's attention against the formula in float64: chunks and decodes, contexts, prompts, groups."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -84,6 +87,36 @@ def test_a_row_does_not_depend_on_the_others():
     vars(alone)["blocks_BM"] = case.blocks_BM[:2].clone()
     vars(alone)["q_NHD"] = case.q_NHD[:2].clone()
     assert torch.equal(attend(alone), attend(case)[:2])
+
+
+def each_alone(case: PagedCase) -> torch.Tensor:
+    """Every row as a decode by itself."""
+    starts, rows = case.starts.tolist(), []
+    for b, (first, last) in enumerate(itertools.pairwise(starts)):
+        for n in range(first, last):
+            length = case.lens_B[b : b + 1] - (last - 1 - n)
+            own = {"blocks_BM": case.blocks_BM[b : b + 1], "slots_B": case.slots_B[b : b + 1]}
+            own |= {"q_NHD": case.q_NHD[n : n + 1], "starts": torch.tensor([0, 1]), "lens_B": length}
+            rows.append(attend(replace(case, **own)))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [(3, 3), (2, 1), (9, 3), (8, 2), (5, 1), (6, 1), (7, 1), (8, 1)])
+def test_a_chunk_equals_its_rows_alone(heads: tuple[int, int], head_dim: int, dtype: torch.dtype):
+    new = tuple(range(1, 21))
+    lens = tuple(count + 3 * i for i, count in enumerate(new))
+    slots = tuple(i % len(PROMPT_LENS) for i in new)
+    case = random_case(lens=lens, new=new, slots=slots, heads=heads, head_dim=head_dim, dtype=dtype)
+    assert_plain(case)
+    assert torch.equal(attend(case), each_alone(case))
+
+
+@pytest.mark.parametrize("page", [1, 4, 24, 48])
+def test_a_chunk_equals_its_rows_alone_with_pages_of_any_size(page: int):
+    case = random_case(heads=(9, 3), dtype=torch.bfloat16, page=page)
+    assert torch.equal(attend(case), each_alone(case))
 
 
 def test_scores_beyond_the_range_of_exp():
