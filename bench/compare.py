@@ -2,9 +2,10 @@
 
 A round asks each contender in turn, with the same prompts, greedily, to the same number of tokens, on as
 many threads; whoever is not asked sleeps. So a drift of the machine meets all alike, and ratios are taken
-within a round. Ours runs with one V1 adapter; transformers with PEFT's adapter of that size, LitGPT with its
-own; the others have none, and run the bare base. Peers live in environments of their own (`make peers`); one
-that is not there is left out, and the table says so.
+within a round. Ours runs with one V1 adapter, in bfloat16, and in 8 and 4 bits in processes of their own;
+transformers with PEFT's adapter of that size, LitGPT with its own; the others have none, and run the bare
+base. Peers live in environments of their own (`make peers`); one that is not there is left out, and the table
+says so.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -34,6 +36,11 @@ from server.settings import WorkerSettings, default_cache_dir
 OURS = Contender("ours, one V1 adapter", ("v1-0",))
 OURS_BARE = Contender("ours, bare base", ("smollm2-135m",))
 PEFT, VLLM = "transformers + PEFT", "vLLM, compiled"
+# Of weights in fewer bits: ours, and llama.cpp's that are nearest to them.
+QUANTIZED = {
+    "ours, int8, one V1 adapter": "llama.cpp, q8_0",
+    "ours, int4, one V1 adapter": "llama.cpp, q4_1",
+}
 _ROOT = Path(__file__).resolve().parent.parent
 _LONG = 512  # tokens of the prompt whose TTFT is measured
 _PAUSE = 0.3  # seconds for the threads of who was asked last to fall asleep
@@ -48,9 +55,13 @@ class Peer:
     slow: bool = False  # it takes part in fewer rounds
 
 
-def peers(base: Path, threads: int) -> list[Peer]:
+def peers(base: Path, adapter: Path, threads: int) -> list[Peer]:
     count = str(threads)
     return [
+        *(
+            Peer(name, ".venv", "ours_quantized.py", (bits, count, str(adapter)))
+            for name, bits in zip(QUANTIZED, ("int8", "int4"), strict=True)
+        ),
         Peer(VLLM, ".venv-vllm", "vllm_bare.py", (str(base), count)),
         Peer("llama.cpp, bf16", ".venv-llama-cpp", "llama_cpp_bare.py", ("bf16", count)),
         Peer("llama.cpp, q8_0", ".venv-llama-cpp", "llama_cpp_bare.py", ("q8_0", count)),
@@ -132,14 +143,14 @@ class Load:
 class Comparison:
     """All contenders, started; `bursts` and who was `missing`, and why."""
 
-    def __init__(self, client: EngineClient, load: Load, base: Path, output: Path) -> None:
+    def __init__(self, client: EngineClient, load: Load, base: Path, adapter: Path, output: Path) -> None:
         self._client = client
         self._load = load
         self.bursts: list[Burst] = []
         self.missing: dict[str, str] = {}
         self._running: list[PeerProcess] = []
-        for peer in peers(base, load.threads):
-            log = output / f"{peer.script.removesuffix('.py')}-{peer.name.rpartition(' ')[2]}.log"
+        for peer in peers(base, adapter, load.threads):
+            log = output / (re.sub(r"\W+", "-", peer.name) + ".log")
             with self._noting(peer):
                 self._running.append(PeerProcess(peer, log))
 
@@ -211,9 +222,12 @@ def table(bursts: Sequence[Burst], missing: dict[str, str], load: Load) -> str:
     return "\n".join(lines).rstrip()
 
 
-async def _measure(load: Load, settings: WorkerSettings, base: Path, output: Path, save: Save) -> None:
+async def _measure(load: Load, base: Path, adapter: Path, dtype: str, output: Path, save: Save) -> None:
+    settings = WorkerSettings(
+        adapters=(f"v1-0={adapter}",), shipped_adapters=False, dtype=dtype, num_threads=load.threads
+    )
     async with start_engine(settings) as client:
-        await Comparison(client, load, base, output).run(save)
+        await Comparison(client, load, base, adapter, output).run(save)
 
 
 def main(
@@ -252,10 +266,7 @@ def main(
 
     with tempfile.TemporaryDirectory() as folder:
         write_adapters(Path(folder), kind=Kind.v1)
-        settings = WorkerSettings(
-            adapters=(f"v1-0={folder}/v1-0",), shipped_adapters=False, dtype=dtype, num_threads=threads
-        )
-        asyncio.run(_measure(load, settings, base, output, save))
+        asyncio.run(_measure(load, base, Path(folder) / "v1-0", dtype, output, save))
     print((output / "compare.md").read_text())
 
 

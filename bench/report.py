@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from bursts import Burst, ratios
-from compare import OURS, PEFT, VLLM
+from compare import OURS, OURS_BARE, PEFT, QUANTIZED, VLLM
 from engine import BASE, CONTENDERS, ONE_V1
 from many_adapters import FEW
 from matplotlib.figure import Figure
@@ -59,6 +59,11 @@ def of_compare(found: Found) -> Iterator[Aim]:
             values = ratios(ours, _select(bursts, name, level, tokens))
             if values:
                 yield Aim(f"tok/s with one V1 adapter over {name}, {level} at once", wanted, tuple(values))
+    for name, alike in QUANTIZED.items():
+        for other, wanted in ((PEFT, 4.0), (alike, 1.0)):
+            values = ratios(_select(bursts, name, 1, tokens), _select(bursts, other, 1, tokens))
+            if values:
+                yield Aim(f"tok/s of {name}, over {other}, 1 at once", wanted, tuple(values))
     theirs = {b.round: b.ttft for b in _select(bursts, VLLM, 1, 512)}
     values = [theirs[b.round] / b.ttft for b in _select(bursts, OURS.name, 1, 512) if b.round in theirs]
     if values:
@@ -123,7 +128,7 @@ def plot_throughput(engine: Found | None, compare: Found | None, path: Path) -> 
     if compare is not None:
         bursts, tokens = _bursts(compare), compare["load"]["prompt_tokens"]
         for name in dict.fromkeys(b.contender for b in bursts):
-            if not name.startswith("ours"):
+            if name not in (OURS.name, OURS_BARE.name):
                 axes.plot(*_medians(bursts, name, tokens), marker="s", linestyle="--", label=name)
     axes.set(xlabel="requests at once", ylabel="decode tokens/s", xscale="log", yscale="log")
     levels = (1, 2, 4, 8, 16)

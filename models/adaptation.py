@@ -23,6 +23,11 @@ from models.llama import Head, Layer, Llama
 NORMS = ("attention_norm", "feed_forward_norm", "final_norm")
 
 
+def is_elementwise(keys: frozenset[str]) -> bool:
+    """Whether these, of `AdapterBank.keys_of`, are norms, and biases and scales of outputs, alone."""
+    return not any(key.startswith(("lora.", "scale_in.")) for key in keys)
+
+
 def vectors(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's vectors by key, each [L, features]; those outside the layers are [1, features]."""
     side = "scale_in" if adapter.config.scale_bias.scale == "input" else "scale_out"
@@ -193,23 +198,6 @@ class BatchAdaptation(_Adaptation):
     @property
     def changes_nothing(self) -> bool:
         return not self._keys
-
-    @property
-    def slots_N(self) -> Tensor:
-        return self._slots_N
-
-    @property
-    def is_elementwise(self) -> bool:
-        """Norms, and biases and scales of outputs, are all that the batch's adapters have."""
-        return not any(key.startswith(("lora.", "scale_in.")) for key in self._keys)
-
-    def has(self, key: str) -> bool:
-        """Whether an adapter of the batch has this vector."""
-        return key in self._keys
-
-    def stack(self, key: str) -> Tensor | None:
-        """All layers' and slots' vectors, [L, S, features]; None where no adapter of the batch has it."""
-        return self._bank.stacks[key] if key in self._keys else None
 
     def vector(self, key: str, layer: int) -> Tensor | None:
         stack_SC = self._stack(key, layer)

@@ -93,7 +93,7 @@ class StepLayout:
     lens_B: Int32
     blocks_BM: Int32
     prompt_slots_B: Int32
-    slots_N: Tensor  # flat cache positions of the step's tokens, int64
+    block_size: int
 
     @property
     def sequences_N(self) -> NDArray[np.int64]:
@@ -106,6 +106,14 @@ class StepLayout:
         ends_B = np.asarray(self.starts[1:])
         seen_N: NDArray[np.int64] = np.arange(self.starts[-1]) + (self.lens_B + 1 - ends_B)[self.sequences_N]
         return seen_N
+
+    @property
+    def slots_N(self) -> NDArray[np.int64]:
+        """The tokens' flat cache positions."""
+        positions_N = self.lens_N - 1
+        blocks_N = self.blocks_BM[self.sequences_N, positions_N // self.block_size].astype(np.int64)
+        slots_N: NDArray[np.int64] = blocks_N * self.block_size + positions_N % self.block_size
+        return slots_N
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +138,7 @@ class PagedAttend:
         self._prompts = prompts
         self._layout = layout
         device = cache.k_LPsGD.device
+        self._slots_N = torch.from_numpy(layout.slots_N).to(device)
         self._blocks = [
             torch.from_numpy(blocks[: -(-length // cache.block_size)]).to(device)
             for blocks, length in zip(layout.blocks_BM, layout.lens_B, strict=True)
@@ -138,7 +147,7 @@ class PagedAttend:
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         layout = self._layout
-        self._cache.write(layer, layout.slots_N, k_NGD, v_NGD)
+        self._cache.write(layer, self._slots_N, k_NGD, v_NGD)
         if self._fused:
             return self._by_kernel(layer, q_NHD)
         out_NHD = torch.empty_like(q_NHD)

@@ -1,18 +1,18 @@
-"""A step on the CPU by the compiled layers of `models.kernels.layers_cpu`, in place of `Llama.forward`.
+"""A step on the CPU by the compiled `models.kernels.layers_cpu`, in place of `Llama.forward`.
 
 Shapes: N tokens of a step, M rows of logits; others as in `layers_cpu`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from models.adaptation import BatchAdaptation
 from models.kernels import layers_cpu
 from models.kernels.layers_cpu import Batch, Cache, Rows, Vectors, Weights
 from models.kernels.linear_cpu import packed_linear
@@ -22,106 +22,109 @@ from models.kernels.tile_cpu import PANEL
 from models.kv_cache import KVCache, PromptCache, StepLayout
 from models.llama import Layer, Llama
 
+_ORDER = ("qkv", "wo", "gate_up", "w2", "lm_head")  # of `Vectors`
+
 
 class FusedPass:
-    """The packed base over the paged cache. Knows every adaptation that `is_elementwise`."""
+    """The packed base over the paged cache. Knows every adapter whose keys are all `is_elementwise`.
+
+    Weights read in a step drive all else out of the processor's caches, so that each call around the compiled
+    one waits for memory: what does not change from step to step is made once.
+    """
 
     def __init__(self, base: Llama, cache: KVCache, prompts: PromptCache, bank: PanelBank) -> None:
-        self._base = base
+        self._config = base.config
         self._bank = bank
-        self._cache = cache
         self._prompts = prompts
         layers = [layer for layer in base.layers if isinstance(layer, Layer)]
         self._norms = {
             name: torch.stack([getattr(layer, name) for layer in layers])[:, None]
             for name in ("attention_norm", "feed_forward_norm")
         } | {"final_norm": base.norm[None, None]}
-        self._eps = np.float32(base.config.rms_norm_eps)
-        qkv, wo, gate_up, w2 = (array(base.packed[name]) for name in ("qkv", "wo", "gate_up", "w2"))
-        self._weights = Weights(qkv, wo, gate_up, w2, self._eps)
-        self._head_PKF = array(base.packed["lm_head"])
-        self._stored = array(base.embed).dtype
+        qkv, wo, gate_up, w2, head = (array(base.packed[name]) for name in _ORDER)
+        self._weights = Weights(
+            array(base.embed),
+            qkv,
+            wo,
+            gate_up,
+            w2,
+            head,
+            base.inverse_frequencies_D2.numpy(),
+            np.float32(base.config.rms_norm_eps),
+        )
+        self._keys, self._values = array(cache.k_LPsGD), array(cache.v_LPsGD)
+        self._grown_from: Tensor | None = None
         self._none_LSA = array(base.embed.new_empty(0, 0, 0))
+        self._vectors = lru_cache(maxsize=64)(self._make_vectors)
         # Compiled now: the first adapter's prompts would else wait for it, and everybody with them.
         packed_linear(base.embed[:1], base.packed["qkv"][0, :1])
 
-    def hidden(
-        self, tokens_N: Tensor, positions_N: Any, layout: StepLayout, adaptation: BatchAdaptation | None
+    def run(
+        self,
+        tokens_N: Sequence[int],
+        layout: StepLayout,
+        bank_slots_B: Sequence[int],
+        keys: frozenset[str],
+        rows_M: Sequence[int],
     ) -> Tensor:
-        """Hidden states [N, C] in float32 before the final norm; keys and values go to the cache."""
-        vectors = self._vectors(adaptation, len(tokens_N))
-        batch, cache, rows = self._batch(positions_N, layout), self._views(), self._rows(tokens_N)
-        layers_cpu.run_layers(self._weights, vectors, batch, cache, rows)
-        return torch.from_numpy(rows.x_NC)
+        """Logits [M, V] in float32 of some rows; the step's keys and values go to the cache.
 
-    def logits(self, x_MC: Tensor, adaptation: BatchAdaptation | None) -> Tensor:
-        """[M, V] in float32 of M rows of the hidden states; `adaptation` must be that of those rows."""
-        M, C = x_MC.shape
-        slots_M = self._slots(adaptation, M)
-        h_MC = np.empty((M, C), self._stored)
-        layers_cpu.norm(x_MC.numpy(), self._norm("final_norm", adaptation)[0], slots_M, self._eps, h_MC)
-        logits_MV = torch.empty(M, self._base.config.vocab_size)
-        bias, scale = (self._panels(kind, "lm_head", adaptation) for kind in ("bias", "scale_out"))
-        layers_cpu.head(h_MC, self._head_PKF, bias, scale, slots_M, logits_MV.numpy())
-        return logits_MV
-
-    def _vectors(self, adaptation: BatchAdaptation | None, N: int) -> Vectors:
-        return Vectors(
-            self._norm("attention_norm", adaptation),
-            self._norm("feed_forward_norm", adaptation),
-            tuple(self._panels("bias", weight, adaptation) for weight in _ORDER),
-            tuple(self._panels("scale_out", weight, adaptation) for weight in _ORDER),
-            self._slots(adaptation, N),
+        `keys`: what the adapters in these slots of the bank have.
+        """
+        batch = Batch(
+            np.array(tokens_N, np.int64),
+            np.array(layout.starts, np.int64),
+            layout.lens_B,
+            layout.blocks_BM,
+            layout.prompt_slots_B,
+            np.array(bank_slots_B, np.int64),
+            np.array(rows_M, np.int64),
         )
+        logits_MV = np.empty((len(rows_M), self._config.vocab_size), np.float32)
+        cache, rows = self._cache(), self._rows(len(tokens_N))
+        layers_cpu.run(self._weights, self._vectors(keys), batch, cache, rows, logits_MV)
+        return torch.from_numpy(logits_MV)
 
-    def _panels(self, kind: str, weight: str, adaptation: BatchAdaptation | None) -> Any:
-        names = self._bank.linears[weight]
-        if adaptation is None or not any(adaptation.has(f"{kind}.{name}") for name in names):
+    def _make_vectors(self, keys: frozenset[str]) -> Vectors:
+        attention_norm, feed_forward_norm, final_norm = (self._norm(name, keys) for name in self._norms)
+        bias, scale = (
+            tuple(self._panels(kind, weight, keys) for weight in _ORDER) for kind in ("bias", "scale_out")
+        )
+        return Vectors(attention_norm, feed_forward_norm, final_norm[0], bias, scale)
+
+    def _norm(self, name: str, keys: frozenset[str]) -> Any:
+        return array(self._bank.stacks[name] if name in keys else self._norms[name])
+
+    def _panels(self, kind: str, weight: str, keys: frozenset[str]) -> Any:
+        if not any(f"{kind}.{name}" in keys for name in self._bank.linears[weight]):
             return self._none_LSA
         return array(self._bank.panels[kind, weight])
 
-    def _norm(self, name: str, adaptation: BatchAdaptation | None) -> Any:
-        stack_LSC = None if adaptation is None else adaptation.stack(name)
-        return array(self._norms[name] if stack_LSC is None else stack_LSC)
-
-    @staticmethod
-    def _slots(adaptation: BatchAdaptation | None, N: int) -> Any:
-        return np.zeros(N, np.int64) if adaptation is None else adaptation.slots_N.numpy()
-
-    def _batch(self, positions_N: Any, layout: StepLayout) -> Batch:
-        angles_ND = positions_N.astype(np.float64)[:, None] * self._base.inverse_frequencies_D2.numpy()
-        return Batch(
-            np.cos(angles_ND).astype(np.float32),
-            np.sin(angles_ND).astype(np.float32),
-            layout.slots_N.numpy(),
-            layout.sequences_N,
-            layout.lens_N,
-            layout.blocks_BM,
-            layout.prompt_slots_B,
-        )
-
-    def _views(self) -> Cache:
+    def _cache(self) -> Cache:
+        """The prompts' part moves where a longer one comes."""
         p = self._prompts
-        return Cache(
-            array(self._cache.k_LPsGD),
-            array(self._cache.v_LPsGD),
-            array(p.k_LSKGD),
-            array(p.v_LSKGD),
-            p.lens_LS,
-            p.gate_LSH.numpy(),
-        )
+        if self._grown_from is not p.k_LSKGD:
+            self._grown_from = p.k_LSKGD
+            prompts = array(p.k_LSKGD), array(p.v_LSKGD), p.lens_LS, p.gate_LSH.numpy()
+            self._views = Cache(self._keys, self._values, *prompts)
+        return self._views
 
-    def _rows(self, tokens_N: Tensor) -> Rows:
-        config, stored = self._base.config, self._stored
-        N, H, D = len(tokens_N), config.num_heads, config.head_dim
+    def _rows(self, N: int) -> Rows:
+        config, stored = self._config, self._keys.dtype
+        H, D = config.num_heads, config.head_dim
+        sequences_N, lens_N, places_N, slots_N = np.empty((4, N), np.int64)
+        cos_ND, sin_ND = np.empty((2, N, D // 2), np.float32)
         return Rows(
-            F.embedding(tokens_N, self._base.embed).float().numpy(),
+            sequences_N,
+            lens_N,
+            places_N,
+            slots_N,
+            cos_ND,
+            sin_ND,
+            np.empty((N, config.hidden_size), np.float32),
             np.empty((N, config.hidden_size), stored),
             np.empty((N, self._weights.qkv_LPKF.shape[1] * PANEL), np.float32),
             np.empty((N, H, D), stored),
             np.empty((N, H, D), stored),
             np.empty((N, config.intermediate_size), stored),
         )
-
-
-_ORDER = ("qkv", "wo", "gate_up", "w2")  # of `Vectors`

@@ -1,12 +1,13 @@
-"""The layers of a step on the CPU: everything between embedding and output head, compiled by numba.
+"""A step on the CPU, from tokens to logits, compiled by numba: one call.
 
 What `models.llama` says in torch, in five parallel regions a layer: query, key and value; rotation and the
 cache; attention; its output; the feed-forward block in two. A region's tasks are panels of output features,
 which stay in the core's cache while all rows pass; what adapters add, activations and the residual sum are
 done while a panel's outputs are at hand. A row's numbers do not depend on the other rows, to the last bit.
 
-Shapes: N rows, L layers, C hidden size, I feed-forward size, H query heads, G key/value heads, D head size,
-S slots of the adapter bank, A features of query, key and value together, each filled up to whole panels.
+Shapes: N rows, M of which want logits, L layers, C hidden size, I feed-forward size, V vocabulary, H query
+heads, G key/value heads, D head size, B sequences, S slots of the adapter bank, A features of query, key and
+value together, each filled up to whole panels.
 """
 
 from __future__ import annotations
@@ -16,49 +17,51 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from models.kernels.entry_cpu import SERIAL_ROWS, enter
 from models.kernels.paged_cpu import attend
 from models.kernels.panel_cpu import add_and_scale, prefetch_panel
 from models.kernels.product_cpu import group_sums, outputs, tile_product
 from models.kernels.scalars_cpu import exp, jit, narrow, parallel_jit, widen
 from models.kernels.tile_cpu import PANEL, ROWS
 
-_SERIAL_ROWS = 8  # so few rows are normed and rotated sooner than a second thread has begun
-
 
 class Weights(NamedTuple):
-    """The base's, packed (`models.kernels.linear_cpu`) and stacked over layers."""
+    """The base's; linears packed (`models.kernels.linear_cpu`), and those of layers stacked over them."""
 
+    embed_VC: Any
     qkv_LPKF: Any
     wo_LPKF: Any
     gate_up_LPKF: Any
     w2_LPKF: Any
+    head_PKF: Any
+    frequencies_D: Any  # [D / 2], float64
     eps: Any  # of the norms, float32
 
 
 class Vectors(NamedTuple):
-    """What the batch's adapters put in place of norms, or add; a slot for each row.
+    """What the batch's adapters put in place of norms, or add; slots of the bank side by side.
 
-    Biases and scales in the order qkv, wo, gate_up, w2, [L, S, A], as in `models.kernels.panel_bank`; without
-    layers: none. Norms have a single slot where all rows have the base's.
+    Biases and scales in the order qkv, wo, gate_up, w2, head, [L, S, A], as in `models.kernels.panel_bank`;
+    without layers: none. Norms have a single slot where all rows have the base's.
     """
 
     attention_norm_LSC: Any
     feed_forward_norm_LSC: Any
+    final_norm_SC: Any
     bias: tuple[Any, ...]
     scale: tuple[Any, ...]
-    slots_N: Any
 
 
 class Batch(NamedTuple):
-    """Where the rows belong."""
+    """Sequence b has the rows `starts[b]:starts[b + 1]`, which are the last of its `lens_B[b]` positions."""
 
-    cos_ND: Any  # [N, D / 2], as sin
-    sin_ND: Any
-    places_N: Any  # flat cache positions
-    sequences_N: Any
-    lens_N: Any  # positions that a row sees
+    tokens_N: Any
+    starts: Any  # [B + 1]
+    lens_B: Any
     blocks_BM: Any
     prompt_slots_B: Any
+    slots_B: Any  # of the adapter bank
+    rows_M: Any  # which want logits
 
 
 class Cache(NamedTuple):
@@ -73,9 +76,15 @@ class Cache(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The step's rows on their way. `x_NC` is the residual stream; the others are made anew by each layer."""
+    """The step's rows on their way: first what `entry_cpu.enter` fills, then what each layer makes anew."""
 
-    x_NC: Any  # float32
+    sequences_N: Any
+    lens_N: Any  # positions that a row sees
+    places_N: Any  # flat cache positions
+    slots_N: Any  # of the adapter bank
+    cos_ND: Any  # [N, D / 2], as sin
+    sin_ND: Any
+    x_NC: Any  # float32, the residual stream
     h_NC: Any
     qkv_NA: Any  # float32
     q_NHD: Any
@@ -84,23 +93,32 @@ class Rows(NamedTuple):
 
 
 @jit
-def run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> None:
-    """The residual stream through all layers, in place; new keys and values go to the cache."""
+def run(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any, logits_MV: Any) -> None:
+    """New keys and values go to the cache, and logits in float32 to `logits_MV`."""
+    enter(w.embed_VC, w.frequencies_D, batch, rows, cache.k_LPsGD.shape[2])
+    _run_layers(w, vectors, batch, cache, rows)
+    if logits_MV.shape[0] > 0:
+        _head(w, vectors, rows, batch.rows_M, logits_MV)
+
+
+@jit
+def _run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> None:
+    """The residual stream through all layers, in place."""
     N = rows.x_NC.shape[0]
     flat_NC = rows.out_NHD.reshape(N, rows.out_NHD.shape[1] * rows.out_NHD.shape[2])
-    bias, scale, slots_N = vectors.bias, vectors.scale, vectors.slots_N
+    bias, scale, slots_N = vectors.bias, vectors.scale, rows.slots_N
     for layer in range(w.qkv_LPKF.shape[0]):
         norm(rows.x_NC, vectors.attention_norm_LSC[layer], slots_N, w.eps, rows.h_NC)
         _qkv(layer, rows.h_NC, w.qkv_LPKF[layer], bias[0], scale[0], slots_N, rows.qkv_NA)
         k_PsGD, v_PsGD = cache.k_LPsGD[layer], cache.v_LPsGD[layer]
-        _rotate(rows.qkv_NA, batch.cos_ND, batch.sin_ND, batch.places_N, rows.q_NHD, k_PsGD, v_PsGD)
+        _rotate(rows.qkv_NA, rows.cos_ND, rows.sin_ND, rows.places_N, rows.q_NHD, k_PsGD, v_PsGD)
         attend(
             rows.q_NHD,
             k_PsGD,
             v_PsGD,
             batch.blocks_BM,
-            batch.sequences_N,
-            batch.lens_N,
+            rows.sequences_N,
+            rows.lens_N,
             cache.prompt_k_LSKGD[layer],
             cache.prompt_v_LSKGD[layer],
             batch.prompt_slots_B,
@@ -115,9 +133,23 @@ def run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> None:
 
 
 @jit
+def _head(w: Any, vectors: Any, rows: Any, rows_M: Any, logits_MV: Any) -> None:
+    """Of the rows wanted, which move to the front of `x_NC` and `h_NC`."""
+    M = rows_M.shape[0]
+    for m in range(M):
+        n = rows_M[m]
+        rows.slots_N[m] = rows.slots_N[n]
+        for c in range(rows.x_NC.shape[1]):
+            rows.x_NC[m, c] = rows.x_NC[n, c]
+    x_MC, h_MC, slots_M = rows.x_NC[:M], rows.h_NC[:M], rows.slots_N[:M]
+    norm(x_MC, vectors.final_norm_SC, slots_M, w.eps, h_MC)
+    _logits(h_MC, w.head_PKF, vectors.bias[4], vectors.scale[4], slots_M, logits_MV)
+
+
+@jit
 def norm(x_NC: Any, weight_SC: Any, slots_N: Any, eps: Any, h_NC: Any) -> None:
     """x / rms(x) ⊙ w[slot], as it is stored where `h_NC` is."""
-    if x_NC.shape[0] <= _SERIAL_ROWS:
+    if x_NC.shape[0] <= SERIAL_ROWS:
         for n in range(x_NC.shape[0]):
             _norm_row(n, x_NC, weight_SC, slots_N, eps, h_NC)
     else:
@@ -184,7 +216,7 @@ def _rotate(
     qkv_NA: Any, cos_ND: Any, sin_ND: Any, places_N: Any, q_NHD: Any, k_PsGD: Any, v_PsGD: Any
 ) -> None:
     N = q_NHD.shape[0]
-    if N <= _SERIAL_ROWS:
+    if N <= SERIAL_ROWS:
         for n in range(N):
             _rotate_row(n, qkv_NA, cos_ND, sin_ND, places_N, q_NHD, k_PsGD, v_PsGD)
     else:
@@ -260,8 +292,8 @@ def _gate_up(
 
 
 @parallel_jit
-def head(h_MC: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots_M: Any, logits_MV: Any) -> None:
-    """s ⊙ (W h + b), the logits, in float32."""
+def _logits(h_MC: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots_M: Any, logits_MV: Any) -> None:
+    """s ⊙ (W h + b)."""
     M, V = logits_MV.shape
     sums = group_sums(h_MC, w_PKF)
     for task in numba.prange(w_PKF.shape[0]):

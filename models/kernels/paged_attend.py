@@ -23,7 +23,7 @@ class TritonPagedAttend:
     def __init__(self, cache: KVCache, prompts: PromptCache, layout: StepLayout) -> None:
         self._cache = cache
         self._prompts = prompts
-        self._slots_N = layout.slots_N
+        self._slots_N = torch.from_numpy(layout.slots_N).to(cache.k_LPsGD.device)
         self._num_single = layout.num_single
         self._longest = int(np.diff(layout.starts).max())
         arrays = (layout.lens_B, layout.prompt_slots_B, np.array(layout.starts, np.int32), layout.blocks_BM)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.adaptation import AdapterBank, BatchAdaptation
+from models.adaptation import AdapterBank, BatchAdaptation, is_elementwise
 from models.attention import Prompts
 from models.kernels.fused_cpu import FusedPass
 from models.kernels.panel_bank import PanelBank
@@ -110,20 +110,17 @@ class Runner:
         if self._graphs is not None and self._is_graph(items, adapter_slots):
             return self._graphs.run(list(map(_decode, items, adapter_slots, prompt_slots)))
         layout = self._layout(items, prompt_slots)
-        tokens_N = torch.tensor([t for item in items for t in item.tokens], device=self.base.device)
-        counts = [len(item.tokens) for item in items]
+        tokens_N = [token for item in items for token in item.tokens]
         wanted = [range(len(item.tokens))[item.wants_logits] for item in items]
         rows_M = [start + i for start, chunk in zip(layout.starts, wanted, strict=False) for i in chunk]
-        adaptation = self._adaptation(adapter_slots, counts)
-        wanted_counts = [len(chunk) for chunk in wanted]
-        of_rows = adaptation if wanted_counts == counts else self._adaptation(adapter_slots, wanted_counts)
-        positions_N = layout.lens_N - 1
-        if self._fused is not None and (adaptation is None or adaptation.is_elementwise):
-            hidden_NC = self._fused.hidden(tokens_N, positions_N, layout, adaptation)
-            return self._fused.logits(hidden_NC[rows_M], of_rows)
+        keys = self.bank.keys_of(adapter_slots)
+        if self._fused is not None and is_elementwise(keys):
+            return self._fused.run(tokens_N, layout, adapter_slots, keys, rows_M)
+        adaptation = self._adaptation(adapter_slots, [len(item.tokens) for item in items])
+        of_rows = self._adaptation(adapter_slots, [len(chunk) for chunk in wanted])
         attend = self._attend(self.kv_cache, self.prompt_cache, layout)
-        positions = torch.from_numpy(positions_N).to(self.base.device)
-        hidden_NC = self.base(tokens_N, positions, attend, adaptation)
+        tokens, positions = (torch.as_tensor(x).to(self.base.device) for x in (tokens_N, layout.lens_N - 1))
+        hidden_NC = self.base(tokens, positions, attend, adaptation)
         return self.base.logits(hidden_NC[rows_M], of_rows).float()
 
     def _is_graph(self, items: Sequence[StepItem], adapter_slots: Sequence[int]) -> bool:
@@ -198,17 +195,13 @@ class Runner:
         blocks_BM = np.zeros((len(items), max(len(item.block_table) for item in items)), np.int32)
         for b, item in enumerate(items):
             blocks_BM[b, : len(item.block_table)] = item.block_table
-        positions_N = np.arange(starts[-1]) + np.repeat(lens_B - starts[1:], counts)
-        sequences_N = np.repeat(np.arange(len(items)), counts)
-        blocks_N = blocks_BM[sequences_N, positions_N // self.block_size].astype(np.int64)
-        flat_N = blocks_N * self.block_size + positions_N % self.block_size
         return StepLayout(
             num_single=sum(singles),
             starts=starts,
             lens_B=lens_B,
             blocks_BM=blocks_BM,
             prompt_slots_B=np.array(prompt_slots, np.int32),
-            slots_N=torch.from_numpy(flat_N).to(self.base.device),
+            block_size=self.block_size,
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,17 @@ class SamplerState:
     def greedy(self) -> bool:
         return self.params.temperature == 0
 
+    @property
+    def takes_best(self) -> bool:
+        """The next token is the likeliest, as the model has it."""
+        return (
+            self.greedy
+            and self.grammar is None
+            and self._bias is None
+            and self._counts_V is None
+            and self.num_generated >= self.params.min_tokens
+        )
+
     def adjust(self, logits_V: Tensor) -> None:
         """Penalties, bias and what may not come yet, in place."""
         p = self.params
@@ -80,6 +92,23 @@ class SamplerState:
 @torch.inference_mode()
 def sample(logits_MV: Tensor, states: Sequence[SamplerState]) -> tuple[list[int], list[bool]]:
     """One token per row, and whether the row's logits were finite. `logits_MV` is float32 and is changed."""
+    if logits_MV.device.type == "cpu" and all(state.takes_best for state in states):
+        tokens, finite = _best(logits_MV)
+    else:
+        tokens, finite = _choose(logits_MV, states)
+    for token, state in zip(tokens, states, strict=True):
+        state.take(token)
+    return tokens, finite
+
+
+def _best(logits_MV: Tensor) -> tuple[list[int], list[bool]]:
+    """By numpy, which takes a tenth of torch's time. One that is not finite is the best of its row."""
+    rows_MV = logits_MV.numpy()
+    tokens_M = rows_MV.argmax(1)
+    return tokens_M.tolist(), np.isfinite(rows_MV[np.arange(len(tokens_M)), tokens_M]).tolist()
+
+
+def _choose(logits_MV: Tensor, states: Sequence[SamplerState]) -> tuple[list[int], list[bool]]:
     finite_M = logits_MV.amax(-1).isfinite()
     for logits_V, state in zip(logits_MV, states, strict=True):
         state.adjust(logits_V)
@@ -90,8 +119,6 @@ def sample(logits_MV: Tensor, states: Sequence[SamplerState]) -> tuple[list[int]
         rows = torch.tensor(drawn, device=logits_MV.device)
         tokens_M[rows] = _draw(logits_MV[rows], [states[m] for m in drawn])
     tokens, finite = torch.stack((tokens_M, finite_M.long())).tolist()  # the one wait for the device
-    for token, state in zip(tokens, states, strict=True):
-        state.take(token)
     return tokens, list(map(bool, finite))
 
 

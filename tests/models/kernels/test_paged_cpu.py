@@ -24,7 +24,7 @@ def attend(case: PagedCase) -> torch.Tensor:
         lens_B=case.lens_B.numpy(),
         blocks_BM=case.blocks_BM.numpy(),
         prompt_slots_B=case.slots_B.numpy(),
-        slots_N=torch.empty(0),
+        block_size=case.k_PsGD.shape[1],
     )
     return paged_attend(
         case.q_NHD,

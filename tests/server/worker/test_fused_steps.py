@@ -102,3 +102,24 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype):
     together = ours.run(items)
     alone = torch.cat([ours.run([item]) for item in items])
     assert torch.equal(together, alone)
+
+
+def test_only_the_rows_wanted():
+    """Of a chunk none, some or all; of adapters whose head has vectors of its own, too."""
+    ours = runner(GQA, torch.float32, fused=True)
+    spec = base_spec(GQA).model_dump()
+    v2 = LoadedAdapter(("v2", 1), random_adapter(AdapterConfig.model_validate({"base": spec, **KINDS["v2"]})))
+    adapters = [None, v2, None, v2]
+
+    def step(wanted: list[slice]) -> torch.Tensor:
+        return ours.run(
+            [
+                StepItem([3 + b, 5, 7, 9, 11][: 1 if b < 2 else 5], 0, [2 * b, 2 * b + 1], adapter, None, own)
+                for b, (adapter, own) in enumerate(zip(adapters, wanted, strict=True))
+            ]
+        )
+
+    everything = step([slice(None)] * 4)
+    some = step([slice(0, 0), slice(None), slice(2, 4), slice(4, 5)])
+    assert torch.equal(some, everything[[1, 4, 5, 11]])
+    assert step([slice(0, 0)] * 4).shape == (0, GQA.vocab_size)
