@@ -31,7 +31,7 @@ from models.kernels.scalars_cpu import (
 from models.kernels.softmax_cpu import softmax
 from models.kernels.tile_cpu import LANES
 
-__all__ = ["SUPPORTED_DTYPES", "attend", "paged_attend"]
+__all__ = ["SUPPORTED_DTYPES", "add_block", "attend", "paged_attend"]
 
 _FEW = 8  # tasks; where there are fewer of one per key/value head, each query head is one
 
@@ -54,7 +54,7 @@ def _score(
 
 
 @inlined_jit
-def _add(weights_RT: Any, at: int, v_PsGD: Any, p: int, g: int, count: int, out_RD: Any) -> None:
+def add_block(weights_RT: Any, at: int, v_PsGD: Any, p: int, g: int, count: int, out_RD: Any) -> None:
     """As `add_rows` from the block's first row, of any head size."""
     R, D = out_RD.shape
     if D % HEAD_STEP == 0:
@@ -108,12 +108,12 @@ def attend(
         for r in range(R):
             softmax(scores, r, T, np.float32(1))
         for start in range(0, T, s):
-            _add(scores, start, v_PsGD, np.int64(blocks_BM[b, start // s]), g, min(s, T - start), total)
+            add_block(scores, start, v_PsGD, np.int64(blocks_BM[b, start // s]), g, min(s, T - start), total)
         if K > 0:
             _score(q_NHD, n, first, prompt_k_SKGD, slot, g, K, scale, scores, 0)
             for r in range(R):
                 softmax(scores, r, K, gate_SH[slot, first + r])
-            _add(scores, 0, prompt_v_SKGD, slot, g, K, total)
+            add_block(scores, 0, prompt_v_SKGD, slot, g, K, total)
         for r in range(R):
             for d in range(D):
                 out_NHD[n, first + r, d] = narrow(total[r, d], out_NHD[n, first + r, d])
