@@ -7,7 +7,6 @@ prompts a kernel of our own adds to what vLLM's has computed; it reads the promp
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +73,7 @@ def reads_blocks(platform: type[AttentionBackend], vllm_config: Any, head_size: 
 def text_alone_backend(platform: type[AttentionBackend]) -> type[AttentionBackend]:
     """For a model that is given a step's text alone."""
     builder, impl = platform.get_builder_cls(), platform.get_impl_cls()
+    attend: Any = impl.forward  # called as it is: `super()` takes time in every layer
 
     class TextBuilder(builder):  # type: ignore[misc, valid-type]
         supports_update_block_table = False  # that would put the unshifted table back
@@ -93,7 +93,7 @@ def text_alone_backend(platform: type[AttentionBackend]) -> type[AttentionBacken
             counts_B = starts[1:] - starts[:-1]
             if (lens_B - counts_B).min() < ROWS:
                 return self._apart(common, lens_B, counts_B, slots_B)
-            text = copy.copy(common)
+            text = _copy(common)
             text.seq_lens = self._lens[:B]
             np.subtract(lens_B, ROWS, out=text.seq_lens.numpy())
             text.max_seq_len = common.max_seq_len - ROWS
@@ -128,7 +128,7 @@ def text_alone_backend(platform: type[AttentionBackend]) -> type[AttentionBacken
                 return StepAttention(None, None, placeholders)
             counts_B = np.bincount(request_N[text_N], minlength=B)
             (kept_b,) = counts_B.nonzero()
-            text = copy.copy(common)
+            text = _copy(common)
             text.num_reqs, text.num_actual_tokens = len(kept_b), len(text_N)
             starts = np.concatenate([[0], counts_B[kept_b].cumsum()], dtype=np.int32)
             text.query_start_loc = torch.from_numpy(starts)
@@ -152,10 +152,11 @@ def text_alone_backend(platform: type[AttentionBackend]) -> type[AttentionBacken
             cache: Tensor,
             metadata: StepAttention | None,
             output: Tensor,
-            **kwargs: Any,
+            *scales: Any,
+            **more_scales: Any,
         ) -> Tensor:
             text = None if metadata is None else metadata.text
-            super().forward(layer, query, key, value, cache, text, output, **kwargs)
+            attend(self, layer, query, key, value, cache, text, output, *scales, **more_scales)
             if metadata is not None and metadata.prompts is not None:
                 self._add_prompts(layer, query, cache, metadata.prompts, output)
             return output
@@ -191,6 +192,13 @@ def blocks(cache: Tensor) -> tuple[Any, Any]:
     k_PGDs = both[:, :, 0].unflatten(-1, (D_2 // 2, s))
     v_PsGD = both[:, :, 1].unflatten(-1, (s, D_2 // 2)).transpose(1, 2)
     return array(k_PGDs), array(v_PsGD)
+
+
+def _copy(common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+    """Of each step, so not field by field, as `replace` does it."""
+    copied = object.__new__(type(common))
+    vars(copied).update(vars(common))
+    return copied
 
 
 def _compile(dtype: torch.dtype, heads: int) -> None:
