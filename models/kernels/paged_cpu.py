@@ -33,7 +33,7 @@ from models.kernels.scalars_cpu import (
 from models.kernels.softmax_cpu import softmax
 from models.kernels.tile_cpu import LANES
 
-__all__ = ["SUPPORTED_DTYPES", "attend", "paged_attend"]
+__all__ = ["SUPPORTED_DTYPES", "add_block", "attend", "paged_attend"]
 
 _TILE = 8  # rows; more are no quicker, and leave a short chunk's tasks fewer than threads
 _FEW = 8  # tasks; where there are fewer of one per key/value head, each query head is one
@@ -106,16 +106,21 @@ def _score_plain(
 def _add(weights_RT: Any, v_PsGD: Any, blocks_BM: Any, b: int, g: int, T: int, out_RD: Any) -> None:
     """out[r] += Σ weights[r, t] · v[t] over a sequence's first T values, for every r."""
     s = v_PsGD.shape[1]
-    R, D = out_RD.shape
     for start in range(0, T, s):
-        block, count = np.int64(blocks_BM[b, start // s]), min(s, T - start)
-        if D % HEAD_STEP == 0:
-            add_rows(weights_RT, start, v_PsGD, block, 0, g, count, out_RD)
-        else:
-            for i in range(count):
-                for r in range(R):
-                    for d in range(D):
-                        out_RD[r, d] += weights_RT[r, start + i] * widen(v_PsGD[block, i, g, d])
+        add_block(weights_RT, start, v_PsGD, np.int64(blocks_BM[b, start // s]), g, min(s, T - start), out_RD)
+
+
+@inlined_jit
+def add_block(weights_RT: Any, at: int, v_PsGD: Any, p: int, g: int, count: int, out_RD: Any) -> None:
+    """As `add_rows` from the block's first row, of any head size."""
+    R, D = out_RD.shape
+    if D % HEAD_STEP == 0:
+        add_rows(weights_RT, at, v_PsGD, p, 0, g, count, out_RD)
+    else:
+        for i in range(count):
+            for r in range(R):
+                for d in range(D):
+                    out_RD[r, d] += weights_RT[r, at + i] * widen(v_PsGD[p, i, g, d])
 
 
 @jit

@@ -7,6 +7,7 @@ Here the last vector is masked.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -25,10 +26,7 @@ def softmax(typing: Any, scores_RT: Any, r: Any, count: Any, factor: Any) -> Any
     def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
         scores = context.make_array(signature.args[0])(context, b, args[0])
         row, count = address(b, scores, args[1]), args[2]
-        lowest = _constant(float("-inf"))
-
-        def larger(score: Any, top: Any) -> Any:
-            return b.select(b.fcmp_ordered(">", score, top), score, top)
+        lowest = constant(float("-inf"))
 
         def score_at(place: Any, first: Any) -> Any:
             """What lies past the end must not be seen, nor hidden in memory: reading it back would wait."""
@@ -36,16 +34,16 @@ def softmax(typing: Any, scores_RT: Any, r: Any, count: Any, factor: Any) -> Any
             inside = b.icmp_signed("<", ir.Constant(VI32, list(range(LANES))), left)
             return b.select(inside, load(b, place, VF32), lowest)
 
-        tops = _fold(b, row, count, lowest, lambda place, first, top: larger(score_at(place, first), top))
-        top = _over_lanes(b, tops, larger)
+        tops = _fold(b, row, count, lowest, lambda place, first, top: larger(b, score_at(place, first), top))
+        top = over_lanes(b, tops, partial(larger, b))
 
         def exponential(place: Any, first: Any, total: Any) -> Any:
             e = exp(b, b.fsub(score_at(place, first), top))
             _store(b, e, place)
             return b.fadd(total, e)
 
-        totals = _fold(b, row, count, _constant(0.0), exponential)
-        scale = b.fdiv(_splat(b, args[3]), _over_lanes(b, totals, b.fadd))
+        totals = _fold(b, row, count, constant(0.0), exponential)
+        scale = b.fdiv(splat(b, args[3]), over_lanes(b, totals, b.fadd))
 
         def scaled(place: Any, first: Any, nothing: Any) -> Any:
             _store(b, b.fmul(load(b, place, VF32), scale), place)
@@ -68,7 +66,11 @@ def _fold(b: Any, row: Any, count: Any, start: Any, step: Callable[[Any, Any, An
     return b.load(result)
 
 
-def _over_lanes(b: Any, vector: Any, fold: Callable[[Any, Any], Any]) -> Any:
+def larger(b: Any, x: Any, y: Any) -> Any:
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def over_lanes(b: Any, vector: Any, fold: Callable[[Any, Any], Any]) -> Any:
     """All lanes folded into each lane."""
     shift = LANES // 2
     while shift:
@@ -80,27 +82,27 @@ def _over_lanes(b: Any, vector: Any, fold: Callable[[Any, Any], Any]) -> Any:
 
 def exp(b: Any, x: Any) -> Any:
     """e^x in every lane, as `models.kernels.scalars_cpu.exp`."""
-    x = b.select(b.fcmp_ordered("<", x, _constant(-87.0)), _constant(-87.0), x)
-    x = b.select(b.fcmp_ordered(">", x, _constant(88.0)), _constant(88.0), x)
+    x = b.select(b.fcmp_ordered("<", x, constant(-87.0)), constant(-87.0), x)
+    x = b.select(b.fcmp_ordered(">", x, constant(88.0)), constant(88.0), x)
     kind = ir.FunctionType(VF32, [VF32])
     floor = cgutils.get_or_insert_function(b.module, kind, f"llvm.floor.v{LANES}f32")
-    n = b.call(floor, [fma(b, x, _constant(1.4426950408889634), _constant(0.5))])
+    n = b.call(floor, [fma(b, x, constant(1.4426950408889634), constant(0.5))])
     f = x
     for part in LN_2:
-        f = fma(b, n, _constant(-part), f)
-    p = _constant(EXP_TERMS[0])
+        f = fma(b, n, constant(-part), f)
+    p = constant(EXP_TERMS[0])
     for term in EXP_TERMS[1:]:
-        p = fma(b, p, f, _constant(term))
-    p = b.fadd(fma(b, b.fmul(p, f), f, f), _constant(1.0))
+        p = fma(b, p, f, constant(term))
+    p = b.fadd(fma(b, b.fmul(p, f), f, f), constant(1.0))
     biased = b.add(b.fptosi(n, VI32), ir.Constant(VI32, [127] * LANES))
     return b.fmul(p, b.bitcast(b.shl(biased, ir.Constant(VI32, [23] * LANES)), VF32))
 
 
-def _constant(value: float) -> Any:
+def constant(value: float) -> Any:
     return ir.Constant(VF32, [ir.Constant(F32, value)] * LANES)
 
 
-def _splat(b: Any, value: Any) -> Any:
+def splat(b: Any, value: Any) -> Any:
     return b.bitcast(broadcast(b, b.bitcast(value, I32)), VF32)
 
 

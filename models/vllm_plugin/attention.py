@@ -3,7 +3,7 @@
 A request's first ROWS tokens are placeholders, whose keys and values are the adapter's prompt. Both
 views are vLLM's own attention of the platform, given other metadata: of the text, all block tables
 shifted past the prompt; of the prompt, its blocks and as many keys as the request's adapter has rows.
-Here each view is an attention of its own, as on GPUs; `attention_cpu` has both in one.
+Each view is an attention of its own, as on GPUs; on a CPU `attention_cpu` mostly does without.
 """
 
 from __future__ import annotations

@@ -5,185 +5,27 @@ hidden states before the ordinary projection: what it writes into the KV cache i
 and values, sharded, quantised and paged like all others. Positions start after them; at position 0, where
 they lie, rotary embeddings change nothing. Adapters come through LoRA's slots (`carriers`).
 
-Shapes: N tokens of a step, C hidden size, h a rank's query heads, D head size, S adapter slots,
-R placeholders.
+Shapes: N tokens of a step, P placeholders, C hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import ReplicatedLinear
-from vllm.model_executor.models.llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaModel,
-)
-from vllm.v1.attention.backend import AttentionBackend
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
 
-from models.vllm_plugin.attention import facts, prompt_backend, text_backend, token_slots
-from models.vllm_plugin.attention_cpu import joint_backend, takes_both
-from models.vllm_plugin.carriers import (
-    FINAL,
-    GATES,
-    LOW_RANK,
-    PROMPT,
-    ROWS,
-    SEES,
-    STATIC,
-    VECTORS,
-    Room,
-    fact_rows,
-    final_vectors,
-    layer_vectors,
-)
+from models.vllm_plugin.attention import token_slots
+from models.vllm_plugin.attention_cpu import Placeholders, step_of, step_placeholders
+from models.vllm_plugin.carriers import FINAL, PROMPT, ROWS, VECTORS, Room, final_vectors
 from models.vllm_plugin.compilation import settle_compilation
+from models.vllm_plugin.layers import AdapterLayer
 from models.vllm_plugin.limits import check_config, check_heads
-from models.vllm_plugin.vectors import Step, Tuned, base_spec, flat, share, vector_carrier
-
-
-class AdapterAttention(LlamaAttention):
-    """`self.attn` over the text, `self.prompt_attn` over the prompt, both on one cache; where that is None
-    `self.attn` is for both."""
-
-    def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
-        super().__init__(config, *args, prefix=prefix, **kwargs)
-        layers = get_current_vllm_config().compilation_config.static_forward_context
-        platform = layers.pop(f"{prefix}.attn").attn_backend
-
-        def attention(name: str, backend: type[AttentionBackend], shares: str | None = None) -> Any:
-            layer: Any = Attention(
-                self.num_heads,
-                self.head_dim,
-                self.scaling,
-                num_kv_heads=self.num_kv_heads,
-                cache_config=kwargs.get("cache_config"),
-                quant_config=kwargs.get("quant_config"),
-                prefix=f"{prefix}.{name}",
-                attn_backend=backend,
-                kv_sharing_target_layer_name=shares,
-            )
-            # The builder of this layer's metadata asks it; the carrier is not wrapped yet.
-            layer.carrier = lambda: self.carrier
-            return layer
-
-        self.prompt_attn: Any = None
-        if takes_both(platform):
-            self.attn = attention("attn", joint_backend(platform))
-        else:
-            self.attn = attention("attn", text_backend(platform))
-            self.prompt_attn = attention("prompt_attn", prompt_backend(platform), f"{prefix}.attn")
-        rows = fact_rows(self.total_num_heads)
-        carrier = ReplicatedLinear(self.hidden_size, rows, bias=False, prefix=f"{prefix}.{PROMPT}")
-        self.add_module(PROMPT, carrier)
-        self.low_rank = Room(**config.llama_adapter).low_rank
-        first = GATES + get_tensor_model_parallel_rank() * self.num_heads
-        self.own_gates = slice(first, first + self.num_heads)
-
-    @property
-    def carrier(self) -> Any:
-        return getattr(self, PROMPT)
-
-    def forward(self, positions: Tensor, hidden_states: Tensor, step: Step, tuned: Tuned | None) -> Tensor:
-        x_NC = hidden_states
-        if step.placeholder_N1 is not None:
-            x_NC = torch.where(step.placeholder_N1, self._prompt_rows(step), x_NC)
-        if tuned is None:
-            q, k, v = self._qkv(x_NC, step)
-        else:
-            q, k, v = tuned.linears(("wq", "wk", "wv"), x_NC, lambda x: self._qkv(x, step))
-        if step.placeholder_N1 is not None:
-            v = torch.where(step.placeholder_N1 & ~self._has_rows(step), 0, v)
-        q, k = self.rotary_emb(positions, q, k)
-        out = self.attn(q, k, v) if step.own_N1 is None else self._attend(q, k, v, step, step.own_N1)
-        out, _ = self.o_proj(out if tuned is None else tuned.before("wo", out))
-        return out if tuned is None else tuned.after("wo", out)
-
-    def _qkv(self, x_NC: Tensor, step: Step) -> Sequence[Tensor]:
-        qkv, _ = self.qkv_proj(x_NC)
-        if self.low_rank and step.placeholder_N1 is not None:
-            plain, _ = self.qkv_proj.base_layer(x_NC)
-            acts_N1 = facts(self.carrier)[step.slot_N, LOW_RANK, None] > 0
-            qkv = torch.where(step.placeholder_N1 & ~acts_N1, plain, qkv)
-        parts: Sequence[Tensor] = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        return parts
-
-    def _prompt_rows(self, step: Step) -> Tensor:
-        """The raw prompt rows [N, C], which bypass the attention norm."""
-        a_SRC = self.carrier.lora_a_stacked[0][:, 0]
-        rows_NC: Tensor = a_SRC[step.slot_N, step.row_N]
-        if step.visual_NC is not None:
-            sees_N1 = facts(self.carrier)[step.slot_N, SEES, None]
-            rows_NC = rows_NC + sees_N1 * step.visual_NC
-        return rows_NC
-
-    def _has_rows(self, step: Step) -> Tensor:
-        """Whether the layer has prompt rows, [N, 1]: where only images bring them, what a bias makes of
-        none must not be attended to."""
-        facts_NF = facts(self.carrier)[step.slot_N]
-        has_N1: Tensor = facts_NF[:, STATIC, None] > 0
-        if step.visual_NC is not None:
-            has_N1 = has_N1 | ((facts_NF[:, SEES, None] > 0) & (step.visual_NC != 0).any(-1, keepdim=True))
-        return has_N1
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step, own_N1: Tensor) -> Tensor:
-        """softmax(q·kᵀ/√D)·v + g · softmax(q·k_aᵀ/√D)·v_a, [N, h·D]."""
-        if self.prompt_attn is None:
-            both = torch.Size((2 * q.shape[0], q.shape[1]))
-            text, prompt = self.attn(q, k, v, output_shape=both).chunk(2)
-        else:
-            text, prompt = self.attn(q, k, v), self.prompt_attn(q, None, None)
-        gate_Nh1 = facts(self.carrier)[:, self.own_gates][step.slot_N].unsqueeze(-1)
-        gated_NhD = prompt.unflatten(-1, (self.num_heads, self.head_dim)) * gate_Nh1
-        # Where no request has an adapter nothing was written to `prompt`: it may hold anything.
-        attended: Tensor = text + torch.where(own_N1, gated_NhD.flatten(-2), 0)
-        return attended
-
-
-class AdapterLayer(LlamaDecoderLayer):
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
-        super().__init__(vllm_config, prefix, config, AdapterAttention)
-        config = config or vllm_config.model_config.hf_config
-        room = Room(**config.llama_adapter)
-        self.tuned = room.vectors
-        if self.tuned:
-            spec = base_spec(config)
-            self.spans = layer_vectors(spec, input_scales=room.input_scales)
-            self.shares = {key: share(key, span, spec) for key, span in self.spans.items() if "." in key}
-            self.add_module(VECTORS, vector_carrier(self.spans, f"{prefix}.{VECTORS}"))
-
-    def forward(
-        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, step: Step
-    ) -> tuple[Tensor, Tensor]:
-        tuned = None
-        if self.tuned and step.own_N1 is not None:
-            tuned = Tuned(flat(getattr(self, VECTORS)), self.spans, self.shares, step)
-        h, residual = self._norm("attention_norm", self.input_layernorm, hidden_states, residual, tuned)
-        h = self.self_attn(positions, h, step, tuned)
-        h, residual = self._norm("feed_forward_norm", self.post_attention_layernorm, h, residual, tuned)
-        return self.mlp(h) if tuned is None else self._mlp(h, tuned), residual
-
-    def _norm(
-        self, name: str, module: Any, h: Tensor, residual: Tensor | None, tuned: Tuned | None
-    ) -> tuple[Tensor, Tensor]:
-        """The norm of h + residual, and that sum."""
-        h, residual = (module(h), h) if residual is None else module(h, residual)
-        if tuned is not None:
-            h = tuned.norm(name, "has_norms", h, residual, module.variance_epsilon)
-        return h, residual
-
-    def _mlp(self, x: Tensor, tuned: Tuned) -> Tensor:
-        gate_up = tuned.linears(("w1", "w3"), x, lambda x: self.mlp.gate_up_proj(x)[0].chunk(2, dim=-1))
-        hidden = self.mlp.act_fn(torch.cat(gate_up, dim=-1))
-        down, _ = self.mlp.down_proj(tuned.before("w2", hidden))
-        return tuned.after("w2", down)
+from models.vllm_plugin.vectors import Step, Tuned, base_spec, flat, vector_carrier
 
 
 class AdapterModel(LlamaModel):
@@ -193,6 +35,7 @@ class AdapterModel(LlamaModel):
         if self.tuned:
             self.spans = final_vectors(base_spec(self.config))
             self.add_module(FINAL, vector_carrier(self.spans, f"{prefix}.{FINAL}"))
+        self.text_alone = self.layers[0].self_attn.prompt_attn is None
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Placeholders have an id of their own, the first beyond the vocabulary, and no embedding."""
@@ -210,11 +53,13 @@ class AdapterModel(LlamaModel):
     ) -> Any:
         if inputs_embeds is None:
             assert input_ids is not None
-            hidden, step = self.embed_input_ids(input_ids), self._step(positions, None)
+            embed = self.embed_tokens if self.text_alone else self.embed_input_ids
+            hidden, step = embed(input_ids), self._step(positions, None)
         else:
             hidden, step = inputs_embeds, self._step(positions, inputs_embeds)
         residual = None
-        positions = (positions - ROWS).clamp(min=0)
+        if not self.text_alone:  # else positions are of the text
+            positions = (positions - ROWS).clamp(min=0)
         for layer in self.layers:
             hidden, residual = layer(positions, hidden, residual, step)
         hidden, residual = self.norm(hidden, residual)
@@ -229,7 +74,7 @@ class AdapterModel(LlamaModel):
         placeholder_N1 = positions_N[:, None] < ROWS
         # Asking a GPU would wait for it; what is compiled or in a CUDA graph must not depend on the answer.
         asks = positions_N.device.type == "cpu" and self.do_not_compile
-        has_prompts = not asks or bool(placeholder_N1.any())
+        has_prompts = not self.text_alone and (not asks or bool(placeholder_N1.any()))
         if visual_NC is not None:  # a copy: the layers add up their residuals in the original's place
             visual_NC = visual_NC.where(placeholder_N1, 0) if has_prompts else None
         return Step(
@@ -249,11 +94,56 @@ class LlamaAdapterForCausalLM(LlamaForCausalLM):
         check_heads(vllm_config.model_config.get_head_size())
         settle_compilation(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=AdapterLayer)
+        self._dtype = vllm_config.model_config.dtype
 
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", layer_type: type = AdapterLayer
     ) -> AdapterModel:
         return AdapterModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Quicker than the model's where there are no placeholders, on a CPU, which may be asked."""
+        model = self.model
+        known = model.text_alone and input_ids.numpy().max() < model.vocab_size
+        embedded: Tensor = model.embed_tokens(input_ids) if known else model.embed_input_ids(input_ids)
+        return embedded
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Any:
+        if not self.model.text_alone:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        placeholders = step_placeholders()
+        given = (input_ids, (positions - ROWS).clamp_(min=0), intermediate_tensors, inputs_embeds)
+        if placeholders is None:
+            return super().forward(*given)
+        self._write_prompts(placeholders, inputs_embeds)
+        hidden_NC = torch.zeros(len(positions), self.config.hidden_size, dtype=self._dtype)
+        if len(text_N := placeholders.text_N):
+            context = get_forward_context()
+            context.slot_mapping = dict.fromkeys(context.slot_mapping, placeholders.text_cache_N)
+            with step_of(self._punica(), placeholders.text_slots_N):
+                hidden_NC[text_N] = super().forward(*(x if x is None else x[text_N] for x in given))
+        return hidden_NC
+
+    def _write_prompts(self, placeholders: Placeholders, inputs_embeds: Tensor | None) -> None:
+        """Of a step's placeholders, which then go through no layer."""
+        slots_P, tokens_P = placeholders.slots_P, placeholders.tokens_P
+        if not len(tokens_P):
+            return
+        all_P1 = torch.ones(len(tokens_P), 1, dtype=torch.bool)
+        visual_PC = None if inputs_embeds is None else inputs_embeds[tokens_P]
+        step = Step(slots_P, all_P1, all_P1, placeholders.rows_P, visual_PC)
+        with step_of(self._punica(), slots_P):
+            for layer in self.model.layers:
+                layer.write_prompts(step, placeholders.cache_P)
+
+    def _punica(self) -> Any:
+        return self.model.layers[0].self_attn.carrier.punica_wrapper
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         loaded: set[str] = super().load_weights(weights)

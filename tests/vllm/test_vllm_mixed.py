@@ -53,7 +53,7 @@ def test_each_gets_its_own_answer(deployment: Deployment, changes: dict[str, Any
 def test_two_attentions_a_layer_as_on_other_platforms_answer_alike(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.vllm_plugin.model.takes_both", lambda platform: False)
+    monkeypatch.setattr("models.vllm_plugin.layers.reads_blocks", lambda *_: False)
     llm = deployment.vllm(max_num_batched_tokens=20)
     asked = requests(75)
     for _ in range(2):
