@@ -20,9 +20,9 @@ from numba import carray, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
 from models.kernels.paged_cpu import add_block
-from models.kernels.rows_cpu import address, load, prefetch, widened
+from models.kernels.rows_cpu import address, load, prefetch, splat, widened
 from models.kernels.scalars_cpu import inlined_jit, intrinsic, jit, narrow, widen
-from models.kernels.softmax_cpu import constant, exp, larger, over_lanes, splat
+from models.kernels.softmax_cpu import constant, exp, larger, over_lanes
 from models.kernels.tile_cpu import F32, I32, I64, LANES, VF32, VI32, broadcast, fma
 
 

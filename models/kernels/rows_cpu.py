@@ -107,6 +107,7 @@ def prefetch(b: Any, place: Any) -> None:
 
 
 def splat(b: Any, value: Any) -> Any:
+    """A float32 in every lane."""
     return b.bitcast(broadcast(b, b.bitcast(value, I32)), VF32)
 
 

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from models.kernels.rows_cpu import address, load
+from models.kernels.rows_cpu import address, load, splat
 from models.kernels.scalars_cpu import EXP_TERMS, LN_2, intrinsic
 from models.kernels.tile_cpu import F32, I32, I64, LANES, VF32, VI32, broadcast, fma
 
@@ -100,10 +100,6 @@ def exp(b: Any, x: Any) -> Any:
 
 def constant(value: float) -> Any:
     return ir.Constant(VF32, [ir.Constant(F32, value)] * LANES)
-
-
-def splat(b: Any, value: Any) -> Any:
-    return b.bitcast(broadcast(b, b.bitcast(value, I32)), VF32)
 
 
 def _store(b: Any, vector: Any, place: Any) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from tiny_base import tiny_config
@@ -132,3 +133,14 @@ def test_tokens_must_lie_in_the_vocabulary(tiny: Path, tmp_path: Path):
     small = Encoder(load_tokenizer(tiny), "chat", 512, vocab_size=10, sees=False)
     with pytest.raises(DataError, match="outside the model's vocabulary"):
         store(tmp_path, small, file)
+
+
+def test_what_an_earlier_version_prepared_is_refused(tiny: Path, tmp_path: Path):
+    file = write_lines(tmp_path / "r.jsonl", [{"instruction": "Hi", "input": "", "output": "Hello"}])
+    store(tmp_path, encoder(tiny), file)
+    [rows_file] = (tmp_path / "store").glob("*.npz")
+    rows = dict(np.load(rows_file))
+    del rows["hashes"]
+    np.savez(rows_file, **rows)
+    with pytest.raises(TrainError, match="earlier version prepared this; remove it"):
+        Store(tmp_path / "store")

@@ -63,8 +63,11 @@ class Store:
     """The rows of one prepared source. `train` and `held_out` number them."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises TrainError for one that an earlier version prepared."""
         self.summary = Summary(**json.loads((folder / _SUMMARY).read_text()))
         rows = np.load(folder / _ROWS)
+        if "hashes" not in rows:
+            raise TrainError(f"{folder}: an earlier version prepared this; remove it, and it is made again")
         self._starts_R: NDArray[np.int64] = rows["starts"]
         self.targets_R: NDArray[np.int32] = rows["targets"]
         self.image_R: NDArray[np.int32] = rows["image"]
