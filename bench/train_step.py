@@ -63,9 +63,11 @@ def build_ours(base_path: Path, dtype: torch.dtype, batch: Batch) -> Step:
     from train.data.batches import Pass
     from train.forward import Forward
     from train.memory import keep_freed_memory
+    from train.products import pack_products
 
     keep_freed_memory()  # as `llama-adapter train` does
     base, fingerprint = load_base(base_path, dtype, torch.device("cpu"))
+    pack_products(base)  # likewise
     layers = tuple(range(_SKIPPED, base.config.num_layers))
     config = AdapterConfig(
         base=base_spec(base.config, fingerprint), prompt=PromptConfig(length=_PROMPTS, layers=layers)

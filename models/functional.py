@@ -31,7 +31,7 @@ def _inverse_rms(x_NC: Tensor, eps: float) -> Tensor:
 
 def _scaled(x_NC: Tensor, r_N1: Tensor, weight: Tensor) -> Tensor:
     """x · r ⊙ w in w's dtype. Products of mixed dtypes are slow on the CPU, so w is converted first."""
-    return (x_NC * r_N1 * weight.to(x_NC.dtype)).to(weight.dtype)
+    return (x_NC * r_N1).mul_(weight.to(x_NC.dtype)).to(weight.dtype)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _RmsNorm(torch.autograd.Function):
         x_NC, weight, r_N1 = ctx.saved_tensors
         dx_NC = dw = None
         if ctx.needs_input_grad[0]:
-            dx_NC = grad_NC.to(x_NC.dtype) * weight.to(x_NC.dtype)
+            dx_NC = grad_NC.to(x_NC.dtype, copy=True).mul_(weight.to(x_NC.dtype))
             mean_N1 = torch.linalg.vecdot(dx_NC, x_NC).unsqueeze(-1) / x_NC.shape[-1]
             dx_NC.mul_(r_N1).addcmul_(x_NC, mean_N1 * r_N1**3, value=-1)
         if ctx.needs_input_grad[1]:

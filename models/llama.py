@@ -26,6 +26,7 @@ from models.kernels.linear_cpu import can_pack, num_panels, pack, packed_linear,
 from models.kernels.quantized_cpu import Bits
 
 Head = Literal["head"]
+Product = Callable[[Tensor], Tensor]  # x [..., in] → [..., out]
 _PACKED_DTYPES = {"int8": torch.int8, "int4": torch.uint8}
 
 
@@ -62,6 +63,10 @@ def _frozen(dtype: torch.dtype, device: torch.device | str, *shape: int) -> nn.P
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
+def _let_go(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.new_empty(0), requires_grad=False)
+
+
 class Linear(nn.Module):
     """Several linears on one input, their weights stacked row by row and multiplied at once."""
 
@@ -78,9 +83,10 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.weight = _frozen(dtype, device, sum(out_features), in_features)
         self._packed: Tensor | None = None
+        self._products: dict[LinearName, Product] = {}
 
     def part(self, name: LinearName) -> Tensor:
-        """The rows of one linear, [out, in]; a view. Gone once the weights are packed."""
+        """The rows of one linear, [out, in]; a view. Gone once the weights are packed or replaced."""
         parts: tuple[Tensor, ...] = self.weight.split(self.out_features)
         return parts[self.names.index(name)]
 
@@ -90,10 +96,17 @@ class Linear(nn.Module):
     def pack(self, place: Tensor, bits: Bits | None) -> None:
         """Keep the weights packed only, in `place`."""
         self._packed = place.copy_(pack(self.weight.split(self.out_features), bits))
-        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+        self.weight = _let_go(self.weight)
+
+    def replace(self, make: Callable[[Tensor], Product]) -> None:
+        """Multiply by what `make` gives for each linear's weight, which is let go."""
+        self._products = {name: make(self.part(name)) for name in self.names}
+        self.weight = _let_go(self.weight)
 
     def apply_one(self, name: LinearName, x: Tensor) -> Tensor:
         """One of the linears alone, x [..., in] → [..., out]."""
+        if self._products:
+            return self._products[name](x)
         if self._packed is None:
             return F.linear(x, self.part(name))
         i = self.names.index(name)
@@ -111,7 +124,7 @@ class Linear(nn.Module):
         return [adaptation.after(layer, name, x, y) for name, y in zip(self.names, ys, strict=True)]
 
     def _apply_all(self, x: Tensor) -> list[Tensor]:
-        if self._packed is None:
+        if self._packed is None and not self._products:
             return list(F.linear(x, self.weight).split(self.out_features, dim=-1))
         return [self.apply_one(name, x) for name in self.names]
 
@@ -184,6 +197,7 @@ class Llama(nn.Module):
         self.norm = _frozen(dtype, device, C)
         self.lm_head = self.embed if config.tie_word_embeddings else _frozen(dtype, device, V, C)
         self.inverse_frequencies_D2 = rope_frequencies(config)  # float64, a small constant
+        self._head_product: Product | None = None
         self.packed: dict[str, Tensor] = {}  # a Layer's linears stacked [L, P, K, F], and lm_head [P, K, F]
 
     @property
@@ -222,7 +236,9 @@ class Llama(nn.Module):
             h_MC = rms_norm(x_MC, self.norm, eps)
         else:
             h_MC = adaptation.norm(-1, "final_norm", x_MC, self.norm, eps)
-        if self.packed:
+        if self._head_product is not None:
+            y_MV = self._head_product(h_MC)
+        elif self.packed:
             y_MV = packed_linear(h_MC, self.packed["lm_head"])[:, : self.config.vocab_size]
         else:
             y_MV = F.linear(h_MC, self.lm_head)
@@ -250,8 +266,21 @@ class Llama(nn.Module):
                 module.pack(place, bits)
         self.packed["lm_head"] = pack([self.lm_head], None if bits is None else "int8")
         if self.lm_head is not self.embed:
-            self.lm_head = nn.Parameter(self.lm_head.new_empty(0), requires_grad=False)
+            self.lm_head = _let_go(self.lm_head)
         return self if bits is None else self.to(torch.bfloat16)
+
+    def replace_products(self, make: Callable[[Tensor], Product]) -> None:
+        """Multiply by what `make` gives for each weight [out, in], which is let go.
+
+        For training; no way back.
+        """
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            for linear in layer.linears:
+                linear.replace(make)
+        self._head_product = make(self.lm_head)
+        if self.lm_head is not self.embed:
+            self.lm_head = _let_go(self.lm_head)
 
     def rotary(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [N, 1, D] of the positions, in the model's dtype."""

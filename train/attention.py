@@ -119,34 +119,37 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
         q_BGRTD = q_BHTD.unflatten(1, (k_BGTD.shape[1], -1))
         R, T, D = q_BGRTD.shape[2:]
-        outs, probs = [], []
+        k_BGTD, v_BGTD = k_BGTD.contiguous(), v_BGTD.contiguous()  # products would copy each cut of them
+        outs, queries, probs = [], [], []
         for start in range(0, T, _BLOCK):
             q_BGMD = q_BGRTD[..., start : start + _BLOCK, :].flatten(2, 3)
             end = start + q_BGMD.shape[2] // R
             scores_BGMU = _scores(q_BGMD, k_BGTD[:, :, :end], D**-0.5)
-            _mask_future(scores_BGMU, start)
+            _hide_future(scores_BGMU, start)
             p_BGMU = scores_BGMU.softmax(-1).to(v_BGTD.dtype)
             outs.append((p_BGMU @ v_BGTD[:, :, :end]).unflatten(2, (R, -1)))
+            queries.append(q_BGMD)
             probs.append(p_BGMU)
-        ctx.save_for_backward(q_BGRTD, k_BGTD, v_BGTD, *probs)
+        ctx.save_for_backward(k_BGTD, v_BGTD, *queries, *probs)
         return torch.cat(outs, dim=3).flatten(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_BGRTD, k_BGTD, v_BGTD, *probs = ctx.saved_tensors
-        grad_BGRTD = grad_BHTD.unflatten(1, q_BGRTD.shape[1:3])
-        R, D = q_BGRTD.shape[2], q_BGRTD.shape[-1]
-        wide = torch.promote_types(q_BGRTD.dtype, torch.float32)
+        k_BGTD, v_BGTD, *blocks = ctx.saved_tensors
+        queries, probs = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
+        grad_BGRTD = grad_BHTD.unflatten(1, (k_BGTD.shape[1], -1))
+        R, D = grad_BGRTD.shape[2], grad_BGRTD.shape[-1]
+        wide = torch.promote_types(k_BGTD.dtype, torch.float32)
         dk_BGTD, dv_BGTD = torch.zeros_like(k_BGTD, dtype=wide), torch.zeros_like(v_BGTD, dtype=wide)
         dqs = []
-        for index, p_BGMU in enumerate(probs):
+        for index, (q_BGMD, p_BGMU) in enumerate(zip(queries, probs, strict=True)):
             block = slice(index * _BLOCK, (index + 1) * _BLOCK)
-            q_BGMD, grad_BGMD = (x[..., block, :].flatten(2, 3) for x in (q_BGRTD, grad_BGRTD))
+            grad_BGMD = grad_BGRTD[..., block, :].flatten(2, 3)
             end = p_BGMU.shape[-1]
             dp_BGMU = grad_BGMD @ v_BGTD[:, :, :end].mT
-            ds_BGMU = torch._softmax_backward_data(dp_BGMU, p_BGMU, -1, p_BGMU.dtype).mul_(D**-0.5)
-            dqs.append((ds_BGMU @ k_BGTD[:, :, :end]).unflatten(2, (R, -1)))
-            dk_BGTD[:, :, :end] += ds_BGMU.mT @ q_BGMD
+            ds_BGMU = torch._softmax_backward_data(dp_BGMU, p_BGMU, -1, p_BGMU.dtype)
+            dqs.append((ds_BGMU @ k_BGTD[:, :, :end]).mul_(D**-0.5).unflatten(2, (R, -1)))
+            dk_BGTD[:, :, :end].add_(ds_BGMU.mT @ q_BGMD, alpha=D**-0.5)
             dv_BGTD[:, :, :end] += p_BGMU.mT @ grad_BGMD
         dq_BHTD = torch.cat(dqs, dim=3).flatten(1, 2)
         return dq_BHTD, dk_BGTD.to(k_BGTD.dtype), dv_BGTD.to(v_BGTD.dtype)
@@ -209,9 +212,8 @@ def _rounded_inputs(to_bfloat16: bool) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _mask_future(scores_BGMU: Tensor, start: int) -> None:
+def _hide_future(scores_BGMU: Tensor, start: int) -> None:
     """Minus infinity where a query of a block, from position `start` on, would see a later key."""
     length = scores_BGMU.shape[-1] - start
-    future = torch.ones(length, length, dtype=torch.bool, device=scores_BGMU.device).triu(1)
-    scores_BGRTU = scores_BGMU.unflatten(2, (-1, length))
-    scores_BGRTU[..., start:].masked_fill_(future, float("-inf"))
+    future = scores_BGMU.new_full((length, length), float("-inf")).triu_(1)
+    scores_BGMU.unflatten(2, (-1, length))[..., start:].add_(future)  # a tenth of the time of masked_fill_

@@ -31,6 +31,7 @@ from train.groups import Groups
 from train.log import Log
 from train.memory import keep_freed_memory
 from train.processes import Processes, StopSignal
+from train.products import pack_products
 from train.recipe import ComputeRecipe, Recipe, recipe_text
 from train.standardize import standardize
 from train.trainer import HeldOut, Trainer
@@ -112,6 +113,8 @@ def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSigna
     images = Images(compute, vision, encoder, cache_dir, stop)
     stores = _stores(recipe, tokens, images.read_all, processes, stop, console)
     plan = _plan(recipe, stores)
+    if not compute.checkpointing:  # which is for who has time and no memory
+        pack_products(base)
     forward = Forward(
         base, adapter, encoder, compute.features == "live", compute.checkpointing, _use_triton(compute, base)
     )

@@ -174,7 +174,8 @@ class ComputeRecipe(Strict):
     dtype          of the frozen base and the activations; adapters and sums are float32
     attention      `auto`: the Triton kernels on a GPU, torch elsewhere; `torch`; `triton`: not without them
     pass_tokens    tokens that one forward pass may hold; a step's rows are split to fit
-    checkpointing  recompute activations instead of keeping them
+    checkpointing  recompute activations instead of keeping them, and on the CPU keep the base's weights once
+                   instead of twice
     features       `cached`: each image is encoded once, on disk; `live`: in each step
     augment        RandomResizedCrop as the released 7B pre-training has it; needs `live`
     feature_noise  Gaussian dropout on the features, so that few images are not learnt by heart; needs

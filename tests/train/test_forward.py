@@ -8,40 +8,17 @@ import pytest
 import torch
 from support import CONFIGS, random_adapter, random_base
 from torch.nn import functional as F
+from train_passes import config_of, grads_of, make_pass
 
 from models.adaptation import OneAdapter
-from models.adapter import Adapter, base_spec
-from models.adapter_config import AdapterConfig, LoraConfig, PromptConfig, ScaleBiasConfig
+from models.adapter import Adapter
+from models.adapter_config import ScaleBiasConfig
 from models.attention import DenseAttend
 from models.config import ModelConfig
 from models.llama import Layer, Llama
 from train import forward as module
 from train.data.batches import Pass
 from train.forward import Forward
-
-LENS = (9, 6, 3)
-
-
-def config_of(model: ModelConfig, **changes: Any) -> AdapterConfig:
-    fields: dict[str, Any] = {
-        "base": base_spec(model),
-        "prompt": PromptConfig(length=3, layers=(2, 3)),
-        "norms": True,
-        "final_norm": True,
-        "head": True,
-        "scale_bias": ScaleBiasConfig(scale="output", scale_targets=("wk", "w2"), bias_targets=("wv", "w1")),
-        "lora": LoraConfig(rank=2, targets=("wq", "wo")),
-    }
-    return AdapterConfig(**(fields | changes))
-
-
-def make_pass(vocab: int, lens: tuple[int, ...] = LENS) -> Pass:
-    """Everything from each sequence's third token on is a target."""
-    generator = torch.Generator().manual_seed(2)
-    tokens = torch.randint(0, vocab, (sum(lens),), generator=generator)
-    positions = torch.cat([torch.arange(n) for n in lens])
-    targets = (positions >= 2).nonzero()[:, 0]
-    return Pass(tokens, positions, lens, targets - 1, tokens[targets], None, (-1,) * len(lens))
 
 
 def plain_loss(base: Llama, adapter: Adapter, batch: Pass) -> torch.Tensor:
@@ -53,10 +30,6 @@ def plain_loss(base: Llama, adapter: Adapter, batch: Pass) -> torch.Tensor:
         logits = base.logits(base(tokens, torch.arange(len(tokens)), attend, adaptation), adaptation)
         total = total + F.cross_entropy(logits[1:-1], tokens[2:], reduction="sum")
     return total
-
-
-def grads_of(adapter: Adapter) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
