@@ -116,7 +116,9 @@ def run_experts(names: tuple[str, ...], settings: ExpertSettings) -> None:
         num_threads=settings.num_threads,
         ocr_engine=settings.ocr_engine,
         ocr_min_confidence=settings.ocr_min_confidence,
+        paddle_models=settings.paddle_models,
         classifier_min_confidence=settings.classifier_min_confidence,
+        blip_model=settings.blip_model,
     )
     try:
         experts = [build_expert(name, options) for name in names]

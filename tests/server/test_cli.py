@@ -159,6 +159,12 @@ def test_pull_names_what_it_knows() -> None:
     assert "Traceback" not in failed.stderr
 
 
+def test_the_experts_get_the_folder_of_their_model(tmp_path: Path) -> None:
+    failed = llama_adapter("expert", "caption", "--blip-model", str(tmp_path))
+    assert failed.returncode == 1
+    assert "holds no BLIP weights" in failed.stderr
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from server import cli; from typer.testing import CliRunner\n"
