@@ -111,9 +111,12 @@ def parse(schema: type[Schema], raw: bytes) -> Schema:
 
 
 def _most_telling(error: ValidationError) -> ErrorDetails:
-    """Of the first field's errors the deepest: the branch of a union that fitted furthest."""
+    """Of the first field's errors the deepest, and one whose type is right: the branch of a union that fitted
+    furthest.
+    """
     errors = error.errors(include_url=False, include_input=False)
-    return max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"]))
+    first = (e for e in errors if e["loc"][:1] == errors[0]["loc"][:1])
+    return max(first, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
 
 
 def _refusal(error: ErrorDetails) -> InvalidRequest:

@@ -75,20 +75,21 @@ class _Generation(Body):
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> Self:
-        if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise inconsistent("min_tokens", "must not be over max_tokens")
+        if self.min_tokens and self.limit is not None and self.min_tokens > self.limit:
+            raise inconsistent("min_tokens", "must not be over the most tokens that may be generated")
         return self
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens to generate; None for what the context holds."""
+        return self.max_tokens
 
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def _sampling(
-        self,
-        max_tokens: int | None,
-        logprobs: int | None,
-        grammar: Grammar | None,
-        prompt_logprobs: int | None = None,
+        self, logprobs: int | None, grammar: Grammar | None, prompt_logprobs: int | None = None
     ) -> SamplingParams:
         given = {
             name: value
@@ -100,7 +101,7 @@ class _Generation(Body):
         }  # fmt: skip
         return SamplingParams(
             **given,
-            max_tokens=max_tokens,
+            max_tokens=self.limit,
             top_k=max(self.top_k or 0, 0),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             logprobs=logprobs,
@@ -239,11 +240,14 @@ class ChatRequest(_Generation):
         tools = () if self.tool_choice == "none" else self.tools or ()
         return tuple(tool.for_template() for tool in tools)
 
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
     def sampling(self) -> SamplingParams:
-        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         parallel = self.parallel_tool_calls is not False
         kept_to = grammar(self.response_format, self.tools or (), self.tool_choice, parallel)
-        return self._sampling(limit, (self.top_logprobs or 0) if self.logprobs else None, kept_to)
+        return self._sampling((self.top_logprobs or 0) if self.logprobs else None, kept_to)
 
 
 class CompletionRequest(_Generation):
@@ -272,11 +276,13 @@ class CompletionRequest(_Generation):
             if not isinstance(item, int)
         ]
 
+    @property
+    def limit(self) -> int:
+        return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default here
+
     def sampling(self) -> SamplingParams:
-        # 16 is OpenAI's default here.
-        limit = 16 if self.max_tokens is None else self.max_tokens
         kept_to = self.response_format.grammar() if self.response_format else None
-        return self._sampling(limit, self.logprobs, kept_to, self.logprobs if self.echo else None)
+        return self._sampling(self.logprobs, kept_to, self.logprobs if self.echo else None)
 
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:

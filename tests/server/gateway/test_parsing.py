@@ -86,6 +86,7 @@ def image(url: Any) -> dict[str, Any]:
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"min_tokens": 5, "max_tokens": 9, "max_completion_tokens": 4}, "min_tokens"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"experts": "all"}, "experts"),
@@ -277,3 +278,15 @@ def test_a_million_token_ids_with_a_mistake() -> None:
 def test_any_bytes_are_refused(raw: bytes) -> None:
     with pytest.raises(InvalidRequest):
         parse(ChatRequest, raw)
+
+
+def test_too_many_stop_strings_are_told_their_limit() -> None:
+    assert "at most 4" in refused(ChatRequest, CHAT | {"stop": ["a"] * 5}).message
+
+
+def test_the_least_tokens_of_a_completion_are_within_its_default() -> None:
+    body = {"model": "tiny", "prompt": "Hi", "min_tokens": 17}
+    assert refused(CompletionRequest, body).param == "min_tokens"
+    assert refused(CompletionRequest, body | {"max_tokens": 16}).param == "min_tokens"
+    enough = parse(CompletionRequest, json.dumps(body | {"max_tokens": 17}).encode())
+    assert enough.sampling().min_tokens == 17
