@@ -73,9 +73,13 @@ def reads_blocks(platform: type[AttentionBackend], vllm_config: Any, head_size: 
 def text_alone_backend(platform: type[AttentionBackend]) -> type[AttentionBackend]:
     """For a model that is given a step's text alone."""
     builder, impl = platform.get_builder_cls(), platform.get_impl_cls()
-    attend: Any = impl.forward  # called as it is: `super()` takes time in every layer
+    return named_backend("TextAlone", platform, _text_builder(builder), _text_impl(impl))
 
-    class TextBuilder(builder):  # type: ignore[misc, valid-type]
+
+def _text_builder(builder: Any) -> Any:
+    """Of each step's `StepAttention`."""
+
+    class TextBuilder(builder):
         supports_update_block_table = False  # that would put the unshifted table back
 
         def __init__(self, spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
@@ -140,7 +144,14 @@ def text_alone_backend(platform: type[AttentionBackend]) -> type[AttentionBacken
             prompts = Prompts(table_BM[request_N[text_N], 0], slots_N[text_N])
             return StepAttention(super().build(0, text), prompts, placeholders)
 
-    class TextImpl(impl):  # type: ignore[misc, valid-type]
+    return TextBuilder
+
+
+def _text_impl(impl: Any) -> Any:
+    """vLLM's attention over the text, and then the prompts."""
+    attend: Any = impl.forward  # called as it is: `super()` takes time in every layer
+
+    class TextImpl(impl):
         _cache: Tensor | None = None
 
         def forward(
@@ -182,7 +193,7 @@ def text_alone_backend(platform: type[AttentionBackend]) -> type[AttentionBacken
                 layer.first_gate,
             )
 
-    return named_backend("TextAlone", platform, TextBuilder, TextImpl)
+    return TextImpl
 
 
 def blocks(cache: Tensor) -> tuple[Any, Any]:

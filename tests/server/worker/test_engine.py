@@ -257,11 +257,10 @@ async def test_stopping_ends_what_runs_with_an_error(folder: Path):
     assert not engine.healthy
 
 
-async def test_a_request_that_the_step_thread_never_takes_ends_with_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """It lay behind the word to stop, or the thread died first: nobody would ever have answered."""
-    engine = build_engine(settings(folder))
+def held_steps(
+    engine: NativeEngine, monkeypatch: pytest.MonkeyPatch
+) -> tuple[threading.Event, threading.Event]:
+    """Set when a step has begun, and to be set to let it go on."""
     busy, go_on = threading.Event(), threading.Event()
     run = engine._step_loop._runner.run
 
@@ -271,6 +270,15 @@ async def test_a_request_that_the_step_thread_never_takes_ends_with_it(
         return run(*arguments)
 
     monkeypatch.setattr(engine._step_loop._runner, "run", held)
+    return busy, go_on
+
+
+async def test_a_request_that_the_step_thread_never_takes_ends_with_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It lay behind the word to stop, or the thread died first: nobody would ever have answered."""
+    engine = build_engine(settings(folder))
+    busy, go_on = held_steps(engine, monkeypatch)
     await engine.start()
     first = asyncio.create_task(collect(engine, chat("first", id="first")))
     assert await asyncio.to_thread(busy.wait, 10)
@@ -417,15 +425,7 @@ async def test_a_client_may_leave_while_its_request_waits_for_the_step_thread(
     engine: NativeEngine, monkeypatch: pytest.MonkeyPatch
 ):
     """The command that adds it is cancelled; the thread that finds it so goes on."""
-    busy, go_on = threading.Event(), threading.Event()
-    run = engine._step_loop._runner.run
-
-    def held(*arguments):
-        busy.set()
-        assert go_on.wait(10)
-        return run(*arguments)
-
-    monkeypatch.setattr(engine._step_loop._runner, "run", held)
+    busy, go_on = held_steps(engine, monkeypatch)
     first = asyncio.create_task(collect(engine, chat("first", id="first")))
     assert await asyncio.to_thread(busy.wait, 10)
     leaving = asyncio.create_task(collect(engine, chat("second", id="second")))
