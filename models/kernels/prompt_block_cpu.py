@@ -26,8 +26,8 @@ from models.kernels.softmax_cpu import constant, exp, larger, over_lanes
 from models.kernels.tile_cpu import F32, I32, I64, LANES, VF32, VI32, broadcast, fma
 
 
-def _weigh(heads: int, vectors: int) -> Callable[..., None]:
-    """`_weigh_rows` for so many heads and vectors of columns, whose scores stay in registers."""
+def _weigh(heads: int) -> Callable[..., None]:
+    """`_weigh_rows` for so many heads, whose scores stay in registers."""
 
     @intrinsic
     def weigh(
@@ -46,12 +46,20 @@ def _weigh(heads: int, vectors: int) -> Callable[..., None]:
             kinds = signature.args
             q, k, gates, out = (context.make_array(kinds[i])(context, b, args[i]) for i in (0, 2, 6, 7))
             rows = [b.add(args[1], ir.Constant(I64, i)) for i in range(heads)]
-            scores = _scores(b, q, rows, k, args[3:5], kinds[2].dtype, vectors, args[8])
-            for row, scores_T in zip(rows, scores, strict=True):
-                factor = load(b, address(b, gates, row), F32)
-                for i, weights in enumerate(_softmax(b, scores_T, args[5], factor)):
-                    place = address(b, out, row, ir.Constant(I64, LANES * i))
-                    b.store(weights, b.inttoptr(place, VF32.as_pointer()), align=4)
+
+            def write(vectors: int) -> None:
+                scores = _scores(b, q, rows, k, args[3:5], kinds[2].dtype, vectors, args[8])
+                for row, scores_T in zip(rows, scores, strict=True):
+                    factor = load(b, address(b, gates, row), F32)
+                    for i, weights in enumerate(_softmax(b, scores_T, args[5], factor)):
+                        place = address(b, out, row, ir.Constant(I64, LANES * i))
+                        b.store(weights, b.inttoptr(place, VF32.as_pointer()), align=4)
+
+            with b.if_else(b.icmp_signed(">", args[5], ir.Constant(I64, LANES))) as (wide, narrow):
+                with wide:
+                    write(2)
+                with narrow:
+                    write(1)
             return context.get_dummy_value()
 
         i = types.int64
@@ -97,8 +105,7 @@ def _softmax(b: Any, scores: list[Any], count: Any, factor: Any) -> list[Any]:
     return [b.fmul(power, scale) for power in powers]
 
 
-_weigh_4, _weigh_3, _weigh_2, _weigh_1 = (_weigh(heads, 1) for heads in (4, 3, 2, 1))
-_weigh_4_wide, _weigh_3_wide, _weigh_2_wide, _weigh_1_wide = (_weigh(heads, 2) for heads in (4, 3, 2, 1))
+_weigh_4, _weigh_3, _weigh_2, _weigh_1 = (_weigh(heads) for heads in (4, 3, 2, 1))
 
 
 @inlined_jit
@@ -113,23 +120,14 @@ def _weigh_rows(
     r, R = 0, q_RD.shape[0]
     while r < R:
         left = R - r
-        if count <= LANES:
-            if left >= 4:
-                _weigh_4(q_RD, r, k_PGDs, p, g, count, gate_R, weights_RT, ahead)
-            elif left == 3:
-                _weigh_3(q_RD, r, k_PGDs, p, g, count, gate_R, weights_RT, ahead)
-            elif left == 2:
-                _weigh_2(q_RD, r, k_PGDs, p, g, count, gate_R, weights_RT, ahead)
-            else:
-                _weigh_1(q_RD, r, k_PGDs, p, g, count, gate_R, weights_RT, ahead)
-        elif left >= 4:
-            _weigh_4_wide(q_RD, r, k_PGDs, p, g, count, gate_R, weights_RT, ahead)
+        if left >= 4:
+            _weigh_4(q_RD, r, k_PGDs, p, g, count, gate_R, weights_RT, ahead)
         elif left == 3:
-            _weigh_3_wide(q_RD, r, k_PGDs, p, g, count, gate_R, weights_RT, ahead)
+            _weigh_3(q_RD, r, k_PGDs, p, g, count, gate_R, weights_RT, ahead)
         elif left == 2:
-            _weigh_2_wide(q_RD, r, k_PGDs, p, g, count, gate_R, weights_RT, ahead)
+            _weigh_2(q_RD, r, k_PGDs, p, g, count, gate_R, weights_RT, ahead)
         else:
-            _weigh_1_wide(q_RD, r, k_PGDs, p, g, count, gate_R, weights_RT, ahead)
+            _weigh_1(q_RD, r, k_PGDs, p, g, count, gate_R, weights_RT, ahead)
         r += min(left, 4)
 
 
