@@ -56,6 +56,7 @@ class FusedPass:
         self._grown_from: Tensor | None = None
         self._none_LSA = array(base.embed.new_empty(0, 0, 0))
         self._vectors = lru_cache(maxsize=64)(self._make_vectors)
+        self._kept = self._make_rows(1)
         # Compiled now: the first adapter's prompts would else wait for it, and everybody with them.
         packed_linear(base.embed[:1], base.packed["qkv"][0, :1])
 
@@ -110,6 +111,12 @@ class FusedPass:
         return self._views
 
     def _rows(self, N: int) -> Rows:
+        """Kept for the longest step that came: fresh memory may cost a fault a page."""
+        if N > len(self._kept.x_NC):
+            self._kept = self._make_rows(N)
+        return Rows(*(array_N[:N] for array_N in self._kept))
+
+    def _make_rows(self, N: int) -> Rows:
         config, stored = self._config, self._keys.dtype
         H, D = config.num_heads, config.head_dim
         sequences_N, lens_N, places_N, slots_N = np.empty((4, N), np.int64)
