@@ -18,11 +18,13 @@ import numba
 import numpy as np
 
 from models.kernels.entry_cpu import SERIAL_ROWS, enter
+from models.kernels.epilogue_cpu import activate_outputs, add_outputs, put_outputs
 from models.kernels.paged_cpu import attend
 from models.kernels.panel_cpu import add_and_scale, prefetch_panel
 from models.kernels.product_cpu import group_sums, outputs, tile_product
-from models.kernels.scalars_cpu import exp, jit, narrow, parallel_jit, widen
-from models.kernels.tile_cpu import PANEL, ROWS
+from models.kernels.rotation_cpu import rotate_head
+from models.kernels.scalars_cpu import inlined_jit, jit, narrow, parallel_jit, widen
+from models.kernels.tile_cpu import LANES, PANEL, ROWS
 
 
 class Weights(NamedTuple):
@@ -206,66 +208,67 @@ def _qkv(layer: int, h_NC: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots
         for first in range(0, N, ROWS):
             last = min(first + ROWS, N)
             _linear(layer, h_NC, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, y_RF)
-            for r in range(last - first):
-                for c in range(PANEL):
-                    qkv_NA[first + r, p * PANEL + c] = y_RF[r, c]
+            put_outputs(y_RF, first, last, p, qkv_NA)
 
 
 @parallel_jit
 def _rotate(
     qkv_NA: Any, cos_ND: Any, sin_ND: Any, places_N: Any, q_NHD: Any, k_PsGD: Any, v_PsGD: Any
 ) -> None:
-    N = q_NHD.shape[0]
+    N, (P, s, G, D) = q_NHD.shape[0], k_PsGD.shape
+    k_TGD, v_TGD = k_PsGD.reshape(P * s, G, D), v_PsGD.reshape(P * s, G, D)
     if N <= SERIAL_ROWS:
         for n in range(N):
-            _rotate_row(n, qkv_NA, cos_ND, sin_ND, places_N, q_NHD, k_PsGD, v_PsGD)
+            _rotate_row(n, qkv_NA, cos_ND, sin_ND, places_N, q_NHD, k_TGD, v_TGD)
     else:
         for task in numba.prange(N):
-            _rotate_row(np.int64(task), qkv_NA, cos_ND, sin_ND, places_N, q_NHD, k_PsGD, v_PsGD)
+            _rotate_row(np.int64(task), qkv_NA, cos_ND, sin_ND, places_N, q_NHD, k_TGD, v_TGD)
 
 
 @jit
 def _rotate_row(
-    n: int, qkv_NA: Any, cos_ND: Any, sin_ND: Any, places_N: Any, q_NHD: Any, k_PsGD: Any, v_PsGD: Any
+    n: int, qkv_NA: Any, cos_ND: Any, sin_ND: Any, places_N: Any, q_NHD: Any, k_TGD: Any, v_TGD: Any
 ) -> None:
-    """Pairs are (i, i + D/2), as in `models.llama.rotate`."""
     H, D = q_NHD.shape[1], q_NHD.shape[2]
-    s, G = k_PsGD.shape[1], k_PsGD.shape[2]
+    G, place = k_TGD.shape[1], places_N[n]
     k_start = (H * D + PANEL - 1) // PANEL * PANEL
     v_start = k_start + (G * D + PANEL - 1) // PANEL * PANEL
-    block, offset = places_N[n] // s, places_N[n] % s
-    half = D // 2
     for h in range(H):
-        for d in range(half):
-            a, b = qkv_NA[n, h * D + d], qkv_NA[n, h * D + half + d]
-            cos, sin = cos_ND[n, d], sin_ND[n, d]
-            q_NHD[n, h, d] = narrow(a * cos - b * sin, q_NHD[n, h, d])
-            q_NHD[n, h, half + d] = narrow(b * cos + a * sin, q_NHD[n, h, d])
+        _rotate_head(qkv_NA, n, h * D, cos_ND, sin_ND, q_NHD, n, h)
     for g in range(G):
-        for d in range(half):
-            a, b = qkv_NA[n, k_start + g * D + d], qkv_NA[n, k_start + g * D + half + d]
-            cos, sin = cos_ND[n, d], sin_ND[n, d]
-            k_PsGD[block, offset, g, d] = narrow(a * cos - b * sin, k_PsGD[block, offset, g, d])
-            k_PsGD[block, offset, g, half + d] = narrow(b * cos + a * sin, k_PsGD[block, offset, g, d])
+        _rotate_head(qkv_NA, n, k_start + g * D, cos_ND, sin_ND, k_TGD, place, g)
         for d in range(D):
-            v_PsGD[block, offset, g, d] = narrow(qkv_NA[n, v_start + g * D + d], v_PsGD[block, offset, g, d])
+            v_TGD[place, g, d] = narrow(qkv_NA[n, v_start + g * D + d], v_TGD[place, g, d])
+
+
+@inlined_jit
+def _rotate_head(
+    qkv_NA: Any, n: int, at: int, cos_ND: Any, sin_ND: Any, out_MHD: Any, m: int, h: int
+) -> None:
+    """Pairs are (i, i + D/2), as in `models.llama.rotate`."""
+    half = out_MHD.shape[2] // 2
+    if half % LANES == 0:
+        rotate_head(qkv_NA, n, at, cos_ND, sin_ND, out_MHD, m, h)
+    else:
+        for d in range(half):
+            a, b = qkv_NA[n, at + d], qkv_NA[n, at + half + d]
+            cos, sin = cos_ND[n, d], sin_ND[n, d]
+            out_MHD[m, h, d] = narrow(a * cos - b * sin, out_MHD[m, h, d])
+            out_MHD[m, h, half + d] = narrow(b * cos + a * sin, out_MHD[m, h, d])
 
 
 @parallel_jit
 def _add(layer: int, h_NK: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots_N: Any, x_NC: Any) -> None:
     """x += s ⊙ (W h + b)."""
-    N, C = x_NC.shape
+    N = x_NC.shape[0]
     sums = group_sums(h_NK, w_PKF)
     for task in numba.prange(w_PKF.shape[0]):
         p = np.int64(task)
         y_RF = outputs(w_PKF, p, N)
-        width = min(PANEL, C - p * PANEL)
         for first in range(0, N, ROWS):
             last = min(first + ROWS, N)
             _linear(layer, h_NK, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, y_RF)
-            for r in range(last - first):
-                for c in range(width):
-                    x_NC[first + r, p * PANEL + c] += y_RF[r, c]
+            add_outputs(y_RF, first, last, p, x_NC)
 
 
 @parallel_jit
@@ -273,36 +276,28 @@ def _gate_up(
     layer: int, h_NC: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots_N: Any, act_NI: Any
 ) -> None:
     """silu(W1 h) ⊙ W3 h; the panels of w1 are the first half."""
-    N, I = act_NI.shape
+    N = act_NI.shape[0]
     half = w_PKF.shape[0] // 2
     sums = group_sums(h_NC, w_PKF)
     for task in numba.prange(half):
         p = np.int64(task)
         gate_RF, up_RF = outputs(w_PKF, p, N), outputs(w_PKF, half + p, N)
-        width = min(PANEL, I - p * PANEL)
         for first in range(0, N, ROWS):
             last = min(first + ROWS, N)
             _linear(layer, h_NC, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, gate_RF)
             _linear(layer, h_NC, sums, first, w_PKF, half + p, bias_LSA, scale_LSA, slots_N, up_RF)
-            for r in range(last - first):
-                for c in range(width):
-                    gate = gate_RF[r, c]
-                    value = gate / (np.float32(1) + exp(-gate)) * up_RF[r, c]
-                    act_NI[first + r, p * PANEL + c] = narrow(value, act_NI[first + r, p * PANEL + c])
+            activate_outputs(gate_RF, up_RF, first, last, p, act_NI)
 
 
 @parallel_jit
 def _logits(h_MC: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots_M: Any, logits_MV: Any) -> None:
     """s ⊙ (W h + b)."""
-    M, V = logits_MV.shape
+    M = logits_MV.shape[0]
     sums = group_sums(h_MC, w_PKF)
     for task in numba.prange(w_PKF.shape[0]):
         p = np.int64(task)
         y_RF = outputs(w_PKF, p, M)
-        width = min(PANEL, V - p * PANEL)
         for first in range(0, M, ROWS):
             last = min(first + ROWS, M)
             _linear(0, h_MC, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_M, y_RF)
-            for r in range(last - first):
-                for c in range(width):
-                    logits_MV[first + r, p * PANEL + c] = y_RF[r, c]
+            put_outputs(y_RF, first, last, p, logits_MV)

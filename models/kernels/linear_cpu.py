@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.kernels.epilogue_cpu import put_outputs
 from models.kernels.product_cpu import group_sums, outputs, tile_product
 from models.kernels.quantized_cpu import MULTIPLES, Bits, quantize, quantized_shape
 from models.kernels.scalars_cpu import SUPPORTED_DTYPES, array, parallel_jit
@@ -79,6 +80,4 @@ def _multiply(x_MK: Any, w_PKF: Any, y_MO: Any) -> None:
         for first in range(0, M, ROWS):
             last = min(first + ROWS, M)
             tile_product(x_MK, sums, first, last, w_PKF, panel, y_RF)
-            for r in range(last - first):
-                for c in range(PANEL):
-                    y_MO[first + r, panel * PANEL + c] = y_RF[r, c]
+            put_outputs(y_RF, first, last, panel, y_MO)

@@ -36,6 +36,7 @@ from models.kernels.tile_cpu import LANES
 __all__ = ["SUPPORTED_DTYPES", "add_block", "attend", "paged_attend"]
 
 _TILE = 8  # rows; more are no quicker, and leave a short chunk's tasks fewer than threads
+_AHEAD = 2  # blocks whose keys a single query asks for before it needs them
 _FEW = 8  # tasks; where there are fewer of one per key/value head, each query head is one
 
 
@@ -55,7 +56,8 @@ def _score(
 ) -> None:
     """Scores of `count` rows' queries, some heads of each from h on, with a sequence's first T keys.
 
-    Values are asked for on the way. Scores past the last, up to a multiple of LANES, mean nothing.
+    A single query asks for keys and values on the way. Scores past the last, up to a multiple of LANES, mean
+    nothing.
     """
     s, D = k_PsGD.shape[1], q_NHD.shape[2]
     scale = np.float32(1 / np.sqrt(D))
@@ -70,6 +72,8 @@ def _score(
     else:
         for start in range(0, T, s):
             block, some = np.int64(blocks_BM[b, start // s]), min(s, T - start)
+            if start + _AHEAD * s < T:
+                prefetch_rows(k_PsGD, np.int64(blocks_BM[b, start // s + _AHEAD]), g)
             prefetch_rows(v_PsGD, block, g)
             if D % HEAD_STEP == 0:
                 score_rows(q_NHD, n, h, k_PsGD, block, 0, g, some, scale, scores_RT, start)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from models.kernels.rows_cpu import address, load, prefetch, widened
+from models.kernels.rows_cpu import address, load, prefetch, store, widened
 from models.kernels.scalars_cpu import intrinsic
 from models.kernels.tile_cpu import I64, LANES, PANEL, VECTORS, VF32
 
@@ -56,7 +56,7 @@ def add_and_scale(
                         value = widened(b, b.add(start, ir.Constant(I64, size * LANES * i)), kind.dtype)
                         b.store(instruction(b.load(total), value), total)
             for place, total in zip(places, sums, strict=True):
-                b.store(b.load(total), b.inttoptr(place, VF32.as_pointer()), align=4)
+                store(b, b.load(total), place, types.float32)
         return context.get_dummy_value()
 
     i = types.int64

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from models.kernels.scalars_cpu import inlined_jit, intrinsic
+from models.kernels.scalars_cpu import inlined_jit, intrinsic, rounded_bfloat16
 from models.kernels.tile_cpu import I32, I64, LANES, VF32, VI32, broadcast, fma, multiply_add
 
 _VI16 = ir.VectorType(ir.IntType(16), LANES)
@@ -96,6 +96,12 @@ def address(b: Any, array: Any, *indices: Any) -> Any:
 
 def load(b: Any, place: Any, kind: Any) -> Any:
     return b.load(b.inttoptr(place, kind.as_pointer()), align=2)
+
+
+def store(b: Any, vector: Any, place: Any, stored: Any) -> None:
+    """LANES float32 as they are stored in an array of type `stored`."""
+    value = vector if stored == types.float32 else rounded_bfloat16(b, vector)
+    b.store(value, b.inttoptr(place, value.type.as_pointer()), align=2)
 
 
 def prefetch(b: Any, place: Any) -> None:

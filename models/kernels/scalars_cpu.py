@@ -60,15 +60,28 @@ def narrow(typing: Any, value: Any, like: Any) -> Any:
     def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if signature.args[1] == types.float32:
             return args[0]
-        bits = b.bitcast(args[0], _I32)
-        odd = b.and_(b.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
-        rounded = b.lshr(b.add(b.add(bits, ir.Constant(_I32, 0x7FFF)), odd), ir.Constant(_I32, 16))
-        # Not a number must stay so; the addition may carry it away.
-        quiet = b.or_(b.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 0x40))
-        is_nan = b.fcmp_unordered("uno", args[0], args[0])
-        return b.trunc(b.select(is_nan, quiet, rounded), ir.IntType(16))
+        return rounded_bfloat16(b, args[0])
 
     return like(types.float32, like), build
+
+
+def rounded_bfloat16(b: Any, value: Any) -> Any:
+    """A float32, or a vector of them, as bfloat16's bits."""
+    lanes = value.type.count if isinstance(value.type, ir.VectorType) else None
+
+    def kind(of: Any) -> Any:
+        return of if lanes is None else ir.VectorType(of, lanes)
+
+    def constant(n: int) -> Any:
+        return ir.Constant(kind(_I32), n if lanes is None else [n] * lanes)
+
+    bits = b.bitcast(value, kind(_I32))
+    odd = b.and_(b.lshr(bits, constant(16)), constant(1))
+    rounded = b.lshr(b.add(b.add(bits, constant(0x7FFF)), odd), constant(16))
+    # Not a number must stay so; the addition may carry it away.
+    quiet = b.or_(b.lshr(bits, constant(16)), constant(0x40))
+    is_nan = b.fcmp_unordered("uno", value, value)
+    return b.trunc(b.select(is_nan, quiet, rounded), kind(ir.IntType(16)))
 
 
 @intrinsic
