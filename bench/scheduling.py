@@ -92,20 +92,22 @@ async def prefix_hits(client: EngineClient, rounds: int) -> list[tuple[float, fl
 
 
 async def swaps(client: EngineClient, folder: Path, rounds: int) -> tuple[list[float], list[float]]:
-    """Gaps of eight running requests while nothing else happens, and while adapters come and go."""
-    sort = Sort("decode", 0, 32, 160)
+    """Gaps of eight running requests while a visitor comes ten times a second: to an adapter that is there,
+    and to one that is loaded anew for each, which retires the one before."""
+    sort, visit = Sort("decode", 0, 32, 160), Sort("visit", 0, 2, 1)
     quiet: list[float] = []
     disturbed: list[float] = []
-    for number in range(rounds):
-        for gaps, disturb in ((quiet, False), (disturbed, True)):
-            running = [asyncio.create_task(_ask(client, f"v1-{i}", sort)) for i in range(_ADAPTERS)]
-            while disturb and not all(task.done() for task in running):
-                await client.engine.load_adapter(f"new-{number}", str(folder / "v1-0"))
+    for _ in range(rounds):
+        for gaps, visited in ((quiet, "v1-0"), (disturbed, "new")):
+            running = [asyncio.create_task(_ask(client, f"v1-{i}", sort)) for i in range(6)]
+            while not all(task.done() for task in running):
+                if visited == "new":
+                    await client.engine.load_adapter(visited, str(folder / "v1-0"))
+                await _ask(client, visited, visit)
                 await asyncio.sleep(0.1)
             for sample in await asyncio.gather(*running):
                 gaps += sample.gaps[_ADAPTERS:-_ADAPTERS]  # not while others are still reading their prompts
-            if disturb:
-                await client.engine.unload_adapter(f"new-{number}")
+    await client.engine.unload_adapter("new")
     return quiet, disturbed
 
 

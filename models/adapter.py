@@ -7,7 +7,7 @@ K prompt rows, n visual tokens, C hidden size, H query heads, G key/value heads,
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from models.vision.projector import build_projector
 
 log = logging.getLogger(__name__)
 
+# Numbers that torch copies on the thread that asks; of more it gives some to others, which serve meanwhile.
+_PIECE = 32_000
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -120,8 +122,7 @@ class Adapter(nn.Module):
                     f"{source}: {name} is {tensor.dtype}, not a floating-point tensor of 16 bits or more; "
                     "save it as float32"
                 )
-            place.copy_(tensor)
-            if not torch.isfinite(place).all():  # as it will be used: a float64 may overflow
+            if not _copy_finite(place, tensor):
                 raise CheckpointError(
                     f"{source}: {name} holds NaN or infinite values; restore it from a sound checkpoint"
                 )
@@ -156,65 +157,76 @@ class Adapter(nn.Module):
         S = 1 if visual_SnC is None else visual_SnC.shape[0]
         L, K = config.base.num_layers, config.max_prompt_len
         G, D = config.base.num_kv_heads, base.config.head_dim
-        zeros = torch.zeros(S, K, G * D, dtype=base.dtype, device=base.device)
-        keys, values = [zeros] * L, [zeros] * L
-        lens = torch.zeros(L, dtype=torch.int32, device=base.device)
-        for layer in config.gated_layers:
-            rows_SkC = self._rows(layer, visual_SnC)
-            if rows_SkC is None:
-                continue
-            k, v = self._keys_and_values(base, layer, rows_SkC)
-            pad = (0, 0, 0, K - rows_SkC.shape[1])
-            keys[layer], values[layer] = F.pad(k, pad), F.pad(v, pad)
-            lens[layer] = rows_SkC.shape[1]
-        return Prompts(
-            k_SLKGD=torch.stack(keys, dim=1).unflatten(-1, (G, D)),
-            v_SLKGD=torch.stack(values, dim=1).unflatten(-1, (G, D)),
-            len_SL=lens.expand(S, L),
-            gate_SLH=(self.gates().to(base.device) * (lens > 0)[:, None]).expand(S, L, -1),
-        )
+        k_LSKo = v_LSKo = torch.zeros(L, S, K, G * D, dtype=base.dtype, device=base.device)
+        len_L = torch.zeros(L, dtype=torch.int32, device=base.device)
+        for layers, rows_PSkC in self._rows(S, visual_SnC):
+            where = torch.tensor(layers, device=base.device)
+            pad = (0, 0, 0, K - rows_PSkC.shape[2])
+            k_LSKo, v_LSKo = (
+                all_LSKo.index_copy(0, where, F.pad(own_PSko, pad))
+                for all_LSKo, own_PSko in zip(
+                    (k_LSKo, v_LSKo), self._keys_and_values(base, layers, rows_PSkC), strict=True
+                )
+            )
+            len_L[where] = rows_PSkC.shape[2]
+        k_SLKGD, v_SLKGD = (x.transpose(0, 1).unflatten(-1, (G, D)) for x in (k_LSKo, v_LSKo))
+        gate_LH = self.gates().to(base.device) * (len_L > 0)[:, None]
+        return Prompts(k_SLKGD, v_SLKGD, len_L.expand(S, L), gate_LH.expand(S, L, -1))
 
-    def _rows(self, layer: int, visual_SnC: Tensor | None) -> Tensor | None:
-        """Prompt rows [S, k, C] of one layer, or None where it has none for this request."""
+    def _rows(self, S: int, visual_SnC: Tensor | None) -> Iterator[tuple[list[int], Tensor]]:
+        """The prompts' rows [P, S, k, C] of P layers at once: those of static prompts alone, and those of
+        images."""
         prompt, vision = self.config.prompt, self.config.vision
-        static_1KC = None
-        if prompt and layer in prompt.layers:
-            static_1KC = self.prompt[prompt.layers.index(layer)][None]
-        if visual_SnC is None or vision is None or layer not in vision.layers:
-            if static_1KC is None or visual_SnC is None:
-                return static_1KC
-            return static_1KC.expand(visual_SnC.shape[0], -1, -1)
-        if vision.fusion == "early" or static_1KC is None:
-            return visual_SnC
-        return static_1KC + visual_SnC  # one visual token is repeated over the K rows
+        static = list(prompt.layers) if prompt else []
+        seeing = list(vision.layers) if vision and visual_SnC is not None else []
+        rows = {layer: row for row, layer in enumerate(static)}
+        if alone := [layer for layer in static if layer not in seeing]:
+            yield (
+                alone,
+                _rows_of(self.prompt, [rows[layer] for layer in alone])[:, None].expand(-1, S, -1, -1),
+            )
+        if seeing:
+            assert vision is not None
+            assert visual_SnC is not None
+            visual_PSnC = visual_SnC.expand(len(seeing), -1, -1, -1)
+            if vision.fusion == "add":  # one visual token is repeated over the K rows
+                visual_PSnC = _rows_of(self.prompt, [rows[layer] for layer in seeing])[:, None] + visual_PSnC
+            yield seeing, visual_PSnC
 
-    def _keys_and_values(self, base: Llama, layer: int, rows_SkC: Tensor) -> tuple[Tensor, Tensor]:
-        """A prompt's keys and values, each [S, k, G·D], by the configured projection."""
+    def _keys_and_values(self, base: Llama, layers: list[int], rows_PSkC: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompts' keys and values, each [P, S, k, G·D], by the configured projection."""
         prompt, spec = self.config.prompt, self.config.base
         if prompt is None or prompt.projection == "wk_wv":
-            k, v = (self._project(base, layer, name, rows_SkC) for name in ("wk", "wv"))
+            k, v = self._project(base, layers, ("wk", "wv"), rows_PSkC)
             return k, v
-        qkv = torch.cat([self._project(base, layer, name, rows_SkC) for name in ("wq", "wk", "wv")], dim=-1)
+        qkv = torch.cat(self._project(base, layers, ("wq", "wk", "wv"), rows_PSkC), dim=-1)
         heads = qkv.unflatten(-1, (spec.num_kv_heads, spec.num_heads // spec.num_kv_heads + 2, spec.head_dim))
         return heads[..., -2, :].flatten(-2), heads[..., -1, :].flatten(-2)
 
-    def _project(self, base: Llama, layer: int, name: LinearName, rows_SkC: Tensor) -> Tensor:
-        """A prompt's keys or values [S, k, G·D] through wk or wv, with the adapter's own scale and bias."""
-        rows, dtype = rows_SkC.to(base.dtype), base.dtype
-        x, y_scale = rows, None
-        if name in self.scale:
-            scale = self.scale[name][layer].to(dtype)
-            x, y_scale = (rows * scale, None) if self.config.scale_bias.scale == "input" else (rows, scale)
-        y: Tensor = base.layers[layer].apply_one(name, x)  # type: ignore[operator]
-        if name in self.bias:
-            y = y + self.bias[name][layer].to(dtype)
-        if y_scale is not None:
-            y = y * y_scale
-        lora = self.config.lora
-        if lora and lora.on_prompts and name in lora.targets:
-            a, b = (self.lora[name][side][layer].to(dtype) for side in ("a", "b"))  # type: ignore[index]
-            y = y + lora_scaling(self.config) * F.linear(F.linear(rows, a), b)
-        return y
+    def _project(
+        self, base: Llama, layers: list[int], names: tuple[LinearName, ...], rows_PSkC: Tensor
+    ) -> list[Tensor]:
+        """Rows through some of the base's linears, with the adapter's own scales, biases and LoRA."""
+        rows, dtype = rows_PSkC.to(base.dtype), base.dtype
+        scale_bias, lora = self.config.scale_bias, self.config.lora
+
+        def own(stack: Tensor) -> Tensor:  # [P, 1, …]
+            return _rows_of(stack, layers).to(dtype)[:, None]
+
+        if scale_bias.scale == "input" and any(name in self.scale for name in names):
+            scaled = [rows * own(self.scale[n])[:, None] if n in self.scale else rows for n in names]
+            ys = [base.apply_each((n,), layers, x)[0] for n, x in zip(names, scaled, strict=True)]
+        else:
+            ys = base.apply_each(names, layers, rows)
+        for i, name in enumerate(names):
+            if name in self.bias:
+                ys[i] = ys[i] + own(self.bias[name])[:, None]
+            if name in self.scale and scale_bias.scale == "output":
+                ys[i] = ys[i] * own(self.scale[name])[:, None]
+            if lora and lora.on_prompts and name in lora.targets:
+                a, b = (own(self.lora[name][side]) for side in ("a", "b"))  # type: ignore[index]
+                ys[i] = ys[i] + lora_scaling(self.config) * (rows @ a.mT @ b.mT)
+        return ys
 
     @property
     def _device(self) -> torch.device:
@@ -223,6 +235,19 @@ class Adapter(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+
+def _rows_of(stack: Tensor, rows: list[int]) -> Tensor:
+    """Some of its first dimension; where they follow one another, nothing is copied."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return stack[rows[0] : rows[0] + len(rows)]
+    return stack[rows]
+
+
+def _copy_finite(place: Tensor, tensor: Tensor) -> bool:
+    """Whether what was copied is finite, as it will be used: a float64 may overflow."""
+    pieces = zip(place.flatten().split(_PIECE), tensor.flatten().split(_PIECE), strict=True)
+    return all(bool(to.copy_(piece).isfinite().all()) for to, piece in pieces)
 
 
 def lora_scaling(config: AdapterConfig) -> float:

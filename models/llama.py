@@ -22,11 +22,13 @@ from models.adapter_config import LinearName
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.functional import rms_norm, rotate
-from models.kernels.linear_cpu import can_pack, num_panels, pack, packed_linear, packed_shape
+from models.kernels.linear_cpu import can_pack, num_panels, pack, packed_linear, packed_linears, packed_shape
 from models.kernels.quantized_cpu import Bits
+from models.kernels.tile_cpu import PANEL
 
 Head = Literal["head"]
 Product = Callable[[Tensor], Tensor]  # x [..., in] → [..., out]
+_LINEARS = ("qkv", "wo", "gate_up", "w2")  # of a Layer, in the order of `Layer.linears`
 _PACKED_DTYPES = {"int8": torch.int8, "int4": torch.uint8}
 
 
@@ -244,6 +246,27 @@ class Llama(nn.Module):
             y_MV = F.linear(h_MC, self.lm_head)
         return y_MV if adaptation is None else adaptation.after(-1, "head", h_MC, y_MV)
 
+    def apply_each(self, names: Sequence[LinearName], layers: Sequence[int], x: Tensor) -> list[Tensor]:
+        """Linears of P layers, each layer's on its own of x [P, ..., in]; [P, ..., out] per name.
+
+        The linears must follow one another in a `Linear`.
+        """
+        if not self.packed:
+            by_layer = [(self.layers[i], x[p]) for p, i in enumerate(layers)]
+            return [torch.stack([layer.apply_one(name, x) for layer, x in by_layer]) for name in names]  # type: ignore[operator]
+        first = self.layers[0]
+        assert isinstance(first, Layer)
+        key, linear = next(
+            (k, m) for k, m in zip(_LINEARS, first.linears, strict=True) if names[0] in m.names
+        )
+        w_LPKF, place = self.packed[key], linear.names.index(names[0])
+        widths = linear.out_features[place : place + len(names)]
+        before, *panels = (sum(map(num_panels, linear.out_features[:place])), *map(num_panels, widths))
+        starts = [i * w_LPKF.shape[1] + before for i in layers]
+        y = packed_linears(x, w_LPKF.flatten(0, 1), starts, sum(panels)).to(x.dtype)
+        parts = y.split([count * PANEL for count in panels], dim=-1)
+        return [part[..., :width] for part, width in zip(parts, widths, strict=True)]
+
     def can_pack(self, bits: Bits | None = None) -> bool:
         """Whether the kernels of `models.kernels.linear_cpu` know these weights, in `bits` where given."""
         layer = self.layers[0]
@@ -256,7 +279,7 @@ class Llama(nn.Module):
         With `bits` the linears are quantised and the rest becomes bfloat16; of "int4" the output head has
         8 bits. Raises ValueError for weights that cannot be quantised.
         """
-        for name in ("qkv", "wo", "gate_up", "w2"):
+        for name in _LINEARS:
             modules: list[Linear] = [getattr(layer, name) for layer in self.layers]
             dtype = None if bits is None else _PACKED_DTYPES[bits]
             self.packed[name] = self.embed.new_empty(

@@ -20,7 +20,7 @@ from models.checkpoints.chat65b import CHAT_65B
 from models.checkpoints.fields import first_fault
 from models.checkpoints.litgpt import LITGPT
 from models.checkpoints.manifest import read_manifest
-from models.checkpoints.native import is_native, load_adapter, save_adapter
+from models.checkpoints.native import is_native, load_adapter, save_adapter, unallocated
 from models.checkpoints.peft import PEFT
 from models.checkpoints.reference_7b import REFERENCE_7B
 from models.checkpoints.reference_v1 import REFERENCE_V1, REFERENCE_V1_CAPTION
@@ -66,7 +66,7 @@ def open_adapter(
         return load_adapter(path, base, fingerprint, config)
     file = read_tensor_file(path)
     config, tensors = read_adapter(file, detect(file), base_spec(base), options)
-    return Adapter(config).load(tensors, source=str(file.path))
+    return unallocated(config).to_empty(device="cpu").load(tensors, source=str(file.path))
 
 
 def read_adapter(

@@ -49,23 +49,32 @@ def load_adapter(
 
 def load_unchecked(folder: Path, config: AdapterConfig) -> Adapter:
     """The adapter of a folder and its manifest, whatever its base. Raises CheckpointError."""
-    tensors = read_tensors(folder / WEIGHTS, native_shapes(config))
-    return Adapter(config).load(tensors, source=str(folder / WEIGHTS))
+    adapter = unallocated(config)
+    tensors = read_tensors(folder / WEIGHTS, _shapes(adapter))
+    return adapter.to_empty(device="cpu").load(tensors, source=str(folder / WEIGHTS))
 
 
-def native_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of such an adapter, without allocating one.
+def unallocated(config: AdapterConfig) -> Adapter:
+    """Names and shapes alone, on the meta device: to be given memory once the file is known to fit.
 
     Raises CheckpointError for sizes that no adapter can have.
     """
     try:
         with torch.device("meta"):
-            adapter = Adapter(config, device="meta")
+            return Adapter(config, device="meta")
     except (RuntimeError, ModelError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"{MANIFEST}: no adapter can have these sizes ({reason}); correct it"
         ) from error
+
+
+def native_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor of such an adapter, without allocating one. Raises as `unallocated`."""
+    return _shapes(unallocated(config))
+
+
+def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
 
 

@@ -63,21 +63,27 @@ def num_panels(out_features: int) -> int:
 
 def packed_linear(x: Tensor, w_PKF: Tensor) -> Tensor:
     """x [..., in] → [..., P · PANEL] in float32; what fills up the last panel of a weight is zero."""
+    return packed_linears(x[None], w_PKF, [0], w_PKF.shape[0])[0]
+
+
+def packed_linears(x: Tensor, w_PKF: Tensor, firsts_B: Sequence[int], count: int) -> Tensor:
+    """x [B, ..., in] → [B, ..., count · PANEL] in float32, x[b] by `count` panels from `firsts_B[b]` on."""
     x_MK = x.flatten(0, -2).contiguous()
-    y_MO = torch.empty(x_MK.shape[0], w_PKF.shape[0] * PANEL)
-    _multiply(array(x_MK), array(w_PKF), y_MO.numpy())
+    y_MO = torch.empty(x_MK.shape[0], count * PANEL)
+    _multiply(array(x_MK), array(w_PKF), np.array(firsts_B, np.int64), count, y_MO.numpy())
     y: Tensor = y_MO.unflatten(0, x.shape[:-1])
     return y
 
 
 @parallel_jit
-def _multiply(x_MK: Any, w_PKF: Any, y_MO: Any) -> None:
-    M = x_MK.shape[0]
+def _multiply(x_MK: Any, w_PKF: Any, firsts_B: Any, count: int, y_MO: Any) -> None:
+    M = x_MK.shape[0] // len(firsts_B)  # rows of each
     sums = group_sums(x_MK, w_PKF)
-    for task in numba.prange(w_PKF.shape[0]):
-        panel = np.int64(task)
+    for task in numba.prange(len(firsts_B) * count):
+        b, p = np.int64(task) // count, np.int64(task) % count
+        panel = firsts_B[b] + p
         y_RF = outputs(w_PKF, panel, M)
-        for first in range(0, M, ROWS):
-            last = min(first + ROWS, M)
+        for first in range(b * M, (b + 1) * M, ROWS):
+            last = min(first + ROWS, (b + 1) * M)
             tile_product(x_MK, sums, first, last, w_PKF, panel, y_RF)
-            put_outputs(y_RF, first, last, panel, y_MO)
+            put_outputs(y_RF, first, last, p, y_MO)

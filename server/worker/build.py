@@ -96,6 +96,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
     )
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
     step_loop = StepLoop(runner, scheduler, tokenizer, overlap=device.type == "cuda")
+    runner.warm([model.adapter for model in models if model.adapter])
     _warm_up(step_loop)
     log.info("loaded %s in %s in %.1f s", path, bits or dtype, time.monotonic() - began)
     limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)

@@ -60,9 +60,7 @@ class NativeEngine(EngineBase):
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
         self._healthy = False
-        self._preparing.shutdown(wait=False)
-        for task in self._retiring:
-            task.cancel()
+        self._close()
 
     def stats(self) -> EngineStats:
         return replace(self._stats, adapters_loaded=len(self._models) - 1)

@@ -6,11 +6,14 @@ What computes is a subclass's: it turns a prepared request into events, takes ad
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TypeVar
 
 from models.errors import ModelError
@@ -34,6 +37,12 @@ from server.worker.step_loop import Prepared
 T = TypeVar("T")
 
 
+def _step_back() -> None:
+    """Let this thread have what time all others leave: nobody waits for an adapter as for the next token."""
+    if sys.platform == "linux":
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+
+
 class EngineBase(ABC):
     def __init__(
         self, frontend: Frontend, loader: AdapterLoader, models: list[ServedModel], *, max_requests: int
@@ -49,6 +58,7 @@ class EngineBase(ABC):
         self._retiring: set[asyncio.Task[None]] = set()
         self._loading = asyncio.Lock()
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="prepare")
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="adapters", initializer=_step_back)
 
     @property
     @abstractmethod
@@ -115,7 +125,7 @@ class EngineBase(ABC):
     ) -> ModelInfo:
         async with self._loading:
             load = self._loader.load_at_run_time
-            model = await asyncio.to_thread(load, id, path, options or {}, version)
+            model = await self._on(self._reading, lambda: load(id, path, options or {}, version))
             try:
                 await self._take(model)
             except ModelError as error:
@@ -140,7 +150,8 @@ class EngineBase(ABC):
         async def retire() -> None:
             async with self._released:
                 await self._released.wait_for(lambda: model.key not in self._users)
-            await self._forget(model.key)
+            with suppress(Unavailable):  # an engine that stops forgets everything
+                await self._forget(model.key)
 
         task = asyncio.create_task(retire())
         self._retiring.add(task)
@@ -152,4 +163,14 @@ class EngineBase(ABC):
             self._released.notify_all()
 
     async def _prepare(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+        return await self._on(self._preparing, work)
+
+    async def _on(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+    def _close(self) -> None:
+        """Once nothing computes any more."""
+        for threads in (self._preparing, self._reading):
+            threads.shutdown(wait=False)
+        for task in self._retiring:
+            task.cancel()

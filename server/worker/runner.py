@@ -123,6 +123,13 @@ class Runner:
         hidden_NC = self.base(tokens, positions, attend, adaptation)
         return self.base.logits(hidden_NC[rows_M], of_rows).float()
 
+    @torch.inference_mode()
+    def warm(self, adapters: Sequence[LoadedAdapter]) -> None:
+        """Give slots to the first of these, before anybody waits: the first fill of each shape makes room for
+        all of its kind, which takes as long as many steps."""
+        most = min(self.adapter_slots.capacity, self.prompt_slots.capacity)
+        self._place([StepItem((), 0, (), adapter, None, slice(0)) for adapter in adapters[:most]])
+
     def _is_graph(self, items: Sequence[StepItem], adapter_slots: Sequence[int]) -> bool:
         """Whether all are decodes that want their row, of adapters without low-rank terms."""
         assert self._graphs is not None

@@ -81,10 +81,8 @@ class VllmEngine(EngineBase):
             await self._take(model)
 
     async def stop(self) -> None:
-        for task in self._retiring:
-            task.cancel()
+        self._close()
         await asyncio.to_thread(self._vllm.stop)
-        self._preparing.shutdown(wait=False)
         self._exports.cleanup()
 
     def stats(self) -> EngineStats:

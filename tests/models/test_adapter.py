@@ -79,6 +79,18 @@ def test_load_names_what_does_not_fit(tensors: dict[str, Tensor], message: str):
         Adapter(V1).load(tensors, source="here/a.safetensors")
 
 
+def test_load_sees_the_last_of_many_numbers():
+    """Which are copied in pieces."""
+    config = config_of(prompt={"length": 1000, "layers": (0, 1, 3)})
+    tensors = dict(random_adapter(config).state_dict())
+    loaded = Adapter(config).load(tensors)
+    assert torch.equal(loaded.prompt, tensors["prompt"])
+    tensors["prompt"] = tensors["prompt"].clone()
+    tensors["prompt"][-1, -1, -1] = float("nan")
+    with pytest.raises(CheckpointError, match="prompt holds NaN"):
+        Adapter(config).load(tensors)
+
+
 def test_a_fresh_adapter_starts_from_the_bases_norms():
     base = random_base(MHA)
     adapter = Adapter(config_of(norms=True, final_norm=True)).start_from(base)

@@ -1,13 +1,17 @@
 """The base's logits are transformers' logits on the same weights."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
-from support import canonical_weights, transformers_twin
+from support import GQA, canonical_weights, random_base, transformers_twin
 
 from models.attention import DenseAttend
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.kernels.linear_cpu import pack, packed_linear
+from models.kernels.quantized_cpu import Bits
 from models.llama import Llama
 
 
@@ -47,3 +51,19 @@ def test_packed_products_are_the_plain_ones(dtype: torch.dtype):
             expected = torch.nn.functional.linear(x.double(), weight.double())
             ours = y[..., start : start + len(weight)].double()
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
+@torch.inference_mode()
+def test_linears_of_some_layers_are_those_of_each(bits: Bits | None):
+    config = replace(GQA, hidden_size=96, head_dim=16, intermediate_size=160)
+    base = random_base(config, torch.float32)
+    plain, packed = copy.deepcopy(base), base.pack(bits)
+    dtype, layers = packed.dtype, [3, 1]
+    x = torch.randn(2, 3, 5, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for ours in (plain.to(dtype), packed):
+        for names in (("wq", "wk", "wv"), ("wk", "wv"), ("w3",)):
+            each = ours.apply_each(names, layers, x)
+            for name, y in zip(names, each, strict=True):
+                alone = torch.stack([ours.layers[i].apply_one(name, x[p]) for p, i in enumerate(layers)])
+                assert torch.equal(y, alone), name

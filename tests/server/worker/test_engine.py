@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import sys
 import threading
 from collections.abc import AsyncGenerator
 from io import BytesIO
@@ -19,6 +21,7 @@ from models.errors import AdapterMismatch, CheckpointError
 from server.errors import ApiError, InvalidRequest, NotFound, RateLimited, Timeout, Unavailable
 from server.serving import StartupError
 from server.settings import WorkerSettings
+from server.worker.adapter_loading import AdapterLoader
 from server.worker.build import build_engine
 from server.worker.engine import NativeEngine
 from server.worker.messages import (
@@ -317,6 +320,23 @@ async def test_adapters_come_and_go_while_others_run(engine: NativeEngine, folde
 
     info = await engine.load_adapter("v1", "v1")
     assert info.version == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+async def test_adapters_are_read_where_others_leave_time(
+    engine: NativeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    policies = []
+    read = AdapterLoader.load_at_run_time
+
+    def load(*args):
+        policies.append(os.sched_getscheduler(threading.get_native_id()))
+        return read(*args)
+
+    monkeypatch.setattr(AdapterLoader, "load_at_run_time", load)
+    await engine.load_adapter("late", "v1")
+    assert policies == [os.SCHED_IDLE]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 async def test_options_say_at_run_time_what_a_file_cannot(engine: NativeEngine, folder: Path):

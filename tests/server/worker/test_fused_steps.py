@@ -123,3 +123,21 @@ def test_only_the_rows_wanted():
     some = step([slice(0, 0), slice(None), slice(2, 4), slice(4, 5)])
     assert torch.equal(some, everything[[1, 4, 5, 11]])
     assert step([slice(0, 0)] * 4).shape == (0, GQA.vocab_size)
+
+
+def test_warm_adapters_have_their_slots():
+    """As many as there are; what was filled before anybody came is what would have been filled for them."""
+    spec = base_spec(GQA).model_dump()
+    adapters = [
+        LoadedAdapter(
+            (f"a{i}", 1), random_adapter(AdapterConfig.model_validate({"base": spec, **KINDS[kind]}), seed=i)
+        )
+        for i, kind in enumerate(("v1", "v2", "biases", "low rank", "v1", "v1", "v1", "v2", "v1", "v1"))
+    ]
+    cold, warm = (runner(GQA, torch.float32, fused=True) for _ in range(2))
+    warm.warm(adapters)
+    assert [loaded.key in warm.adapter_slots for loaded in adapters] == [True] * 8 + [False] * 2
+    chosen = [adapters[i] for i in (1, 4, 7, 9)]
+    torch.testing.assert_close(two_steps(warm, chosen), two_steps(cold, chosen), atol=1e-6, rtol=0)
+    warm.adapter_slots.check_integrity()
+    warm.prompt_slots.check_integrity()
