@@ -166,12 +166,9 @@ def _fetch_base(worker: WorkerSettings) -> None:
 def prepare_torch(count: int, spins: int = _WORKER_SPINS) -> None:
     """Say how many threads torch and numba have (0: one per core) and how long an idle one spins.
 
-    And for how long one that runs Python may keep the interpreter from another: a tenth of the usual 5 ms, in
-    which a step could end. Both use one OpenMP, which reads this once, when torch is first imported. So does
-    torch that its memory is to lie on large pages, where the kernel has some for who asks. What the user's
-    environment says stays.
+    Both use one OpenMP, which reads this once, when torch is first imported. So does torch that its memory
+    is to lie on large pages, where the kernel has some for who asks. What the user's environment says stays.
     """
-    sys.setswitchinterval(0.0005)
     os.environ.setdefault("GOMP_SPINCOUNT", str(spins))
     if spins:
         os.environ.setdefault("OMP_WAIT_POLICY", "active")
