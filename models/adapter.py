@@ -159,32 +159,27 @@ class Adapter(nn.Module):
         G, D = config.base.num_kv_heads, base.config.head_dim
         k_LSKo = v_LSKo = torch.zeros(L, S, K, G * D, dtype=base.dtype, device=base.device)
         len_L = torch.zeros(L, dtype=torch.int32, device=base.device)
-        for layers, rows_PSkC in self._rows(S, visual_SnC):
+        for layers, rows_PSkC in self._rows(visual_SnC):
             where = torch.tensor(layers, device=base.device)
             pad = (0, 0, 0, K - rows_PSkC.shape[2])
+            k_PSko, v_PSko = self._keys_and_values(base, layers, rows_PSkC)
             k_LSKo, v_LSKo = (
-                all_LSKo.index_copy(0, where, F.pad(own_PSko, pad))
-                for all_LSKo, own_PSko in zip(
-                    (k_LSKo, v_LSKo), self._keys_and_values(base, layers, rows_PSkC), strict=True
-                )
+                all_LSKo.index_copy(0, where, F.pad(own_PSko, pad).expand(-1, S, -1, -1))
+                for all_LSKo, own_PSko in ((k_LSKo, k_PSko), (v_LSKo, v_PSko))
             )
             len_L[where] = rows_PSkC.shape[2]
         k_SLKGD, v_SLKGD = (x.transpose(0, 1).unflatten(-1, (G, D)) for x in (k_LSKo, v_LSKo))
         gate_LH = self.gates().to(base.device) * (len_L > 0)[:, None]
         return Prompts(k_SLKGD, v_SLKGD, len_L.expand(S, L), gate_LH.expand(S, L, -1))
 
-    def _rows(self, S: int, visual_SnC: Tensor | None) -> Iterator[tuple[list[int], Tensor]]:
-        """The prompts' rows [P, S, k, C] of P layers at once: those of static prompts alone, and those of
-        images."""
+    def _rows(self, visual_SnC: Tensor | None) -> Iterator[tuple[list[int], Tensor]]:
+        """Prompts of P layers at once: static ones alone [P, 1, K, C], and those of images [P, S, k, C]."""
         prompt, vision = self.config.prompt, self.config.vision
         static = list(prompt.layers) if prompt else []
         seeing = list(vision.layers) if vision and visual_SnC is not None else []
         rows = {layer: row for row, layer in enumerate(static)}
         if alone := [layer for layer in static if layer not in seeing]:
-            yield (
-                alone,
-                _rows_of(self.prompt, [rows[layer] for layer in alone])[:, None].expand(-1, S, -1, -1),
-            )
+            yield alone, _rows_of(self.prompt, [rows[layer] for layer in alone])[:, None]
         if seeing:
             assert vision is not None
             assert visual_SnC is not None

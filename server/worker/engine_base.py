@@ -38,9 +38,13 @@ T = TypeVar("T")
 
 
 def _step_back() -> None:
-    """Let this thread have what time all others leave: nobody waits for an adapter as for the next token."""
-    if sys.platform == "linux":
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+    """Let this thread have a tenth of what others want too: adapters are not awaited as tokens are.
+
+    Not less: an encoder is read here as well, beside whatever else the machine does.
+    """
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(10, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 class EngineBase(ABC):

@@ -64,6 +64,12 @@ class Stream:
         return bool(self.events)
 
     @property
+    def has_text(self) -> bool:
+        """Nobody but the worker that gave it can go on with it; what precedes text may be told by another."""
+        chunks = [event for event in self.events if event != "[DONE]" and "choices" in event]
+        return any(choice["delta"].get("content") for chunk in chunks for choice in chunk["choices"])
+
+    @property
     def outcome(self) -> str:
         self.thread.join(60)
         assert not self.thread.is_alive(), "a stream never ended"
@@ -93,16 +99,17 @@ def start_streams(service: Service) -> list[Stream]:
 def streams_cut_at(
     worker: psutil.Process, other: psutil.Process, service: Service
 ) -> tuple[list[Stream], list[Stream]]:
-    """Streams that `worker` began before it was stopped far from their end, and all the rest.
+    """Streams that `worker` had given text of before it was stopped far from their end, and all the rest.
 
-    The other worker stands still until then, so each stream that has begun is `worker`'s.
+    The other worker stands still until then, so each stream that has text is `worker`'s.
     """
     other.suspend()
     streams = [Stream(service, f"{i}: tell", max_tokens=3000) for i in range(STREAMS)]
-    until(lambda: any(stream.begun for stream in streams))
+    until(lambda: any(stream.has_text for stream in streams))
+    time.sleep(0.3)  # until all that it has taken have some
     worker.suspend()
     time.sleep(0.5)  # until all that it has written is read
-    cut = [stream for stream in streams if stream.begun and stream.events[-1] != "[DONE]"]
+    cut = [stream for stream in streams if stream.has_text and stream.events[-1] != "[DONE]"]
     other.resume()
     assert cut, "every stream was over before its worker could be stopped"
     return cut, [stream for stream in streams if stream not in cut]
