@@ -31,9 +31,8 @@ from server.processes import prepare_torch
 from server.settings import WorkerSettings
 
 _ADAPTERS = 8
-_RUNNING = (
-    6  # beside whom adapters come and go; with a visitor's two rows they still fill one tile of a product
-)
+# Requests beside whom adapters come and go; with a visitor's two rows they still fill one tile of a product.
+_RUNNING = 6
 _STRETCH = 1.2  # times the median: what a step may take while they do
 
 

@@ -252,8 +252,8 @@ class Llama(nn.Module):
         The linears must follow one another in a `Linear`.
         """
         if not self.packed:
-            by_layer = [(self.layers[i], x[p]) for p, i in enumerate(layers)]
-            return [torch.stack([layer.apply_one(name, x) for layer, x in by_layer]) for name in names]  # type: ignore[operator]
+            own = [(self.layers[i], x[p]) for p, i in enumerate(layers)]
+            return [torch.stack([layer.apply_one(name, rows) for layer, rows in own]) for name in names]  # type: ignore[operator]
         first = self.layers[0]
         assert isinstance(first, Layer)
         key, linear = next(
