@@ -10,6 +10,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from models.kernels.paged_cpu import TILE, from_ends
 from models.kernels.scalars_cpu import jit, parallel_jit, widen
 
 SERIAL_ROWS = 8  # so few rows are done sooner than a second thread has begun
@@ -21,32 +22,55 @@ def enter(embed_VC: Any, frequencies_D: Any, batch: Any, rows: Any, block_size: 
 
     Sequence b's rows are its last ones of `lens_B[b]` positions; `frequencies_D` has D / 2, in float64.
     """
+    _arrange(batch.starts, rows.at_N)
     for b in range(batch.lens_B.shape[0]):
         first, end = batch.starts[b], batch.starts[b + 1]
         for n in range(first, end):
-            position = np.int64(batch.lens_B[b]) - end + n
-            rows.sequences_N[n] = b
-            rows.lens_N[n] = position + 1
+            row, position = rows.at_N[n], np.int64(batch.lens_B[b]) - end + n
+            rows.tokens_N[row] = batch.tokens_N[n]
+            rows.sequences_N[row] = b
+            rows.lens_N[row] = position + 1
             block = np.int64(batch.blocks_BM[b, position // block_size])
-            rows.places_N[n] = block * block_size + position % block_size
-            rows.slots_N[n] = batch.slots_B[b]
+            rows.places_N[row] = block * block_size + position % block_size
+            rows.slots_N[row] = batch.slots_B[b]
     N = rows.x_NC.shape[0]
     if N <= SERIAL_ROWS:
         for n in range(N):
-            _enter_row(n, embed_VC, frequencies_D, batch.tokens_N, rows)
+            _enter_row(n, embed_VC, frequencies_D, rows)
     else:
-        _enter_rows(embed_VC, frequencies_D, batch.tokens_N, rows)
-
-
-@parallel_jit
-def _enter_rows(embed_VC: Any, frequencies_D: Any, tokens_N: Any, rows: Any) -> None:
-    for task in numba.prange(rows.x_NC.shape[0]):
-        _enter_row(np.int64(task), embed_VC, frequencies_D, tokens_N, rows)
+        _enter_rows(embed_VC, frequencies_D, rows)
 
 
 @jit
-def _enter_row(n: int, embed_VC: Any, frequencies_D: Any, tokens_N: Any, rows: Any) -> None:
-    token = tokens_N[n]
+def _arrange(starts: Any, at_N: Any) -> None:
+    """Which row each token has: tiles of a sequence's tokens, taken from both ends of the step in turn.
+
+    Threads take runs of rows, and a prompt's later ones see more: so each has as much to attend to.
+    """
+    N = at_N.shape[0]
+    firsts, tiles = np.empty(N + 1, np.int64), 0
+    for b in range(starts.shape[0] - 1):
+        for first in range(starts[b], starts[b + 1], TILE):
+            firsts[tiles] = first
+            tiles += 1
+    firsts[tiles] = N
+    row = 0
+    for place in range(tiles):
+        tile = from_ends(place, tiles)
+        for n in range(firsts[tile], firsts[tile + 1]):
+            at_N[n] = row
+            row += 1
+
+
+@parallel_jit
+def _enter_rows(embed_VC: Any, frequencies_D: Any, rows: Any) -> None:
+    for task in numba.prange(rows.x_NC.shape[0]):
+        _enter_row(np.int64(task), embed_VC, frequencies_D, rows)
+
+
+@jit
+def _enter_row(n: int, embed_VC: Any, frequencies_D: Any, rows: Any) -> None:
+    token = rows.tokens_N[n]
     for c in range(embed_VC.shape[1]):
         rows.x_NC[n, c] = widen(embed_VC[token, c])
     position = np.float64(rows.lens_N[n] - 1)

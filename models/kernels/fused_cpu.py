@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ class FusedPass:
             layout.prompt_slots_B,
             np.array(bank_slots_B, np.int64),
             np.array(rows_M, np.int64),
+            numba.get_num_threads(),
         )
         logits_MV = np.empty((len(rows_M), self._config.vocab_size), np.float32)
         cache, rows = self._cache(), self._rows(len(tokens_N))
@@ -119,9 +121,11 @@ class FusedPass:
     def _make_rows(self, N: int) -> Rows:
         config, stored = self._config, self._keys.dtype
         H, D = config.num_heads, config.head_dim
-        sequences_N, lens_N, places_N, slots_N = np.empty((4, N), np.int64)
+        at_N, tokens_N, sequences_N, lens_N, places_N, slots_N = np.empty((6, N), np.int64)
         cos_ND, sin_ND = np.empty((2, N, D // 2), np.float32)
         return Rows(
+            at_N,
+            tokens_N,
             sequences_N,
             lens_N,
             places_N,

@@ -3,8 +3,8 @@
 Each row is the query of one position, which sees its sequence up to itself. A task is a tile of rows that
 follow one another in a sequence, or a decode's only one, and some query heads of one key/value head. It reads
 the sequence's blocks where they lie (the cache is never gathered or copied), then the prompt's rows, and
-writes softmax(qK)V + g·softmax(qK_a)V_a. Everything is accumulated in float32, and a row's result depends
-neither on the other rows nor on its tile, to the last bit.
+writes softmax(qK)V + g·softmax(qK_a)V_a. Weights are stored as values are, and sums are in float32; a row's
+result depends neither on the other rows nor on its tile, to the last bit.
 
 Shapes: N rows, B sequences, M blocks of the longest, P blocks of s positions, T positions, H query heads, G
 key/value heads, R queries of a task, D head size, S prompt slots, K prompt rows.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.query_tile_cpu import HEAD_SIZES, score_queries, transpose_rows
-from models.kernels.rows_cpu import HEAD_STEP, add_rows, prefetch_rows, score_rows
+from models.kernels.rows_cpu import prefetch_rows, score_rows
 from models.kernels.scalars_cpu import (
     SUPPORTED_DTYPES,
     array,
@@ -30,12 +30,14 @@ from models.kernels.scalars_cpu import (
     parallel_jit,
     widen,
 )
-from models.kernels.softmax_cpu import softmax
+from models.kernels.softmax_cpu import exponentials
 from models.kernels.tile_cpu import LANES
+from models.kernels.values_cpu import HEAD_STEP, add_rows
 
 __all__ = ["SUPPORTED_DTYPES", "add_block", "attend", "paged_attend"]
 
-_TILE = 8  # rows; more are no quicker, and leave a short chunk's tasks fewer than threads
+TILE = 16  # rows; half of it of fewer than _MANY rows, which would leave a thread without a task
+_MANY = 128
 _AHEAD = 2  # blocks whose keys a single query asks for before it needs them
 _FEW = 8  # tasks; where there are fewer of one per key/value head, each query head is one
 
@@ -44,8 +46,8 @@ _FEW = 8  # tasks; where there are fewer of one per key/value head, each query h
 def _score(
     q_NHD: Any,
     n: int,
-    count: int,
     h: int,
+    q_RD: Any,
     k_PsGD: Any,
     v_PsGD: Any,
     blocks_BM: Any,
@@ -54,15 +56,14 @@ def _score(
     T: int,
     scores_RT: Any,
 ) -> None:
-    """Scores of `count` rows' queries, some heads of each from h on, with a sequence's first T keys.
+    """Scores of the queries `q_RD`, or without any of row n's heads from h on, with a sequence's T keys.
 
-    A single query asks for keys and values on the way. Scores past the last, up to a multiple of LANES, mean
+    A single row asks for keys and values on the way. Scores past the last, up to a multiple of LANES, mean
     nothing.
     """
     s, D = k_PsGD.shape[1], q_NHD.shape[2]
     scale = np.float32(1 / np.sqrt(D))
-    if count > 1:
-        q_RD = _gather(q_NHD, n, h, scores_RT.shape[0], count)
+    if q_RD.shape[0] > 0:
         keys_WT = np.empty((D * q_NHD.itemsize // 4, LANES), np.float32)
         for start in range(0, T, s):
             block, some = np.int64(blocks_BM[b, start // s]), min(s, T - start)
@@ -124,20 +125,27 @@ def add_block(weights_RT: Any, at: int, v_PsGD: Any, p: int, g: int, count: int,
         for i in range(count):
             for r in range(R):
                 for d in range(D):
-                    out_RD[r, d] += weights_RT[r, at + i] * widen(v_PsGD[p, i, g, d])
+                    out_RD[r, d] += widen(weights_RT[r, at + i]) * widen(v_PsGD[p, i, g, d])
 
 
 @jit
-def _tiles(sequences_N: Any, most: int) -> Any:
-    """Where runs of at most `most` rows of one sequence begin; N at the end."""
+def _tiles(sequences_N: Any, lens_N: Any, most: int) -> Any:
+    """Where runs of at most `most` rows that follow one another in a sequence begin; N at the end."""
     N = len(sequences_N)
     firsts, count = np.empty(N + 1, np.int64), 0
     for n in range(N):
-        if count == 0 or n - firsts[count - 1] == most or sequences_N[n] != sequences_N[n - 1]:
+        follows = n > 0 and sequences_N[n] == sequences_N[n - 1] and lens_N[n] == lens_N[n - 1] + 1
+        if not follows or n - firsts[count - 1] == most:
             firsts[count] = n
             count += 1
     firsts[count] = N
     return firsts[: count + 1]
+
+
+@inlined_jit
+def from_ends(place: int, count: int) -> int:
+    """Of `count` things the one whose turn it is if they are taken from both ends."""
+    return place // 2 if place % 2 == 0 else count - 1 - place // 2
 
 
 @parallel_jit
@@ -154,46 +162,53 @@ def attend(
     prompt_lens_S: Any,
     gate_SH: Any,
     out_NHD: Any,
+    in_order: bool,
 ) -> None:
-    """Row n sees the first `lens_N[n]` positions of sequence `sequences_N[n]`, and the prompt in its slot."""
+    """Row n sees the first `lens_N[n]` positions of sequence `sequences_N[n]`, and the prompt in its slot.
+
+    Threads take runs of tasks, and a prompt's later rows see more: where rows lie `in_order`, tiles of them
+    are taken from both ends in turn.
+    """
     N, H, D = q_NHD.shape
     G = k_PsGD.shape[2]
     group = H // G
     heads = group if N * G >= _FEW else 1  # of a task
     tasks = H // heads  # of a tile
-    firsts = _tiles(sequences_N, _TILE if D in HEAD_SIZES else 1)
+    most = TILE if N >= _MANY else TILE // 2
+    firsts = _tiles(sequences_N, lens_N, most if D in HEAD_SIZES else 1)
     tiles = len(firsts) - 1
     slots_B1 = slots_B.reshape(len(slots_B), 1)  # a prompt is a cache of one block
     for task in numba.prange(tiles * tasks):
-        # Tiles from both ends in turn: threads take runs of tasks, and a chunk's later rows see more.
         place, first = np.int64(task) // tasks, np.int64(task) % tasks * heads
-        tile = place // 2 if place % 2 == 0 else tiles - 1 - place // 2
+        tile = from_ends(place, tiles) if in_order else place
         n, count = firsts[tile], firsts[tile + 1] - firsts[tile]
         g, R = first // group, count * heads
         b, T = np.int64(sequences_N[n]), np.int64(lens_N[n + count - 1])
         slot = np.int64(slots_B[b])
         K = np.int64(prompt_lens_S[slot])
-        scores = np.empty((R, (max(T, K) + 2 * LANES) // LANES * LANES), np.float32)
-        total = np.zeros((R, D), np.float32)
+        width = (max(T, K) + 2 * LANES) // LANES * LANES
+        scores, weights = np.empty((R, width), np.float32), np.empty((R, width), q_NHD.dtype)
+        total, prompt_total = np.zeros((R, D), np.float32), np.zeros((R, D), np.float32)
+        share_R, prompt_share_R = np.empty(R, np.float32), np.zeros(R, np.float32)
+        q_RD = _gather(q_NHD, n, first, R if count > 1 else 0, count)
         if K > 0:
             prefetch_rows(prompt_k_SKGD, slot, g)
             prefetch_rows(prompt_v_SKGD, slot, g)
-        _score(q_NHD, n, count, first, k_PsGD, v_PsGD, blocks_BM, b, g, T, scores)
+        _score(q_NHD, n, first, q_RD, k_PsGD, v_PsGD, blocks_BM, b, g, T, scores)
         for r in range(R):
             seen = T - count + 1 + r // heads
-            softmax(scores, r, seen, np.float32(1))
-            for t in range(seen, T):
-                scores[r, t] = np.float32(0)
-        _add(scores, v_PsGD, blocks_BM, b, g, T, total)
+            share_R[r] = np.float32(1) / exponentials(scores, r, seen, weights)
+        _add(weights, v_PsGD, blocks_BM, b, g, T, total)
         if K > 0:
-            _score(q_NHD, n, count, first, prompt_k_SKGD, prompt_v_SKGD, slots_B1, b, g, K, scores)
+            _score(q_NHD, n, first, q_RD, prompt_k_SKGD, prompt_v_SKGD, slots_B1, b, g, K, scores)
             for r in range(R):
-                softmax(scores, r, K, gate_SH[slot, first + r % heads])
-            _add(scores, prompt_v_SKGD, slots_B1, b, g, K, total)
+                prompt_share_R[r] = gate_SH[slot, first + r % heads] / exponentials(scores, r, K, weights)
+            _add(weights, prompt_v_SKGD, slots_B1, b, g, K, prompt_total)
         for r in range(R):
             row, head = n + r // heads, first + r % heads
             for d in range(D):
-                out_NHD[row, head, d] = narrow(total[r, d], out_NHD[row, head, d])
+                value = share_R[r] * total[r, d] + prompt_share_R[r] * prompt_total[r, d]
+                out_NHD[row, head, d] = narrow(value, out_NHD[row, head, d])
 
 
 def paged_attend(
@@ -229,5 +244,6 @@ def paged_attend(
         prompt_lens_S,
         gate_SH,
         array(out_NHD),
+        True,
     )
     return out_NHD

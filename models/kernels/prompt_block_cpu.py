@@ -20,7 +20,7 @@ from numba import carray, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
 from models.kernels.paged_cpu import add_block
-from models.kernels.rows_cpu import address, load, prefetch, splat, widened
+from models.kernels.rows_cpu import address, load, prefetch, splat, store, widened
 from models.kernels.scalars_cpu import inlined_jit, intrinsic, jit, narrow, widen
 from models.kernels.softmax_cpu import constant, exp, larger, over_lanes
 from models.kernels.tile_cpu import F32, I32, I64, LANES, VF32, VI32, broadcast, fma
@@ -53,7 +53,7 @@ def _weigh(heads: int) -> Callable[..., None]:
                     factor = load(b, address(b, gates, row), F32)
                     for i, weights in enumerate(_softmax(b, scores_T, args[5], factor)):
                         place = address(b, out, row, ir.Constant(I64, LANES * i))
-                        b.store(weights, b.inttoptr(place, VF32.as_pointer()), align=4)
+                        store(b, weights, place, kinds[7].dtype)
 
             with b.if_else(b.icmp_signed(">", args[5], ir.Constant(I64, LANES))) as (wide, narrow):
                 with wide:
@@ -190,7 +190,7 @@ def add_prompts(
     q_NHD = carray(_pointer(q_place, k_PGDs), (N, q_stride, D))
     out_NHD = carray(_pointer(out_place, k_PGDs), (N, heads, D))
     q_RD, total_RD = np.empty((R, D), np.float32), np.empty((R, D), np.float32)
-    gate_R, weights_RT = np.empty(R, np.float32), np.empty((R, 2 * LANES), np.float32)
+    gate_R, weights_RT = np.empty(R, np.float32), np.empty((R, 2 * LANES), v_PsGD.dtype)
     for n in range(N):
         slot, block = np.int64(slots_N[n]), np.int64(blocks_N[n])
         if slot < 0:

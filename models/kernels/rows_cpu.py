@@ -1,8 +1,8 @@
-"""Attention's innermost loops on the CPU, in LLVM's instructions, as in `models.kernels.tile_cpu`.
+"""A query's scores on the CPU, in LLVM's instructions, as in `models.kernels.tile_cpu`.
 
-`score_rows` and `add_rows` take some rows of keys or values as they lie in a cache, [P, s, G, D]: of block p
-the rows t and following, of key/value head g. They take whole arrays and indices: a slice would count
-references, which the threads then share.
+`score_rows` takes some rows of keys as they lie in a cache, [P, s, G, D]: of block p the rows from t on, of
+key/value head g; so does `add_rows` of `values_cpu` with values. They take whole arrays and indices: a slice
+would count references, which the threads then share.
 """
 
 from __future__ import annotations
@@ -15,11 +15,20 @@ from numba import types
 from numba.core import cgutils
 
 from models.kernels.scalars_cpu import inlined_jit, intrinsic, rounded_bfloat16
-from models.kernels.tile_cpu import I32, I64, LANES, VF32, VI32, broadcast, fma, multiply_add
+from models.kernels.tile_cpu import (
+    I32,
+    I64,
+    LANES,
+    MULTIPLIES_BFLOAT16,
+    VBF16,
+    VF32,
+    VI32,
+    broadcast,
+    multiply_add,
+)
 
 _VI16 = ir.VectorType(ir.IntType(16), LANES)
 STEP = 64  # bytes of a row that are taken at once
-HEAD_STEP = 64  # numbers of a row that `add_rows` takes at once
 
 
 def _score(clamped: bool) -> Callable[..., None]:
@@ -100,8 +109,17 @@ def load(b: Any, place: Any, kind: Any) -> Any:
 
 def store(b: Any, vector: Any, place: Any, stored: Any) -> None:
     """LANES float32 as they are stored in an array of type `stored`."""
-    value = vector if stored == types.float32 else rounded_bfloat16(b, vector)
+    value = vector if stored == types.float32 else _narrowed(b, vector)
     b.store(value, b.inttoptr(place, value.type.as_pointer()), align=2)
+
+
+def _narrowed(b: Any, vector: Any) -> Any:
+    """LANES float32 as bfloat16's bits. The processor's own instruction takes numbers below 1e-38 as zero."""
+    if not MULTIPLIES_BFLOAT16:
+        return rounded_bfloat16(b, vector)
+    kind = ir.FunctionType(ir.VectorType(VBF16.element, LANES), [VF32])
+    convert = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512")
+    return b.bitcast(b.call(convert, [vector]), _VI16)
 
 
 def prefetch(b: Any, place: Any) -> None:
@@ -127,65 +145,6 @@ def _sum_each(b: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-def _add(heads: int) -> Callable[..., None]:
-    """`add_rows` for so many heads of scores, whose sums stay in registers."""
-
-    @intrinsic
-    def add(
-        typing: Any,
-        weights_RT: Any,
-        r: Any,
-        at: Any,
-        v_PsGD: Any,
-        p: Any,
-        t: Any,
-        g: Any,
-        count: Any,
-        out_RD: Any,
-    ) -> Any:
-        def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            kinds = signature.args
-            weights, v, out = (context.make_array(kinds[i])(context, b, args[i]) for i in (0, 3, 8))
-            stored, bytes_each = kinds[3].dtype, kinds[3].dtype.bitwidth // 8
-            stride = cgutils.unpack_tuple(b, v.strides)[1]
-            first = [address(b, weights, b.add(args[1], ir.Constant(I64, i)), args[2]) for i in range(heads)]
-            places = [address(b, out, b.add(args[1], ir.Constant(I64, i))) for i in range(heads)]
-            v_row = address(b, v, *args[4:7])
-            D = cgutils.unpack_tuple(b, out.shape)[1]
-            with cgutils.for_range(b, b.udiv(D, ir.Constant(I64, HEAD_STEP)), intp=I64) as part:
-                start = b.mul(part.index, ir.Constant(I64, HEAD_STEP))
-                v_part = b.add(v_row, b.mul(start, ir.Constant(I64, bytes_each)))
-                out_part = b.mul(start, ir.Constant(I64, 4))
-                vectors = range(HEAD_STEP // LANES)
-                at_lanes = [ir.Constant(I64, 4 * LANES * i) for i in vectors]
-                sums = [[cgutils.alloca_once(b, VF32) for _ in vectors] for _ in range(heads)]
-                for place, row in zip(places, sums, strict=True):
-                    for offset, total in zip(at_lanes, row, strict=True):
-                        b.store(load(b, b.add(b.add(place, out_part), offset), VF32), total)
-                with cgutils.for_range(b, args[7], intp=I64) as loop:
-                    row = b.add(v_part, b.mul(loop.index, stride))
-                    values = [
-                        widened(b, b.add(row, ir.Constant(I64, bytes_each * LANES * i)), stored)
-                        for i in vectors
-                    ]
-                    for weight_row, totals in zip(first, sums, strict=True):
-                        place = b.add(weight_row, b.mul(loop.index, ir.Constant(I64, 4)))
-                        weight = b.bitcast(broadcast(b, load(b, place, I32)), VF32)
-                        for value, total in zip(values, totals, strict=True):
-                            b.store(fma(b, weight, value, b.load(total)), total)
-                for place, row in zip(places, sums, strict=True):
-                    for offset, total in zip(at_lanes, row, strict=True):
-                        target = b.inttoptr(b.add(b.add(place, out_part), offset), VF32.as_pointer())
-                        b.store(b.load(total), target, align=4)
-            return context.get_dummy_value()
-
-        i = types.int64
-        return types.void(weights_RT, i, i, v_PsGD, i, i, i, i, out_RD), build
-
-    made: Callable[..., None] = add
-    return made
-
-
 def widened(b: Any, place: Any, stored: Any) -> Any:
     """LANES stored numbers as float32."""
     if stored == types.float32:
@@ -195,7 +154,6 @@ def widened(b: Any, place: Any, stored: Any) -> Any:
 
 
 _score_whole, _score_some = _score(clamped=False), _score(clamped=True)
-_add_6, _add_4, _add_3, _add_2, _add_1 = (_add(heads) for heads in (6, 4, 3, 2, 1))
 
 
 @inlined_jit
@@ -243,26 +201,3 @@ def prefetch_rows(typing: Any, x_PsGD: Any, p: Any, g: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(x_PsGD, types.int64, types.int64), build
-
-
-@inlined_jit
-def add_rows(weights_RT: Any, at: int, v_PsGD: Any, p: int, t: int, g: int, count: int, out_RD: Any) -> None:
-    """out[r] += Σ weights[r, at + i] · v[p, t + i, g] over `count` rows, for every r."""
-    r, R = 0, out_RD.shape[0]
-    while r < R:
-        left = R - r
-        if left >= 6:
-            _add_6(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
-            r += 6
-        elif left >= 4:
-            _add_4(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
-            r += 4
-        elif left == 3:
-            _add_3(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
-            r += 3
-        elif left == 2:
-            _add_2(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
-            r += 2
-        else:
-            _add_1(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
-            r += 1

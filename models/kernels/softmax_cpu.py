@@ -14,55 +14,63 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from models.kernels.rows_cpu import address, load, splat
+from models.kernels.rows_cpu import address, load, store
 from models.kernels.scalars_cpu import EXP_TERMS, LN_2, intrinsic
 from models.kernels.tile_cpu import F32, I32, I64, LANES, VF32, VI32, broadcast, fma
 
 
 @intrinsic
-def softmax(typing: Any, scores_RT: Any, r: Any, count: Any, factor: Any) -> Any:
-    """The first `count` scores of row r become factor · softmax; there is room for whole vectors."""
+def exponentials(typing: Any, scores_RT: Any, r: Any, count: Any, weights_RT: Any) -> Any:
+    """weights[r] = e^(score - the largest) of row r's first `count` scores; their sum is returned.
+
+    Behind them are zeros up to a whole vector, and one vector more.
+    """
 
     def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        scores = context.make_array(signature.args[0])(context, b, args[0])
-        row, count = address(b, scores, args[1]), args[2]
-        lowest = constant(float("-inf"))
+        kinds = signature.args
+        scores, weights = (context.make_array(kinds[i])(context, b, args[i]) for i in (0, 3))
+        row, out = address(b, scores, args[1]), address(b, weights, args[1])
+        stored = kinds[3].dtype
+        lowest, zero, lanes = constant(float("-inf")), constant(0.0), ir.Constant(I64, LANES)
+        whole = b.udiv(args[2], lanes)
+        first = b.mul(whole, lanes)
+        inside = b.icmp_signed(
+            "<",
+            ir.Constant(VI32, list(range(LANES))),
+            broadcast(b, b.trunc(b.sub(args[2], first), I32)),
+        )
 
-        def score_at(place: Any, first: Any) -> Any:
-            """What lies past the end must not be seen, nor hidden in memory: reading it back would wait."""
-            left = broadcast(b, b.trunc(b.sub(count, first), I32))
-            inside = b.icmp_signed("<", ir.Constant(VI32, list(range(LANES))), left)
-            return b.select(inside, load(b, place, VF32), lowest)
+        def score_at(number: Any) -> Any:
+            return load(b, b.add(row, b.mul(number, ir.Constant(I64, 4))), VF32)
 
-        tops = _fold(b, row, count, lowest, lambda place, first, top: larger(b, score_at(place, first), top))
+        def put(vector: Any, number: Any) -> None:
+            size = ir.Constant(I64, stored.bitwidth // 8)
+            store(b, vector, b.add(out, b.mul(number, size)), stored)
+
+        # What lies past the end must not be seen, nor hidden in memory: reading it back would wait.
+        rest = b.select(inside, score_at(first), lowest)
+        tops = _fold(b, whole, rest, lambda number, top: larger(b, score_at(number), top))
         top = over_lanes(b, tops, partial(larger, b))
+        rest = b.select(inside, exp(b, b.fsub(rest, top)), zero)
+        put(rest, first)
+        put(zero, b.add(first, lanes))
 
-        def exponential(place: Any, first: Any, total: Any) -> Any:
-            e = exp(b, b.fsub(score_at(place, first), top))
-            _store(b, e, place)
+        def exponential(number: Any, total: Any) -> Any:
+            e = exp(b, b.fsub(score_at(number), top))
+            put(e, number)
             return b.fadd(total, e)
 
-        totals = _fold(b, row, count, constant(0.0), exponential)
-        scale = b.fdiv(splat(b, args[3]), over_lanes(b, totals, b.fadd))
+        totals = over_lanes(b, _fold(b, whole, rest, exponential), b.fadd)
+        return b.extract_element(totals, ir.Constant(I32, 0))
 
-        def scaled(place: Any, first: Any, nothing: Any) -> Any:
-            _store(b, b.fmul(load(b, place, VF32), scale), place)
-            return nothing
-
-        _fold(b, row, count, lowest, scaled)
-        return context.get_dummy_value()
-
-    return types.void(scores_RT, types.int64, types.int64, types.float32), build
+    return types.float32(scores_RT, types.int64, types.int64, weights_RT), build
 
 
-def _fold(b: Any, row: Any, count: Any, start: Any, step: Callable[[Any, Any, Any], Any]) -> Any:
-    """Over vectors of `count` numbers: `step` makes the next result of a place, its first number and one."""
+def _fold(b: Any, vectors: Any, start: Any, step: Callable[[Any, Any], Any]) -> Any:
+    """Over so many vectors: `step` makes the next result of a vector's first number and the last result."""
     result = cgutils.alloca_once_value(b, start)
-    vectors = b.udiv(b.add(count, ir.Constant(I64, LANES - 1)), ir.Constant(I64, LANES))
     with cgutils.for_range(b, vectors, intp=I64) as loop:
-        first = b.mul(loop.index, ir.Constant(I64, LANES))
-        place = b.add(row, b.mul(first, ir.Constant(I64, 4)))
-        b.store(step(place, first, b.load(result)), result)
+        b.store(step(b.mul(loop.index, ir.Constant(I64, LANES)), b.load(result)), result)
     return b.load(result)
 
 
@@ -100,7 +108,3 @@ def exp(b: Any, x: Any) -> Any:
 
 def constant(value: float) -> Any:
     return ir.Constant(VF32, [ir.Constant(F32, value)] * LANES)
-
-
-def _store(b: Any, vector: Any, place: Any) -> None:
-    b.store(vector, b.inttoptr(place, VF32.as_pointer()), align=4)

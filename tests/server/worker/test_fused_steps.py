@@ -37,11 +37,11 @@ SHAPES = CONFIGS | {
 BLOCK = 4
 
 
-def runner(config: ModelConfig, dtype: torch.dtype, fused: bool) -> Runner:
+def runner(config: ModelConfig, dtype: torch.dtype, fused: bool, num_blocks: int = 64) -> Runner:
     base = random_base(config, dtype)
     return Runner(
         base.pack() if fused else base,
-        num_blocks=64,
+        num_blocks=num_blocks,
         block_size=BLOCK,
         max_hot_adapters=8,
         prompt_slots=8,
@@ -102,6 +102,36 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype):
     together = ours.run(items)
     alone = torch.cat([ours.run([item]) for item in items])
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_long_step_equals_short_ones(threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Whose rows lie in another order, in parts by thread; to the last bit."""
+    config = SHAPES["wide heads"]
+    spec = base_spec(config).model_dump()
+    v2 = LoadedAdapter(("v2", 1), random_adapter(AdapterConfig.model_validate({"base": spec, **KINDS["v2"]})))
+    monkeypatch.setattr("numba.get_num_threads", lambda: threads)
+    long, short = (runner(config, dtype, fused=True, num_blocks=256) for _ in range(2))
+    tokens = torch.randint(2, 97, (900,), generator=torch.Generator().manual_seed(2)).tolist()
+    adapters = (None, v2, None)
+    bounds = ((0, 443), (443, 450), (450, 900))
+    tables = (range(120), range(120, 124), range(124, 256))
+
+    def step(b: int, first: int, last: int) -> StepItem:
+        start = bounds[b][0]
+        return StepItem(tokens[first:last], first - start, tables[b], adapters[b], None, slice(None))
+
+    together = long.run([step(b, *bounds[b]) for b in range(3)])
+    pieces = [
+        short.run([step(b, first, min(first + 90, end))])
+        for b, (start, end) in enumerate(bounds)
+        for first in range(start, end, 90)
+    ]
+    assert torch.equal(together, torch.cat(pieces))
+    wanted = (slice(440, 443), slice(0, 1), slice(449, 450))
+    some = [replace(step(b, *bounds[b]), wants_logits=own) for b, own in enumerate(wanted)]
+    assert torch.equal(long.run(some), together[[440, 441, 442, 443, 899]])
 
 
 def test_only_the_rows_wanted():
