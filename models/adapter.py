@@ -7,7 +7,7 @@ K prompt rows, n visual tokens, C hidden size, H query heads, G key/value heads,
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 # Numbers that torch copies on the thread that asks; of more it gives some to others, which serve meanwhile.
 _PIECE = 32_000
+_PIECES = 8  # of them between two pauses
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -101,8 +102,16 @@ class Adapter(nn.Module):
             self.final_norm.copy_(base.norm)
         return self
 
-    def load(self, tensors: Mapping[str, Tensor], source: str = "adapter") -> Adapter:
-        """Copy native tensors into place. Raises CheckpointError, naming keys, unless they fit exactly."""
+    def load(
+        self,
+        tensors: Mapping[str, Tensor],
+        source: str = "adapter",
+        pause: Callable[[], None] = lambda: None,
+    ) -> Adapter:
+        """Copy native tensors into place. Raises CheckpointError, naming keys, unless they fit exactly.
+
+        `pause` is called between two that take their time.
+        """
         wanted = self.state_dict()
         for verdict, keys in (
             ("missing", wanted.keys() - tensors.keys()),
@@ -122,7 +131,7 @@ class Adapter(nn.Module):
                     f"{source}: {name} is {tensor.dtype}, not a floating-point tensor of 16 bits or more; "
                     "save it as float32"
                 )
-            if not _copy_finite(place, tensor):
+            if not _copy_finite(place, tensor, pause):
                 raise CheckpointError(
                     f"{source}: {name} holds NaN or infinite values; restore it from a sound checkpoint"
                 )
@@ -147,38 +156,39 @@ class Adapter(nn.Module):
         visual: Tensor = self.vision(features.to(self._dtype))
         return visual
 
-    def prompts(self, base: Llama, visual_SnC: Tensor | None = None) -> Prompts:
+    def prompts(self, base: Llama, visual_SnC: Tensor | None = None, layers: range | None = None) -> Prompts:
         """Keys and values of the prompts through the base's own wk and wv (V1 eq. 3, 4, 10).
 
         `visual_SnC` holds the visual tokens of S images; without it there is one slot, of the static
-        prompts alone. The raw prompt rows bypass the attention norm.
+        prompts alone. The raw prompt rows bypass the attention norm. All layers, or `layers`.
         """
         config = self.config
+        layers = range(config.base.num_layers) if layers is None else layers
         S = 1 if visual_SnC is None else visual_SnC.shape[0]
-        L, K = config.base.num_layers, config.max_prompt_len
+        L, K = len(layers), config.max_prompt_len
         G, D = config.base.num_kv_heads, base.config.head_dim
         k_LSKo = v_LSKo = torch.zeros(L, S, K, G * D, dtype=base.dtype, device=base.device)
         len_L = torch.zeros(L, dtype=torch.int32, device=base.device)
-        for layers, rows_PSkC in self._rows(visual_SnC):
-            where = torch.tensor(layers, device=base.device)
+        for alike, rows_PSkC in self._rows(visual_SnC, layers):
+            where = torch.tensor(alike, device=base.device) - layers.start
             pad = (0, 0, 0, K - rows_PSkC.shape[2])
-            k_PSko, v_PSko = self._keys_and_values(base, layers, rows_PSkC)
+            k_PSko, v_PSko = self._keys_and_values(base, alike, rows_PSkC)
             k_LSKo, v_LSKo = (
                 all_LSKo.index_copy(0, where, F.pad(own_PSko, pad).expand(-1, S, -1, -1))
                 for all_LSKo, own_PSko in ((k_LSKo, k_PSko), (v_LSKo, v_PSko))
             )
             len_L[where] = rows_PSkC.shape[2]
         k_SLKGD, v_SLKGD = (x.transpose(0, 1).unflatten(-1, (G, D)) for x in (k_LSKo, v_LSKo))
-        gate_LH = self.gates().to(base.device) * (len_L > 0)[:, None]
+        gate_LH = self.gates()[layers.start : layers.stop].to(base.device) * (len_L > 0)[:, None]
         return Prompts(k_SLKGD, v_SLKGD, len_L.expand(S, L), gate_LH.expand(S, L, -1))
 
-    def _rows(self, visual_SnC: Tensor | None) -> Iterator[tuple[list[int], Tensor]]:
+    def _rows(self, visual_SnC: Tensor | None, layers: range) -> Iterator[tuple[list[int], Tensor]]:
         """Prompts of P layers at once: static ones alone [P, 1, K, C], and those of images [P, S, k, C]."""
         prompt, vision = self.config.prompt, self.config.vision
-        static = list(prompt.layers) if prompt else []
-        seeing = list(vision.layers) if vision and visual_SnC is not None else []
-        rows = {layer: row for row, layer in enumerate(static)}
-        if alone := [layer for layer in static if layer not in seeing]:
+        rows = {layer: row for row, layer in enumerate(prompt.layers if prompt else ())}
+        sees = vision is not None and visual_SnC is not None
+        seeing = [layer for layer in vision.layers if layer in layers] if vision and sees else []
+        if alone := [layer for layer in rows if layer in layers and layer not in seeing]:
             yield alone, _rows_of(self.prompt, [rows[layer] for layer in alone])[:, None]
         if seeing:
             assert vision is not None
@@ -239,10 +249,15 @@ def _rows_of(stack: Tensor, rows: list[int]) -> Tensor:
     return stack[rows]
 
 
-def _copy_finite(place: Tensor, tensor: Tensor) -> bool:
+def _copy_finite(place: Tensor, tensor: Tensor, pause: Callable[[], None]) -> bool:
     """Whether what was copied is finite, as it will be used: a float64 may overflow."""
     pieces = zip(place.flatten().split(_PIECE), tensor.flatten().split(_PIECE), strict=True)
-    return all(bool(to.copy_(piece).isfinite().all()) for to, piece in pieces)
+    for i, (to, piece) in enumerate(pieces):
+        if not to.copy_(piece).isfinite().all():
+            return False
+        if i % _PIECES == _PIECES - 1:
+            pause()
+    return True
 
 
 def lora_scaling(config: AdapterConfig) -> float:

@@ -11,6 +11,7 @@ D head size, K prompt rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,16 @@ class Prompts:
     v_SLKGD: Tensor
     len_SL: Tensor
     gate_SLH: Tensor
+
+
+def stack_layers(parts: Sequence[Prompts]) -> Prompts:
+    """One after another, the prompts of some layers each."""
+    return Prompts(
+        torch.cat([part.k_SLKGD for part in parts], 1),
+        torch.cat([part.v_SLKGD for part in parts], 1),
+        torch.cat([part.len_SL for part in parts], 1),
+        torch.cat([part.gate_SLH for part in parts], 1),
+    )
 
 
 def causal_attention(q_THD: Tensor, k_UGD: Tensor, v_UGD: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -52,21 +52,31 @@ _CHOICES = {"gate": ("tanh", "raw"), "color": ("rgb", "bgr")}
 
 
 def open_adapter(
-    path: Path, base: ModelConfig, options: AdapterOptions | None = None, fingerprint: str | None = None
+    path: Path,
+    base: ModelConfig,
+    options: AdapterOptions | None = None,
+    fingerprint: str | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> Adapter:
     """An adapter of any known format for this base, on the CPU in float32.
 
     The format is told by content. Raises AdapterMismatch where the adapter was made for another base,
     and CheckpointError, naming file, key and remedy, for anything wrong with the file or the options.
+    `pause` is called between parts of the work.
     """
     options = options or AdapterOptions()
     if is_native(path):
         _check_options(path, NATIVE, frozenset(), options)
         config = _with_options(read_manifest(path), options)
-        return load_adapter(path, base, fingerprint, config)
+        pause()
+        return load_adapter(path, base, fingerprint, config, pause)
     file = read_tensor_file(path)
+    pause()
     config, tensors = read_adapter(file, detect(file), base_spec(base), options)
-    return unallocated(config).to_empty(device="cpu").load(tensors, source=str(file.path))
+    pause()
+    adapter = unallocated(config)
+    pause()
+    return adapter.to_empty(device="cpu").load(tensors, str(file.path), pause)
 
 
 def read_adapter(

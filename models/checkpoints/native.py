@@ -35,23 +35,29 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 def load_adapter(
-    folder: Path, base: ModelConfig, fingerprint: str | None = None, config: AdapterConfig | None = None
+    folder: Path,
+    base: ModelConfig,
+    fingerprint: str | None = None,
+    config: AdapterConfig | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> Adapter:
     """A native adapter for this base, on the CPU in float32; `config` stands in for the manifest's.
 
     Raises AdapterMismatch where it was made for another base, CheckpointError for anything wrong with
-    its files. Nothing is allocated before both are known to fit.
+    its files. Nothing is allocated before both are known to fit. `pause` is called between parts of the work.
     """
     config = config or read_manifest(folder)
     check_fits(config.base, base, fingerprint, str(folder))
-    return load_unchecked(folder, config)
+    return load_unchecked(folder, config, pause)
 
 
-def load_unchecked(folder: Path, config: AdapterConfig) -> Adapter:
+def load_unchecked(folder: Path, config: AdapterConfig, pause: Callable[[], None] = lambda: None) -> Adapter:
     """The adapter of a folder and its manifest, whatever its base. Raises CheckpointError."""
     adapter = unallocated(config)
+    pause()
     tensors = read_tensors(folder / WEIGHTS, _shapes(adapter))
-    return adapter.to_empty(device="cpu").load(tensors, source=str(folder / WEIGHTS))
+    pause()
+    return adapter.to_empty(device="cpu").load(tensors, str(folder / WEIGHTS), pause)
 
 
 def unallocated(config: AdapterConfig) -> Adapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -49,26 +49,41 @@ class AdapterLoader:
         return self._load(id, path.expanduser(), options)
 
     def load_at_run_time(
-        self, id: str, path: str, options: Mapping[str, str], version: int = 1
+        self,
+        id: str,
+        path: str,
+        options: Mapping[str, str],
+        version: int = 1,
+        pause: Callable[[], None] = lambda: None,
     ) -> ServedModel:
-        """An adapter below the configured root, at least as `version`. Raises `InvalidRequest`."""
+        """An adapter below the configured root, at least as `version`. Raises `InvalidRequest`.
+
+        `pause` is called between parts of the work.
+        """
         try:
             known = parse_options(id, options)
         except ModelError as error:
             raise InvalidRequest(str(error), param="options", code="invalid_adapter") from error
         try:
-            return self._load(id, self._registry.resolve(path), known, version, at_run_time=True)
+            return self._load(id, self._registry.resolve(path), known, version, pause, at_run_time=True)
         except AdapterMismatch as error:
             raise InvalidRequest(str(error), param="path", code="adapter_mismatch") from error
         except ModelError as error:
             raise InvalidRequest(str(error), param="path", code="invalid_adapter") from error
 
     def _load(
-        self, id: str, path: Path, options: AdapterOptions, version: int = 1, *, at_run_time: bool = False
+        self,
+        id: str,
+        path: Path,
+        options: AdapterOptions,
+        version: int = 1,
+        pause: Callable[[], None] = lambda: None,
+        *,
+        at_run_time: bool = False,
     ) -> ServedModel:
         if id == self._base_id:
             raise CheckpointError(f"adapter id {id!r} is the base's own; choose another id")
-        adapter = open_adapter(path, self._config, options, self._fingerprint)
+        adapter = open_adapter(path, self._config, options, self._fingerprint, pause)
         config = adapter.config
         if config.template not in template_names():
             raise CheckpointError(

@@ -24,6 +24,11 @@ class SlotTable:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._slots
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a new key takes no other one's place."""
+        return bool(self._free)
+
     def assign(self, keys: Iterable[Hashable]) -> tuple[dict[Hashable, int], list[Hashable]]:
         """Slots of all `keys`, and which of them are new to theirs and have to be filled.
 

@@ -25,6 +25,7 @@ from server.worker.step_loop import Prepared, StepLoop
 
 log = logging.getLogger(__name__)
 
+_END = object()
 _IDLE_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
@@ -64,6 +65,23 @@ class NativeEngine(EngineBase):
 
     def stats(self) -> EngineStats:
         return replace(self._stats, adapters_loaded=len(self._models) - 1)
+
+    async def _take(self, model: ServedModel) -> None:
+        """Its slots are filled when its first request comes, a piece of the work before each step."""
+        if model.adapter is None:
+            return
+        filling, is_done = self._step_loop.filling(model.adapter), False
+
+        def go_on() -> None:
+            nonlocal is_done
+            is_done = next(filling, _END) is _END
+
+        try:
+            while not is_done:
+                await self._ask(go_on)
+        except BaseException:  # whoever loads it has left: nobody will use what is filled
+            self._inbox.put(lambda: self._step_loop.forget(model.key))
+            raise
 
     async def _forget(self, key: tuple[str, int]) -> None:
         await self._ask(lambda: self._step_loop.forget(key))

@@ -9,6 +9,7 @@ import asyncio
 import os
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -35,6 +36,9 @@ from server.worker.messages import (
 from server.worker.step_loop import Prepared
 
 T = TypeVar("T")
+
+
+_PAUSE = 0.01  # seconds; a part of an adapter's reading takes half a millisecond of a core
 
 
 def _step_back() -> None:
@@ -129,7 +133,9 @@ class EngineBase(ABC):
     ) -> ModelInfo:
         async with self._loading:
             load = self._loader.load_at_run_time
-            model = await self._on(self._reading, lambda: load(id, path, options or {}, version))
+            model = await self._on(
+                self._reading, lambda: load(id, path, options or {}, version, self._let_others_go_on)
+            )
             try:
                 await self._take(model)
             except ModelError as error:
@@ -139,6 +145,11 @@ class EngineBase(ABC):
             if replaced is not None:
                 self._retire(replaced)
             return model.info
+
+    def _let_others_go_on(self) -> None:
+        """On the reading thread, between two parts of its work: no step is late by more than one of them."""
+        if self._requests:
+            time.sleep(_PAUSE)
 
     async def unload_adapter(self, id: str) -> asyncio.Task[None]:
         async with self._loading:

@@ -6,7 +6,7 @@ cache. It decides nothing about who runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.adaptation import AdapterBank, BatchAdaptation, is_elementwise
-from models.attention import Prompts
+from models.attention import Prompts, stack_layers
 from models.kernels.fused_cpu import FusedPass
 from models.kernels.panel_bank import PanelBank
 from models.kv_cache import Decode, KVCache, PagedAttend, PromptCache, StepLayout
@@ -27,6 +27,8 @@ from server.worker.sight import ImageInput, LoadedAdapter, Sight
 
 if TYPE_CHECKING:
     from models.kernels.decode_graph import DecodeGraphs
+
+_PARTS = 3  # of an adapter's prompts; with more, what each costs beside its products outweighs them
 
 Kernels = Literal["cpu", "triton", "none"]
 
@@ -124,11 +126,25 @@ class Runner:
         return self.base.logits(hidden_NC[rows_M], of_rows).float()
 
     @torch.inference_mode()
+    def filling(self, loaded: LoadedAdapter) -> Generator[None]:
+        """Give an adapter its slots if some are free, before anybody asks for it: the prompts of some layers
+        at a time, yielding after each, so that others' steps go on."""
+        if not (self.adapter_slots.has_room and self.prompt_slots.has_room):
+            return
+        L, parts = self.base.config.num_layers, []
+        for i in range(_PARTS if loaded.adapter.config.gated_layers else 0):
+            layers = range(i * L // _PARTS, (i + 1) * L // _PARTS)
+            parts.append(loaded.adapter.prompts(self.base, layers=layers))
+            yield
+        if self.adapter_slots.has_room and self.prompt_slots.has_room:
+            self._place([_of_no_tokens(loaded)], stack_layers(parts) if parts else None)
+
+    @torch.inference_mode()
     def warm(self, adapters: Sequence[LoadedAdapter]) -> None:
         """Give slots to the first of these, before anybody waits: the first fill of each shape makes room for
         all of its kind, which takes as long as many steps."""
         most = min(self.adapter_slots.capacity, self.prompt_slots.capacity)
-        self._place([StepItem((), 0, (), adapter, None, slice(0)) for adapter in adapters[:most]])
+        self._place(list(map(_of_no_tokens, adapters[:most])))
 
     def _is_graph(self, items: Sequence[StepItem], adapter_slots: Sequence[int]) -> bool:
         """Whether all are decodes that want their row, of adapters without low-rank terms."""
@@ -148,8 +164,10 @@ class Runner:
         self.adapter_slots.forget(lambda held: held == key)
         self.prompt_slots.forget(lambda held: isinstance(held, tuple) and held[0] == key)
 
-    def _place(self, items: Sequence[StepItem]) -> tuple[list[int], list[int]]:
-        """Bank and prompt slot of each item, after filling those that are new."""
+    def _place(
+        self, items: Sequence[StepItem], prompts: Prompts | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Bank and prompt slot of each item, after filling those that are new. `prompts`: the only item's."""
         adapters = {item.adapter.key: item.adapter for item in items if item.adapter}
         slots, missing = self.adapter_slots.assign(adapters)
         prompt_keys = [_prompt_key(item) for item in items]
@@ -158,7 +176,7 @@ class Runner:
             for key in missing:
                 self.bank.place(slots[key], adapters[key].adapter)  # type: ignore[index]
             by_key = dict(zip(prompt_keys, items, strict=True))
-            self._fill_prompts({prompt_slots[key]: by_key[key] for key in missing_prompts})
+            self._fill_prompts({prompt_slots[key]: by_key[key] for key in missing_prompts}, prompts)
         except BaseException:
             # What was not filled must not be taken for filled by the next step.
             self.adapter_slots.forget(lambda key: key in missing)
@@ -167,15 +185,15 @@ class Runner:
         bank_slots = [slots[item.adapter.key if item.adapter else None] for item in items]
         return bank_slots, [prompt_slots[key] for key in prompt_keys]
 
-    def _fill_prompts(self, by_slot: dict[int, StepItem]) -> None:
-        """Compute prompt keys and values, the images of one adapter together."""
+    def _fill_prompts(self, by_slot: dict[int, StepItem], ready: Prompts | None) -> None:
+        """Compute prompt keys and values where they are not, the images of one adapter together."""
         groups: dict[tuple[LoadedAdapter, bool], list[int]] = {}
         for slot, item in by_slot.items():
             assert item.adapter is not None
             groups.setdefault((item.adapter, item.image is not None), []).append(slot)
         for (loaded, sees), slots in groups.items():
             images = [image for slot in slots if (image := by_slot[slot].image)]
-            prompts = self._prompts(loaded, images if sees else [])
+            prompts = ready or self._prompts(loaded, images if sees else [])
             for row, slot in enumerate(slots):
                 self.prompt_cache.place(slot, prompts, row)
 
@@ -210,6 +228,11 @@ class Runner:
             prompt_slots_B=np.array(prompt_slots, np.int32),
             block_size=self.block_size,
         )
+
+
+def _of_no_tokens(loaded: LoadedAdapter) -> StepItem:
+    """What gives an adapter its slots and nothing else."""
+    return StepItem((), 0, (), loaded, None, slice(0))
 
 
 def _decode(item: StepItem, bank_slot: int, prompt_slot: int) -> Decode:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -152,6 +152,10 @@ class StepLoop:
         if self._requests.pop(request_id, None):
             self._images.remove(request_id)
             self._scheduler.abort(request_id)
+
+    def filling(self, loaded: LoadedAdapter) -> Generator[None]:
+        """As `Runner.filling`; to be resumed between steps."""
+        return self._runner.filling(loaded)
 
     def forget(self, adapter_key: tuple[str, int]) -> None:
         """Drop all that was cached for one version of an adapter; nothing of it may be running."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.adapter import Adapter, base_spec, check_fits
 from models.adapter_config import AdapterConfig
+from models.attention import stack_layers
 from models.config import ModelConfig
 from models.errors import AdapterMismatch, CheckpointError
 from models.fingerprint import fingerprint
@@ -132,6 +133,22 @@ def test_prompts_of_ragged_lengths_and_of_several_images():
     assert torch.equal(seen.v_SLKGD[0, 2], unseen.v_SLKGD[0, 2])
     assert not unseen.gate_SLH[0, :2].any()  # a gate of rows that are not there gates nothing
     assert seen.gate_SLH[:, 0].all()
+
+
+def test_prompts_of_some_layers_are_those_of_all():
+    base = random_base(GQA)
+    own = {
+        "norms": True,
+        "scale_bias": {"scale": "output", "scale_targets": ("wk",), "bias_targets": ("wv",)},
+    }
+    adapter = random_adapter(config_of(GQA, prompt={"length": 3, "layers": (2, 3)}, vision=EARLY, **own))
+    with torch.no_grad():
+        visual_SnC = adapter.see(torch.randn(2, 5, 12))
+        for visual in (None, visual_SnC):
+            whole = adapter.prompts(base, visual)
+            some = [adapter.prompts(base, visual, layers) for layers in (range(1), range(1, 3), range(3, L))]
+            for name, joined in vars(stack_layers(some)).items():
+                assert torch.equal(joined, getattr(whole, name)), name
 
 
 def test_gradients_reach_every_parameter_through_gates_and_prompts():

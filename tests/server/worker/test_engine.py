@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import sys
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -38,6 +39,8 @@ from server.worker.messages import (
     TokenizeRequest,
     TokenPrompt,
 )
+from server.worker.runner import Runner
+from server.worker.sight import LoadedAdapter
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +323,56 @@ async def test_adapters_come_and_go_while_others_run(engine: NativeEngine, folde
 
     info = await engine.load_adapter("v1", "v1")
     assert info.version == 2
+
+
+async def test_an_adapter_that_was_loaded_is_in_its_slots(engine: NativeEngine, folder: Path):
+    """Beside a request that runs, too; who leaves before the end leaves nothing."""
+    running = asyncio.create_task(collect(engine, chat("hello", id="long", max_tokens=300)))
+    await until_running(engine)
+    runner = engine._step_loop._runner
+    info = await engine.load_adapter("late", "v1")
+    assert (("late", info.version), None) in runner.prompt_slots
+    assert ("late", info.version) in runner.adapter_slots
+
+    filling = Runner.filling
+
+    def slow(self: Runner, loaded: LoadedAdapter) -> Iterator[None]:
+        yield from filling(self, loaded)
+        yield from itertools.repeat(None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "filling", slow)
+        never = asyncio.create_task(engine.load_adapter("gone", "v1"))
+        for _ in range(5000):
+            if ("gone", 1) in runner.adapter_slots:
+                break
+            await asyncio.sleep(0.001)
+        assert ("gone", 1) in runner.adapter_slots
+        never.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await never
+    await engine._ask(lambda: None)
+    assert ("gone", 1) not in runner.adapter_slots
+    assert "gone" not in [model.id for model in engine.models()]
+    assert (await running)[-1].usage.completion_tokens == 300
+
+
+async def test_reading_pauses_while_requests_run(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch):
+    pauses = []
+    monkeypatch.setattr("server.worker.engine_base.time.sleep", pauses.append)
+    await engine.load_adapter("idle", "v1")
+    assert not pauses
+    busy, go_on = held_steps(engine, monkeypatch)
+    running = asyncio.create_task(collect(engine, chat("hello", id="long")))
+    await asyncio.to_thread(busy.wait)
+    loading = asyncio.create_task(engine.load_adapter("busy", "v1"))
+    for _ in range(500):
+        if len(pauses) >= 3:
+            break
+        await asyncio.sleep(0.01)
+    go_on.set()
+    await asyncio.gather(running, loading)
+    assert len(pauses) >= 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")

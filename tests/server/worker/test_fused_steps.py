@@ -171,3 +171,38 @@ def test_warm_adapters_have_their_slots():
     torch.testing.assert_close(two_steps(warm, chosen), two_steps(cold, chosen), atol=1e-6, rtol=0)
     warm.adapter_slots.check_integrity()
     warm.prompt_slots.check_integrity()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_that_comes_is_placed_between_steps(kind: str):
+    """And changes nothing for those that run meanwhile, nor is it itself other than if it came in a step."""
+    spec = base_spec(GQA).model_dump()
+    here, new = (
+        LoadedAdapter((name, 1), random_adapter(AdapterConfig.model_validate({"base": spec, **own}), seed=i))
+        for i, (name, own) in enumerate((("here", KINDS["v2"]), ("new", KINDS[kind])))
+    )
+    ours, plain = (runner(GQA, torch.float32, fused=True) for _ in range(2))
+    parts = 0
+    for _ in ours.filling(new):
+        parts += 1
+        assert torch.equal(two_steps(ours, [here, None]), two_steps(plain, [here, None]))
+        assert new.key not in ours.adapter_slots
+    assert parts == (3 if "prompt" in KINDS[kind] else 0)
+    assert new.key in ours.adapter_slots
+    assert ((new.key, None) in ours.prompt_slots) == (parts > 0)
+    assert torch.equal(two_steps(ours, [new, here]), two_steps(plain, [new, here]))
+    ours.adapter_slots.check_integrity()
+    ours.prompt_slots.check_integrity()
+
+
+def test_an_adapter_that_comes_takes_nobody_s_place():
+    spec = base_spec(GQA).model_dump()
+    config = AdapterConfig.model_validate({"base": spec, **KINDS["v1"]})
+    adapters = [LoadedAdapter((f"a{i}", 1), random_adapter(config, seed=i)) for i in range(9)]
+    ours = runner(GQA, torch.float32, fused=True)
+    first = ours.filling(adapters[8])
+    next(first)
+    ours.warm(adapters[:8])  # and fill all slots while it is on its way
+    assert len(list(first)) == 2
+    assert not list(ours.filling(adapters[8]))
+    assert [loaded.key in ours.adapter_slots for loaded in adapters] == [True] * 8 + [False]
