@@ -9,7 +9,7 @@ A *vector* is any per-layer parameter that acts element by element: a norm, a sc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from models.adapter import Adapter, base_spec, linear_shape, lora_scaling
 from models.adapter_config import LINEARS, LinearName
 from models.functional import rms_norm
 from models.llama import Head, Layer, Llama
+from models.pieces import spread
 
 NORMS = ("attention_norm", "feed_forward_norm", "final_norm")
 
@@ -121,17 +122,39 @@ class AdapterBank:
     def place(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter into a slot, in place of whatever was there."""
         assert 0 < slot < self._num_slots
+        self.room_for(adapter)()
         own = vectors(adapter)
-        for key in own:
-            if key not in self.stacks:
-                self._add_stack(key)
         for key, stack in self.stacks.items():
             stack[:, slot] = own[key].to(stack.dtype) if key in own else self._identity(key)
         self._place_lora(slot, adapter)
         self._keys[slot] = frozenset(own) | {f"lora.{name}" for name in adapter.lora}
 
-    def _add_stack(self, key: str) -> None:
-        self.stacks[key] = self._identity(key)[:, None].repeat(1, self._num_slots, 1)
+    @torch.no_grad()
+    def room_for(self, adapter: Adapter, pause: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        """Memory for vectors that no adapter had so far, which takes as long as many steps; on any thread.
+
+        What is returned puts it to use, on the thread that calls `place`. `pause` is called now and then.
+        """
+        kinds = {self._stack_of(key): key for key in vectors(adapter) if key not in self.stacks}
+        room = {key: spread(self._stack_row(key), self._num_slots, pause) for key in kinds.values()}
+
+        def use() -> None:
+            for key, stack in room.items():
+                if key not in self.stacks:
+                    self._add_stack(key, stack)
+
+        return use
+
+    def _stack_of(self, key: str) -> Hashable:
+        """The same for keys that share a stack."""
+        return key
+
+    def _stack_row(self, key: str) -> Tensor:
+        """One slot of a stack, which changes nothing; [L, features]."""
+        return self._identity(key)
+
+    def _add_stack(self, key: str, stack: Tensor) -> None:
+        self.stacks[key] = stack
 
     def _place_lora(self, slot: int, adapter: Adapter) -> None:
         rank = adapter.config.lora.rank if adapter.config.lora else 0

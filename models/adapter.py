@@ -19,14 +19,12 @@ from models.config import ModelConfig
 from models.errors import AdapterMismatch, CheckpointError
 from models.fingerprint import likeness
 from models.llama import Layer, Llama
+from models.pieces import copy_finite
 from models.vision.encoder import EncoderDims
 from models.vision.projector import build_projector
 
 log = logging.getLogger(__name__)
 
-# Numbers that torch copies on the thread that asks; of more it gives some to others, which serve meanwhile.
-_PIECE = 32_000
-_PIECES = 8  # of them between two pauses
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -131,7 +129,7 @@ class Adapter(nn.Module):
                     f"{source}: {name} is {tensor.dtype}, not a floating-point tensor of 16 bits or more; "
                     "save it as float32"
                 )
-            if not _copy_finite(place, tensor, pause):
+            if not copy_finite(place, tensor, pause):
                 raise CheckpointError(
                     f"{source}: {name} holds NaN or infinite values; restore it from a sound checkpoint"
                 )
@@ -247,17 +245,6 @@ def _rows_of(stack: Tensor, rows: list[int]) -> Tensor:
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return stack[rows[0] : rows[0] + len(rows)]
     return stack[rows]
-
-
-def _copy_finite(place: Tensor, tensor: Tensor, pause: Callable[[], None]) -> bool:
-    """Whether what was copied is finite, as it will be used: a float64 may overflow."""
-    pieces = zip(place.flatten().split(_PIECE), tensor.flatten().split(_PIECE), strict=True)
-    for i, (to, piece) in enumerate(pieces):
-        if not to.copy_(piece).isfinite().all():
-            return False
-        if i % _PIECES == _PIECES - 1:
-            pause()
-    return True
 
 
 def lora_scaling(config: AdapterConfig) -> float:

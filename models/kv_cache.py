@@ -6,18 +6,18 @@ size, H query heads, M blocks of the longest sequence, N tokens of a step, B seq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from models.attention import Prompts, causal_attention, prompt_attention
 from models.config import ModelConfig
 from models.kernels import paged_cpu
+from models.pieces import spread
 
 Int32 = NDArray[np.int32]
 
@@ -65,15 +65,29 @@ class PromptCache:
         self.device_lens_LS = torch.zeros(L, S, dtype=torch.int32, device=device)
 
     @torch.no_grad()
+    def room_for(self, K: int, pause: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        """Memory for K rows of every slot, as `AdapterBank.room_for`."""
+        if K <= self.k_LSKGD.shape[2]:
+            return lambda: None
+        L, S, _, G, D = self.k_LSKGD.shape
+        row_LF = self.k_LSKGD.new_zeros(L, K * G * D)
+        room = [spread(row_LF, S, pause).unflatten(-1, (K, G, D)) for _ in range(2)]
+
+        def use() -> None:
+            have = self.k_LSKGD.shape[2]
+            if K > have:
+                for new, old in zip(room, (self.k_LSKGD, self.v_LSKGD), strict=True):
+                    new[:, :, :have] = old
+                self.k_LSKGD, self.v_LSKGD = room
+
+        return use
+
+    @torch.no_grad()
     def place(self, slot: int, prompts: Prompts, row: int) -> None:
         """Put slot `row` of `prompts` into `slot`, in place of whatever was there."""
         assert slot > 0
         K = prompts.k_SLKGD.shape[2]
-        have = self.k_LSKGD.shape[2]
-        if K > have:
-            self.k_LSKGD, self.v_LSKGD = (
-                F.pad(x, (0, 0, 0, 0, 0, K - have)) for x in (self.k_LSKGD, self.v_LSKGD)
-            )
+        self.room_for(K)()
         self.k_LSKGD[:, slot, :K] = prompts.k_SLKGD[row]
         self.v_LSKGD[:, slot, :K] = prompts.v_SLKGD[row]
         self.gate_LSH[:, slot] = prompts.gate_SLH[row]

@@ -7,6 +7,7 @@ Shapes: L layers, S slots, A outputs of a packed weight, each linear's filled up
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from itertools import accumulate
 
 from torch import Tensor
@@ -34,18 +35,29 @@ class PanelBank(AdapterBank):
             for weight, linear in zip(("qkv", "wo", "gate_up", "w2"), layer.linears, strict=True)
         } | {"lm_head": {"head": base.config.vocab_size}}
         self.linears = {weight: tuple(features) for weight, features in self._features.items()}
+        self._weight_of = {name: weight for weight, names in self.linears.items() for name in names}
 
-    def _add_stack(self, key: str) -> None:
+    def _stack_of(self, key: str) -> Hashable:
+        kind, _, name = key.partition(".")
+        return (kind, self._weight_of[name]) if kind in _KINDS else key
+
+    def _stack_row(self, key: str) -> Tensor:
         kind, _, name = key.partition(".")
         if kind not in _KINDS:
-            return super()._add_stack(key)
-        weight = next(weight for weight, names in self.linears.items() if name in names)
-        features = self._features[weight]
-        widths = [num_panels(n) * PANEL for n in features.values()]
+            return super()._stack_row(key)
         L = 1 if name == "head" else self._base.config.num_layers
-        value = 0 if kind == "bias" else 1
-        panels_LSA = self._base.embed.new_full((L, self._num_slots, sum(widths)), value)
-        self.panels[kind, weight] = panels_LSA
-        starts = accumulate(widths, initial=0)
-        for (other, n), start in zip(features.items(), starts, strict=False):
-            self.stacks[f"{kind}.{other}"] = panels_LSA[..., start : start + n]
+        A = sum(self._widths(self._weight_of[name]))
+        return self._base.embed.new_full((L, A), 0 if kind == "bias" else 1)
+
+    def _add_stack(self, key: str, stack: Tensor) -> None:
+        kind, _, name = key.partition(".")
+        if kind not in _KINDS:
+            return super()._add_stack(key, stack)
+        weight = self._weight_of[name]
+        self.panels[kind, weight] = stack
+        starts = accumulate(self._widths(weight), initial=0)
+        for (other, n), start in zip(self._features[weight].items(), starts, strict=False):
+            self.stacks[f"{kind}.{other}"] = stack[..., start : start + n]
+
+    def _widths(self, weight: str) -> list[int]:
+        return [num_panels(n) * PANEL for n in self._features[weight].values()]

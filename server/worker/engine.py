@@ -70,13 +70,16 @@ class NativeEngine(EngineBase):
         """Its slots are filled when its first request comes, a piece of the work before each step."""
         if model.adapter is None:
             return
-        filling, is_done = self._step_loop.filling(model.adapter), False
+        runner, loaded, is_done = self._step_loop.runner, model.adapter, False
+        use_room = await self._on(self._reading, lambda: runner.room_for(loaded, self._let_others_go_on))
+        filling = runner.filling(loaded)
 
         def go_on() -> None:
             nonlocal is_done
             is_done = next(filling, _END) is _END
 
         try:
+            await self._ask(use_room)
             while not is_done:
                 await self._ask(go_on)
         except BaseException:  # whoever loads it has left: nobody will use what is filled

@@ -125,6 +125,18 @@ class Runner:
         hidden_NC = self.base(tokens, positions, attend, adaptation)
         return self.base.logits(hidden_NC[rows_M], of_rows).float()
 
+    def room_for(self, loaded: LoadedAdapter, pause: Callable[[], None]) -> Callable[[], None]:
+        """Memory that the first adapter of its kind needs, as `AdapterBank.room_for`."""
+        adapter = loaded.adapter
+        bank = self.bank.room_for(adapter, pause)
+        prompts = self.prompt_cache.room_for(adapter.config.max_prompt_len, pause)
+
+        def use() -> None:
+            bank()
+            prompts()
+
+        return use
+
     @torch.inference_mode()
     def filling(self, loaded: LoadedAdapter) -> Generator[None]:
         """Give an adapter its slots if some are free, before anybody asks for it: the prompts of some layers

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -92,7 +92,7 @@ class StepLoop:
         self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer, overlap: bool = False
     ) -> None:
         """`overlap`: the text of a step's tokens is made while the device computes the next step."""
-        self._runner = runner
+        self.runner = runner
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._requests: dict[str, ActiveRequest] = {}
@@ -126,7 +126,7 @@ class StepLoop:
             seq,
             SamplerState(
                 params,
-                self._runner.base.config.vocab_size,
+                self.runner.base.config.vocab_size,
                 self._eos_ids,
                 prepared.token_ids,
                 prepared.grammar,
@@ -141,7 +141,7 @@ class StepLoop:
         if prepared.request_id in self._requests:
             raise SequenceRejected(f"a request {prepared.request_id!r} is running already; choose another id")
         loaded, image = prepared.adapter, prepared.image
-        if loaded is None or image is None or self._runner.has_seen(loaded, image):
+        if loaded is None or image is None or self.runner.has_seen(loaded, image):
             self._scheduler.add(seq)
             return
         self._scheduler.check_fits(seq.num_prompt_tokens, seq.max_tokens)
@@ -153,13 +153,9 @@ class StepLoop:
             self._images.remove(request_id)
             self._scheduler.abort(request_id)
 
-    def filling(self, loaded: LoadedAdapter) -> Generator[None]:
-        """As `Runner.filling`; to be resumed between steps."""
-        return self._runner.filling(loaded)
-
     def forget(self, adapter_key: tuple[str, int]) -> None:
         """Drop all that was cached for one version of an adapter; nothing of it may be running."""
-        self._runner.forget(adapter_key)
+        self.runner.forget(adapter_key)
         self._scheduler.forget(lambda key: isinstance(key, tuple) and key[0] == adapter_key)
 
     def step(self, deliver: Callable[[], None] = lambda: None) -> None:
@@ -192,7 +188,7 @@ class StepLoop:
         requests = [self._requests[item.seq.request_id] for item in items]
         self._tell_scheduled(requests)
         try:
-            logits_MV = self._runner.run(list(map(self._step_item, requests, items)))
+            logits_MV = self.runner.run(list(map(self._step_item, requests, items)))
             self._tell_rest()
             deliver()
             drawn = self._draw(requests, items, logits_MV)
@@ -237,15 +233,15 @@ class StepLoop:
             prefix_cache_hits=blocks.prefix_hits,
             preemptions=scheduler.num_preemptions,
             adapters_loaded=0,
-            adapters_hot=len(self._runner.adapter_slots),
-            prompt_slots_used=len(self._runner.prompt_slots),
+            adapters_hot=len(self.runner.adapter_slots),
+            prompt_slots_used=len(self.runner.prompt_slots),
             steps=self.num_steps,
         )
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
-        self._runner.adapter_slots.check_integrity()
-        self._runner.prompt_slots.check_integrity()
+        self.runner.adapter_slots.check_integrity()
+        self.runner.prompt_slots.check_integrity()
         assert self._scheduler.num_sequences + len(self._images) == len(self._requests), "a request is lost"
 
     def _tell_scheduled(self, requests: Sequence[ActiveRequest]) -> None:

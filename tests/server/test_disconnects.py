@@ -53,13 +53,13 @@ async def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     write_tiny_base(tmp_path / "tiny")
     settings = WorkerSettings(base=str(tmp_path / "tiny"), dtype="float32", kv_cache_mib=1)
     engine = build_engine(settings)
-    run = engine._step_loop._runner.run
+    run = engine._step_loop.runner.run
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(STEP_SECONDS)
         return run(*arguments)
 
-    monkeypatch.setattr(engine._step_loop._runner, "run", slowly)
+    monkeypatch.setattr(engine._step_loop.runner, "run", slowly)
     async with AsyncExitStack() as stack:
         worker = await stack.enter_async_context(serving(create_worker_app(engine, settings)))
         app = create_app(GatewaySettings(worker_urls=(worker,)), {})

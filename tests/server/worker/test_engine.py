@@ -268,14 +268,14 @@ def held_steps(
 ) -> tuple[threading.Event, threading.Event]:
     """Set when a step has begun, and to be set to let it go on."""
     busy, go_on = threading.Event(), threading.Event()
-    run = engine._step_loop._runner.run
+    run = engine._step_loop.runner.run
 
     def held(*arguments):
         busy.set()
         assert go_on.wait(10)
         return run(*arguments)
 
-    monkeypatch.setattr(engine._step_loop._runner, "run", held)
+    monkeypatch.setattr(engine._step_loop.runner, "run", held)
     return busy, go_on
 
 
@@ -329,7 +329,7 @@ async def test_an_adapter_that_was_loaded_is_in_its_slots(engine: NativeEngine, 
     """Beside a request that runs, too; who leaves before the end leaves nothing."""
     running = asyncio.create_task(collect(engine, chat("hello", id="long", max_tokens=300)))
     await until_running(engine)
-    runner = engine._step_loop._runner
+    runner = engine._step_loop.runner
     info = await engine.load_adapter("late", "v1")
     assert (("late", info.version), None) in runner.prompt_slots
     assert ("late", info.version) in runner.adapter_slots
@@ -491,7 +491,7 @@ def test_an_adapter_for_another_base_is_refused(folder: Path, tmp_path: Path):
 def test_float_types_of_the_base(folder: Path):
     for name in ("bfloat16", "float16"):
         engine = build_engine(settings(folder, dtype=name))
-        assert engine._step_loop._runner.base.dtype == getattr(torch, name)
+        assert engine._step_loop.runner.base.dtype == getattr(torch, name)
 
 
 async def test_a_client_may_leave_while_its_request_waits_for_the_step_thread(

@@ -195,6 +195,30 @@ def test_an_adapter_that_comes_is_placed_between_steps(kind: str):
     ours.prompt_slots.check_integrity()
 
 
+@pytest.mark.parametrize("first", KINDS)
+def test_room_made_elsewhere_is_what_a_step_would_have_made(first: str):
+    """For the first adapter of its kind; those that are there, or come meanwhile, stay what they are."""
+    spec = base_spec(GQA).model_dump()
+    here, new, other = (
+        LoadedAdapter((name, 1), random_adapter(AdapterConfig.model_validate({"base": spec, **own}), seed=i))
+        for i, (name, own) in enumerate(
+            (
+                ("here", PROMPT),
+                ("new", KINDS[first] | {"prompt": {"length": 7, "layers": (0, 1)}}),
+                ("other", {"prompt": {"length": 6, "layers": (2,)}, "scale_bias": {"bias_targets": ("wq",)}}),
+            )
+        )
+    )
+    ours, plain = (runner(GQA, torch.float32, fused=True) for _ in range(2))
+    for each in (ours, plain):
+        two_steps(each, [here, None])
+    use = ours.room_for(new, lambda: None)
+    two_steps(ours, [here, other])
+    use()
+    for adapters in ([here, new], [other, new]):
+        assert torch.equal(two_steps(ours, adapters), two_steps(plain, adapters))
+
+
 def test_an_adapter_that_comes_takes_nobody_s_place():
     spec = base_spec(GQA).model_dump()
     config = AdapterConfig.model_validate({"base": spec, **KINDS["v1"]})

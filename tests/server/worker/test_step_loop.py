@@ -309,7 +309,7 @@ def test_images_whose_requests_left_stay_within_the_cache():
     pace = Pace(stretch=1.0)
     loop = deployment.loop(pace=pace)
     pace.observe(1, 0, 0.001)
-    sight = loop._runner.sight
+    sight = loop.runner.sight
     sight._entries = 2
     sees = deployment.adapters[-1]
     quick = replace(deployment.request(0, random.Random(0), adapter=None, image=None), max_tokens=40)
@@ -367,7 +367,7 @@ def test_a_crowd_of_images_is_encoded_in_batches(monkeypatch: pytest.MonkeyPatch
 def test_a_cached_image_keeps_no_batch():
     deployment = Deployment()
     sees = deployment.adapters[-1]
-    sight = deployment.loop()._runner.sight
+    sight = deployment.loop().runner.sight
     sight._entries = 2
     images = [ImageInput(str(i), torch.full((3, 4, 4), float(i))) for i in range(5)]
     seen = sight.see(sees, images)
