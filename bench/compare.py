@@ -232,7 +232,7 @@ async def _measure(load: Load, base: Path, adapter: Path, dtype: str, output: Pa
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 7,
-    quick: Annotated[bool, typer.Option(help="three rounds, one for slow peers")] = False,
+    quick: Annotated[bool, typer.Option(help="three rounds")] = False,
     levels: Annotated[str, typer.Option(help="requests at once, separated by commas")] = "1,16",
     prompt_tokens: Annotated[int, typer.Option(min=2)] = 128,
     max_tokens: Annotated[int, typer.Option(min=4)] = 128,
@@ -252,7 +252,7 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     load = Load(
         rounds=3 if quick else rounds,
-        slow_rounds=1 if quick else 3,
+        slow_rounds=3,
         levels=tuple(int(level) for level in levels.split(",")),
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
