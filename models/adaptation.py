@@ -131,7 +131,8 @@ class AdapterBank:
 
     @torch.no_grad()
     def room_for(self, adapter: Adapter, pause: Callable[[], None] = lambda: None) -> Callable[[], None]:
-        """Memory for vectors that no adapter had so far, which takes as long as many steps; on any thread.
+        """Memory for vectors that no adapter had so far, which takes as long as many steps to be made; on any
+        thread. Low-rank terms are not among them.
 
         What is returned puts it to use, on the thread that calls `place`. `pause` is called now and then.
         """

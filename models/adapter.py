@@ -108,7 +108,7 @@ class Adapter(nn.Module):
     ) -> Adapter:
         """Copy native tensors into place. Raises CheckpointError, naming keys, unless they fit exactly.
 
-        `pause` is called between two that take their time.
+        `pause` is called now and then.
         """
         wanted = self.state_dict()
         for verdict, keys in (

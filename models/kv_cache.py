@@ -70,7 +70,7 @@ class PromptCache:
         if K <= self.k_LSKGD.shape[2]:
             return lambda: None
         L, S, _, G, D = self.k_LSKGD.shape
-        row_LF = self.k_LSKGD.new_zeros(L, K * G * D)
+        row_LF = self.k_LSKGD.new_zeros(1, 1).expand(L, K * G * D)
         room = [spread(row_LF, S, pause).unflatten(-1, (K, G, D)) for _ in range(2)]
 
         def use() -> None:

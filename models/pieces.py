@@ -11,22 +11,26 @@ from collections.abc import Callable
 from torch import Tensor
 
 _PIECE = 32_000  # numbers that torch leaves to the thread that asks
-_PIECES = 8  # between two pauses
+_ENOUGH = 8 * _PIECE  # between two pauses
 
 
 def copy_finite(place: Tensor, tensor: Tensor, pause: Callable[[], None]) -> bool:
     """Whether what was copied is finite, as it will be used: a float64 may overflow."""
     pieces = zip(place.flatten().split(_PIECE), tensor.flatten().split(_PIECE), strict=True)
-    for i, (to, piece) in enumerate(pieces):
+    done = 0
+    for to, piece in pieces:
         if not to.copy_(piece).isfinite().all():
             return False
-        if i % _PIECES == _PIECES - 1:
-            pause()
+        done = _count(done, to, pause)
+    if tensor.numel() > _PIECE:
+        pause()
     return True
 
 
 def spread(row_LF: Tensor, count: int, pause: Callable[[], None]) -> Tensor:
     """The row of each layer, `count` times, [L, count, F], in memory of its own."""
+    if row_LF.device.type != "cpu":
+        return row_LF[:, None].repeat(1, count, 1)  # three launches, and nobody waits for them
     L, F = row_LF.shape
     all_LSF = row_LF.new_empty(L, count, F)
     slots = max(1, _PIECE // max(1, F))
@@ -36,8 +40,17 @@ def spread(row_LF: Tensor, count: int, pause: Callable[[], None]) -> Tensor:
         for to_sF in to_SF.split(slots)
         for to_sf, row_f in zip(to_sF.split(_PIECE, -1), row_F.split(_PIECE), strict=True)
     )
-    for i, (to_sf, row_f) in enumerate(pieces):
+    done = 0
+    for to_sf, row_f in pieces:
         to_sf.copy_(row_f)
-        if i % _PIECES == _PIECES - 1:
-            pause()
+        done = _count(done, to_sf, pause)
     return all_LSF
+
+
+def _count(done: int, piece: Tensor, pause: Callable[[], None]) -> int:
+    """Numbers done since the last pause, which is made where they are enough."""
+    done += piece.numel()
+    if done < _ENOUGH:
+        return done
+    pause()
+    return 0

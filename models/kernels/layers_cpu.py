@@ -132,7 +132,7 @@ def _run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> Any:
             cache.prompt_lens_LS[layer],
             cache.gate_LSH[layer],
             rows.out_NHD,
-            False,
+            layer == last,  # those that want logits are in order again
         )
         N, H, D = rows.out_NHD.shape
         flat_NC = rows.out_NHD.reshape(N, H * D)

@@ -38,6 +38,7 @@ __all__ = ["SUPPORTED_DTYPES", "add_block", "attend", "paged_attend"]
 
 TILE = 16  # rows; half of it of fewer than _MANY rows, which would leave a thread without a task
 _MANY = 128
+assert TILE <= LANES, "the zeros behind a row's weights reach to its tile's last position"
 _AHEAD = 2  # blocks whose keys a single query asks for before it needs them
 _FEW = 8  # tasks; where there are fewer of one per key/value head, each query head is one
 

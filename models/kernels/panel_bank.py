@@ -47,7 +47,7 @@ class PanelBank(AdapterBank):
             return super()._stack_row(key)
         L = 1 if name == "head" else self._base.config.num_layers
         A = sum(self._widths(self._weight_of[name]))
-        return self._base.embed.new_full((L, A), 0 if kind == "bias" else 1)
+        return self._base.embed.new_full((1, 1), 0 if kind == "bias" else 1).expand(L, A)
 
     def _add_stack(self, key: str, stack: Tensor) -> None:
         kind, _, name = key.partition(".")

@@ -23,7 +23,7 @@ from models.kernels.tile_cpu import F32, I32, I64, LANES, VF32, VI32, broadcast,
 def exponentials(typing: Any, scores_RT: Any, r: Any, count: Any, weights_RT: Any) -> Any:
     """weights[r] = e^(score - the largest) of row r's first `count` scores; their sum is returned.
 
-    Behind them are zeros up to a whole vector, and one vector more.
+    Behind them are zeros up to a whole vector, and one vector more: rows have room for both.
     """
 
     def build(context: Any, b: Any, signature: Any, args: Any) -> Any:

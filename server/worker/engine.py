@@ -14,6 +14,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from server.errors import InvalidRequest, Unavailable
 from server.worker.adapter_loading import AdapterLoader
@@ -24,6 +25,8 @@ from server.worker.scheduler import SequenceRejected
 from server.worker.step_loop import Prepared, StepLoop
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _END = object()
 _IDLE_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -43,7 +46,7 @@ class NativeEngine(EngineBase):
         self._step_loop = step_loop
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outbox: list[tuple[asyncio.Queue[Event], Event]] = []
-        self._asked: set[Future[None]] = set()  # commands that somebody waits for
+        self._asked: set[Future[Any]] = set()  # commands that somebody waits for
         self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stats = _IDLE_STATS
@@ -67,21 +70,15 @@ class NativeEngine(EngineBase):
         return replace(self._stats, adapters_loaded=len(self._models) - 1)
 
     async def _take(self, model: ServedModel) -> None:
-        """Its slots are filled when its first request comes, a piece of the work before each step."""
+        """Fill its slots before its first request can come, a part of the work between two steps."""
         if model.adapter is None:
             return
-        runner, loaded, is_done = self._step_loop.runner, model.adapter, False
+        runner, loaded = self._step_loop.runner, model.adapter
         use_room = await self._on(self._reading, lambda: runner.room_for(loaded, self._let_others_go_on))
-        filling = runner.filling(loaded)
-
-        def go_on() -> None:
-            nonlocal is_done
-            is_done = next(filling, _END) is _END
-
+        filling = runner.filling(loaded, use_room)
         try:
-            await self._ask(use_room)
-            while not is_done:
-                await self._ask(go_on)
+            while await self._ask(lambda: next(filling, _END)) is not _END:
+                pass
         except BaseException:  # whoever loads it has left: nobody will use what is filled
             self._inbox.put(lambda: self._step_loop.forget(model.key))
             raise
@@ -111,26 +108,26 @@ class NativeEngine(EngineBase):
             if not ended:
                 self._inbox.put(lambda: self._step_loop.abort(prepared.request_id))
 
-    async def _ask(self, command: Callable[[], None]) -> None:
-        """Run a command on the step thread, between two steps, and wait for it."""
-        future: Future[None] = Future()
+    async def _ask(self, command: Callable[[], T]) -> T:
+        """Run a command on the step thread, between two steps, and wait for what it gives."""
+        future: Future[T] = Future()
 
         def run() -> None:
             if not future.set_running_or_notify_cancel():
                 return  # whoever asked has left meanwhile
             try:
-                command()
+                result = command()
             except Exception as error:
                 future.set_exception(error)
             else:
-                future.set_result(None)
+                future.set_result(result)
 
         if not self._healthy:
             raise _stopped()
         self._asked.add(future)
         self._inbox.put(run)
         try:
-            await asyncio.wrap_future(future)
+            return await asyncio.wrap_future(future)
         finally:
             self._asked.discard(future)
 

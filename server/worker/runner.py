@@ -126,7 +126,7 @@ class Runner:
         return self.base.logits(hidden_NC[rows_M], of_rows).float()
 
     def room_for(self, loaded: LoadedAdapter, pause: Callable[[], None]) -> Callable[[], None]:
-        """Memory that the first adapter of its kind needs, as `AdapterBank.room_for`."""
+        """Memory for an adapter's vectors and prompts, as `AdapterBank.room_for`."""
         adapter = loaded.adapter
         bank = self.bank.room_for(adapter, pause)
         prompts = self.prompt_cache.room_for(adapter.config.max_prompt_len, pause)
@@ -138,18 +138,25 @@ class Runner:
         return use
 
     @torch.inference_mode()
-    def filling(self, loaded: LoadedAdapter) -> Generator[None]:
+    def filling(self, loaded: LoadedAdapter, use_room: Callable[[], None]) -> Generator[None]:
         """Give an adapter its slots if some are free, before anybody asks for it: the prompts of some layers
-        at a time, yielding after each, so that others' steps go on."""
-        if not (self.adapter_slots.has_room and self.prompt_slots.has_room):
+        at a time, yielding between them, so that others' steps go on. `use_room` is from `room_for`."""
+        use_room()
+        if not self._has_slots_for(loaded):
             return
         L, parts = self.base.config.num_layers, []
         for i in range(_PARTS if loaded.adapter.config.gated_layers else 0):
             layers = range(i * L // _PARTS, (i + 1) * L // _PARTS)
+            if i:
+                yield
             parts.append(loaded.adapter.prompts(self.base, layers=layers))
-            yield
-        if self.adapter_slots.has_room and self.prompt_slots.has_room:
+        if self._has_slots_for(loaded):
             self._place([_of_no_tokens(loaded)], stack_layers(parts) if parts else None)
+
+    def _has_slots_for(self, loaded: LoadedAdapter) -> bool:
+        """Without taking another one's."""
+        prompts = self.prompt_slots.has_room or not loaded.adapter.config.gated_layers
+        return self.adapter_slots.has_room and prompts
 
     @torch.inference_mode()
     def warm(self, adapters: Sequence[LoadedAdapter]) -> None:

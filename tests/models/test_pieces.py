@@ -16,7 +16,8 @@ def test_rows_are_spread_over_slots(shape: tuple[int, int], count: int):
     all_LSF = spread(row_LF, count, lambda: pauses.append(1))
     assert torch.equal(all_LSF, row_LF[:, None].expand(-1, count, -1))
     assert all_LSF.is_contiguous()
-    assert len(pauses) >= all_LSF.numel() // (32_000 * 8) - 1
+    assert len(pauses) <= all_LSF.numel() // (32_000 * 8)
+    assert len(pauses) >= all_LSF.numel() // (32_000 * 16)
 
 
 @pytest.mark.parametrize("bad", [None, 0, 299_999])
@@ -28,4 +29,4 @@ def test_what_is_copied_is_finite(bad: int | None):
     assert copy_finite(place, source, lambda: pauses.append(1)) == (bad is None)
     if bad is None:
         assert torch.equal(place, source.float())
-        assert len(pauses) == 1
+        assert len(pauses) == 2

@@ -59,7 +59,7 @@ def test_groups_of_heads(heads: tuple[int, int]):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("head_dim", [64, 128, 24])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 24])
 def test_precisions_and_head_sizes(head_dim: int, dtype: torch.dtype):
     assert_plain(random_case(head_dim=head_dim, dtype=dtype))
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -336,8 +336,8 @@ async def test_an_adapter_that_was_loaded_is_in_its_slots(engine: NativeEngine, 
 
     filling = Runner.filling
 
-    def slow(self: Runner, loaded: LoadedAdapter) -> Iterator[None]:
-        yield from filling(self, loaded)
+    def slow(self: Runner, loaded: LoadedAdapter, use_room: Callable[[], None]) -> Iterator[None]:
+        yield from filling(self, loaded, use_room)
         yield from itertools.repeat(None)
 
     with pytest.MonkeyPatch.context() as patch:
