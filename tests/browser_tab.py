@@ -57,6 +57,14 @@ class Tab:
         self.page.get_by_label("Your message").fill(text)
         self.page.get_by_label("Your message").press("Enter")
 
+    def wait_until_sent(self, requests: int) -> None:
+        """Until the page has sent so many chat requests: the browser tells of them only while it is asked."""
+        for _ in range(600):
+            if len(self.bodies) >= requests:
+                break
+            self.page.wait_for_timeout(50)
+        assert len(self.bodies) == requests
+
     def answer(self) -> str:
         """The text of the last answer, once it is whole."""
         self.page.get_by_role("button", name="Send").wait_for()

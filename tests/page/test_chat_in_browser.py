@@ -134,7 +134,7 @@ def test_stop_ends_the_answer_here_and_there(tab: Tab, service: Service, way: st
     until(lambda: running(service) == 0)
     assert text.inner_text() == said
     tab.ask("Thanks.")
-    until(lambda: len(tab.bodies) == 2)
+    tab.wait_until_sent(2)
     roles = [message["role"] for message in tab.bodies[1]["messages"]]
     assert roles == ["user", "assistant", "user"]
     page.keyboard.press("Escape")
@@ -309,7 +309,7 @@ def test_by_keyboard_alone(tab: Tab, service: Service) -> None:
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("a long story.")
     page.keyboard.press("Enter")
-    until(lambda: len(tab.bodies) == 1)
+    tab.wait_until_sent(1)
     assert tab.bodies[0]["messages"][0]["content"] == "Tell me\na long story."
     expect(page.locator(".answer .text p").first).to_be_visible()
     page.keyboard.press("Escape")
