@@ -130,10 +130,12 @@ class PeerProcess:
         return Missing(f"it ended with {self._process.wait()}; see {self._log.name}")
 
 
+_SLOW_ROUNDS = 3  # in which slow peers take part
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     rounds: int
-    slow_rounds: int
     levels: tuple[int, ...]
     prompt_tokens: int
     max_tokens: int
@@ -186,7 +188,7 @@ class Comparison:
             self._note(await burst(self._client, contender, prompts, max_tokens, number))
         for running in self._running:
             peer = running.peer
-            if peer.name not in self.missing and not (peer.slow and number >= self._load.slow_rounds):
+            if peer.name not in self.missing and not (peer.slow and number >= _SLOW_ROUNDS):
                 with self._noting(peer):
                     self._note(running.ask(prompts, max_tokens, number))
 
@@ -252,7 +254,6 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     load = Load(
         rounds=3 if quick else rounds,
-        slow_rounds=3,
         levels=tuple(int(level) for level in levels.split(",")),
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,

@@ -30,7 +30,7 @@ def copy_finite(place: Tensor, tensor: Tensor, pause: Callable[[], None]) -> boo
 def spread(row_LF: Tensor, count: int, pause: Callable[[], None]) -> Tensor:
     """The row of each layer, `count` times, [L, count, F], in memory of its own."""
     if row_LF.device.type != "cpu":
-        return row_LF[:, None].repeat(1, count, 1)  # three launches, and nobody waits for them
+        return row_LF[:, None].repeat(1, count, 1)  # one launch, for which nobody waits
     L, F = row_LF.shape
     all_LSF = row_LF.new_empty(L, count, F)
     slots = max(1, _PIECE // max(1, F))

@@ -18,7 +18,7 @@ import numpy as np
 
 from models.kernels.entry_cpu import enter
 from models.kernels.paged_cpu import attend
-from models.kernels.regions_cpu import add, gate_up, logits, norm, qkv, rotate
+from models.kernels.regions_cpu import add, gate_up, norm, put, rotate
 from models.kernels.scalars_cpu import jit
 
 PART_ROWS = 256  # at least, where each thread has its own: all weights pass its cache for them
@@ -101,7 +101,7 @@ def run(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any, logits_MV: Any)
     rows = _run_layers(w, vectors, batch, cache, rows)
     if logits_MV.shape[0] > 0:
         norm(rows.x_NC, vectors.final_norm_SC, rows.slots_N, w.eps, rows.h_NC)
-        logits(rows.h_NC, w.head_PKF, vectors.bias[4], vectors.scale[4], rows.slots_N, logits_MV)
+        put(0, 1, rows.h_NC, w.head_PKF, vectors.bias[4], vectors.scale[4], rows.slots_N, logits_MV)
 
 
 @jit
@@ -114,7 +114,7 @@ def _run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> Any:
     for layer in range(last + 1):
         parts = max(1, min(batch.num_threads, rows.x_NC.shape[0] // PART_ROWS))
         norm(rows.x_NC, vectors.attention_norm_LSC[layer], rows.slots_N, w.eps, rows.h_NC)
-        qkv(layer, parts, rows.h_NC, w.qkv_LPKF[layer], bias[0], scale[0], rows.slots_N, rows.qkv_NA)
+        put(layer, parts, rows.h_NC, w.qkv_LPKF[layer], bias[0], scale[0], rows.slots_N, rows.qkv_NA)
         k_PsGD, v_PsGD = cache.k_LPsGD[layer], cache.v_LPsGD[layer]
         rotate(rows.qkv_NA, rows.cos_ND, rows.sin_ND, rows.places_N, rows.q_NHD, k_PsGD, v_PsGD)
         if layer == last:

@@ -1,9 +1,9 @@
 """The parallel regions of a layer on the CPU, compiled by numba.
 
-Query, key and value; rotation and the cache; attention's output; the feed-forward block in two; norms. A
-product's tasks are panels of output features, which stay in the core's cache while rows pass: all rows, or
-one of the `parts` that threads take of many. What adapters add, activations and the residual sum are done
-while a panel's outputs are at hand.
+Query, key and value, and likewise the head; rotation and the cache; attention's output; the feed-forward
+block in two; norms. A product's tasks are panels of output features, which stay in the core's cache while
+rows pass: all rows, or one of the `parts` that threads take of many. What adapters add, activations and the
+residual sum are done while a panel's outputs are at hand.
 
 Shapes: as in `models.kernels.layers_cpu`.
 """
@@ -82,10 +82,10 @@ def _part(i: int, parts: int, N: int) -> Any:
 
 
 @parallel_jit
-def qkv(
-    layer: int, parts: int, h_NC: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots_N: Any, qkv_NA: Any
+def put(
+    layer: int, parts: int, h_NC: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots_N: Any, y_NA: Any
 ) -> None:
-    """s ⊙ (W h + b), in float32."""
+    """y = s ⊙ (W h + b) in float32, as far as `y_NA` has features."""
     N = h_NC.shape[0]
     sums = group_sums(h_NC, w_PKF)
     P = w_PKF.shape[0]
@@ -96,13 +96,14 @@ def qkv(
         for first in range(start, end, ROWS):
             last = min(first + ROWS, end)
             _linear(layer, h_NC, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, y_RF)
-            put_outputs(y_RF, first, last, p, qkv_NA)
+            put_outputs(y_RF, first, last, p, y_NA)
 
 
 @parallel_jit
 def rotate(
     qkv_NA: Any, cos_ND: Any, sin_ND: Any, places_N: Any, q_NHD: Any, k_PsGD: Any, v_PsGD: Any
 ) -> None:
+    """Queries to `q_NHD`, keys and values to their places in the cache, rotated but for the values."""
     N, (P, s, G, D) = q_NHD.shape[0], k_PsGD.shape
     k_TGD, v_TGD = k_PsGD.reshape(P * s, G, D), v_PsGD.reshape(P * s, G, D)
     if N <= SERIAL_ROWS:
@@ -180,17 +181,3 @@ def gate_up(
             _linear(layer, h_NC, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, gate_RF)
             _linear(layer, h_NC, sums, first, w_PKF, half + p, bias_LSA, scale_LSA, slots_N, up_RF)
             activate_outputs(gate_RF, up_RF, first, last, p, act_NI)
-
-
-@parallel_jit
-def logits(h_MC: Any, w_PKF: Any, bias_LSA: Any, scale_LSA: Any, slots_M: Any, logits_MV: Any) -> None:
-    """s ⊙ (W h + b)."""
-    M = logits_MV.shape[0]
-    sums = group_sums(h_MC, w_PKF)
-    for task in numba.prange(w_PKF.shape[0]):
-        p = np.int64(task)
-        y_RF = outputs(w_PKF, p, M)
-        for first in range(0, M, ROWS):
-            last = min(first + ROWS, M)
-            _linear(0, h_MC, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_M, y_RF)
-            put_outputs(y_RF, first, last, p, logits_MV)
