@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from types import FrameType
 
 import torch
@@ -60,6 +61,9 @@ def join(device: str) -> Iterator[Processes]:
     if world == 1:
         yield Processes(0, 1, chosen)
         return
+    # Imported when a group is there, as AdamW does, its functions keep it as a default argument: the group
+    # would outlive its destruction, and its threads now and then abort a process that ends (torch 2.13).
+    import_module("torch.distributed.nn")
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield Processes(rank, world, chosen)

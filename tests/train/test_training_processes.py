@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ def start() -> Iterator[Start]:
     """Starts the job in processes of their own, as torchrun does; what is left of them ends with the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(recipe: str, overrides: list[str], world: int = 1) -> list[subprocess.Popen[str]]:
+    def start(
+        recipe: str, overrides: list[str], world: int = 1, program: Sequence[str] = ("-m", "train.main")
+    ) -> list[subprocess.Popen[str]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -44,7 +46,7 @@ def start() -> Iterator[Start]:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             env = os.environ | {key: str(value) for key, value in place.items() if world > 1}
             env |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-W", "error", "-m", "train.main", recipe, *overrides]
+            command = [sys.executable, "-W", "error", *program, recipe, *overrides]
             pipe = subprocess.PIPE
             started.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=pipe, stdout=pipe, text=True))
         return started[-world:]
@@ -112,6 +114,22 @@ def test_sigterm_saves_and_exits_with_0(recipe: str, start: Start, tmp_path: Pat
     [saved] = (tmp_path / "run" / "checkpoints").iterdir()
     assert int(saved.name.removeprefix("step-")) == read_log(tmp_path / "run")[-1]["step"] >= 5
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+THREADS_LEFT = """
+import sys
+from pathlib import Path
+from train.main import train
+
+train(sys.argv[1], sys.argv[2:])
+threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+sys.exit(", ".join(name for name in threads if "gloo" in name or "tcpstore" in name) or 0)
+"""
+
+
+def test_a_training_leaves_no_threads_of_its_group(recipe: str, start: Start):
+    """One that still runs when the interpreter is taken down aborts the process, now and then."""
+    finish(start(recipe, ["optimizer.max_steps=2"], world=2, program=("-c", THREADS_LEFT)))
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(recipe: str, start: Start, tmp_path: Path):
