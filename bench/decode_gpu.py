@@ -30,10 +30,11 @@ from models.llama import Llama
 from models.sizing import BASES, Load, decode_bytes
 from server.worker.blocks import BlockManager
 from server.worker.messages import SamplingParams
+from server.worker.request import Prepared
 from server.worker.runner import Runner
 from server.worker.scheduler import Scheduler
 from server.worker.sight import LoadedAdapter
-from server.worker.step_loop import Prepared, StepLoop
+from server.worker.step_loop import StepLoop
 
 _MIXED = 8
 _BLOCK = 16

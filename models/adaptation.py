@@ -20,6 +20,7 @@ from models.adapter_config import LINEARS, LinearName
 from models.functional import rms_norm
 from models.llama import Head, Layer, Llama
 from models.pieces import spread
+from models.uploads import upload
 
 NORMS = ("attention_norm", "feed_forward_norm", "final_norm")
 
@@ -238,10 +239,10 @@ class BatchAdaptation(_Adaptation):
         """All active slots' terms in two dense products, each token keeping its own slot's part."""
         if name == "head" or f"lora.{name}" not in self._keys:
             return None
-        a_SRi, b_SRo = (stack[layer][self._with_lora] for stack in self._bank.lora[name])
+        with_lora = upload(self._with_lora, x.device)
+        a_SRi, b_SRo = (stack[layer][with_lora] for stack in self._bank.lora[name])
         h_NAR = F.linear(x, a_SRi.flatten(0, 1)).unflatten(-1, a_SRi.shape[:2])
         if not isinstance(self._index, int):
-            active = torch.tensor(self._with_lora, device=x.device)
-            h_NAR = h_NAR * (self._slots_N[:, None] == active)[..., None]
+            h_NAR = h_NAR * (self._slots_N[:, None] == with_lora)[..., None]
         y_No: Tensor = h_NAR.flatten(1) @ b_SRo.flatten(0, 1)
         return y_No

@@ -132,13 +132,20 @@ class StepLayout:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """One sequence's next step: its last token, which is the `length`-th."""
+    """One sequence's next step: its last token, which is the `length`-th. Of a token below 0 `resolve_tokens`
+    says which it is."""
 
     token: int
     length: int
     block_table: Sequence[int]
     bank_slot: int
     prompt_slot: int
+
+
+def resolve_tokens(tokens_N: Tensor, last_M: Tensor) -> Tensor:
+    """A token below 0 stands for one of the step before, by its row there: -1 - m for `last_M[m]`."""
+    rows_N = (-1 - tokens_N).clamp(min=0)
+    return torch.where(tokens_N < 0, last_M[rows_N], tokens_N)
 
 
 class PagedAttend:

@@ -39,10 +39,11 @@ from models.vllm_plugin.options import engine_options, placeholders
 from models.vllm_plugin.sight import seeing_prompt, visual_rows
 from server.worker.blocks import BlockManager
 from server.worker.messages import Delta, SamplingParams
+from server.worker.request import Prepared
 from server.worker.runner import Runner
 from server.worker.scheduler import Scheduler
 from server.worker.sight import ImageInput, LoadedAdapter
-from server.worker.step_loop import Prepared, StepLoop
+from server.worker.step_loop import StepLoop
 
 HEAD_DIM = 32  # the smallest of the CPU's attention in vLLM
 TOLERANCE = 1e-4  # of log-probabilities in float32: sums are taken in another order

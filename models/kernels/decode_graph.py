@@ -21,7 +21,7 @@ from torch import Tensor
 from models.adaptation import AdapterBank
 from models.kernels.batch_adaptation import TritonBatchAdaptation
 from models.kernels.paged_attend import DecodeAttend
-from models.kv_cache import Decode, KVCache, PromptCache
+from models.kv_cache import Decode, KVCache, PromptCache, resolve_tokens
 from models.llama import Llama
 
 _COLUMNS = 4  # integers of a row, besides its blocks
@@ -57,6 +57,7 @@ class DecodeGraphs:
         on_gpu = base.device.type == "cuda"
         self._host = torch.zeros(sizes, dtype=torch.int32, pin_memory=on_gpu)
         self._ints = torch.zeros(sizes, dtype=torch.int32, device=base.device)
+        self._last_B = torch.zeros(max_rows, dtype=torch.int64, device=base.device)
         self._logits_BV = torch.empty(max_rows, base.config.vocab_size, device=base.device)
         self._uploaded = torch.cuda.Event() if on_gpu else None
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
@@ -67,12 +68,17 @@ class DecodeGraphs:
         for rows in reversed(_sizes(self.max_rows)):  # the largest first: smaller ones fit into its memory
             self.run([Decode(0, 0, (self._spare_block,), 0, 0)] * rows)
 
-    def run(self, decodes: Sequence[Decode]) -> Tensor:
-        """Logits [B, V] in float32, which the next call overwrites. At most `max_rows`, and no low rank."""
+    def run(self, decodes: Sequence[Decode], last_M: Tensor | None = None) -> Tensor:
+        """Logits [B, V] in float32, which the next call overwrites. At most `max_rows`, and no low rank.
+
+        `last_M`: the tokens of the step before, at most `max_rows`, which those below 0 stand for.
+        """
         active = sorted({decode.bank_slot for decode in decodes})
         num_rows = next(size for size in _sizes(self.max_rows) if size >= len(decodes))
         key = _Key(num_rows, self._prompts.k_LSKGD.shape[2], self._bank.keys_of(active))
         self._upload(decodes, num_rows)
+        if last_M is not None:
+            self._last_B[: len(last_M)].copy_(last_M)
         self._replay(key, partial(self._compute, num_rows, active))
         return self._logits_BV[: len(decodes)]
 
@@ -108,6 +114,7 @@ class DecodeGraphs:
     def _compute(self, num_rows: int, active: Sequence[int]) -> None:
         columns, blocks_BM = _parts(self._ints, num_rows, self._max_blocks)
         tokens_B, lens_B, bank_slots_B, prompt_slots_B = columns
+        tokens_B = resolve_tokens(tokens_B, self._last_B)
         positions_B = (lens_B - 1).clamp(min=0)
         page = self._kv_cache.block_size
         blocks_B = blocks_BM.gather(1, (positions_B // page).long()[:, None])[:, 0]

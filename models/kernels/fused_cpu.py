@@ -12,6 +12,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.kernels import layers_cpu
@@ -22,6 +23,8 @@ from models.kernels.scalars_cpu import array
 from models.kernels.tile_cpu import PANEL
 from models.kv_cache import KVCache, PromptCache, StepLayout
 from models.llama import Layer, Llama
+
+Int64 = NDArray[np.int64]
 
 _ORDER = ("qkv", "wo", "gate_up", "w2", "lm_head")  # of `Vectors`
 
@@ -63,24 +66,24 @@ class FusedPass:
 
     def run(
         self,
-        tokens_N: Sequence[int],
+        tokens_N: Int64,
         layout: StepLayout,
         bank_slots_B: Sequence[int],
         keys: frozenset[str],
-        rows_M: Sequence[int],
+        rows_M: Int64,
     ) -> Tensor:
         """Logits [M, V] in float32 of some rows; the step's keys and values go to the cache.
 
         `keys`: what the adapters in these slots of the bank have.
         """
         batch = Batch(
-            np.array(tokens_N, np.int64),
+            tokens_N,
             np.array(layout.starts, np.int64),
             layout.lens_B,
             layout.blocks_BM,
             layout.prompt_slots_B,
             np.array(bank_slots_B, np.int64),
-            np.array(rows_M, np.int64),
+            rows_M,
             numba.get_num_threads(),
         )
         logits_MV = np.empty((len(rows_M), self._config.vocab_size), np.float32)

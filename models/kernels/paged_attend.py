@@ -15,6 +15,7 @@ from torch import Tensor
 from models.kernels.paged_decode import paged_decode
 from models.kernels.paged_prefill import paged_prefill
 from models.kv_cache import Int32, KVCache, PromptCache, StepLayout
+from models.uploads import upload
 
 
 class TritonPagedAttend:
@@ -23,11 +24,11 @@ class TritonPagedAttend:
     def __init__(self, cache: KVCache, prompts: PromptCache, layout: StepLayout) -> None:
         self._cache = cache
         self._prompts = prompts
-        self._slots_N = torch.from_numpy(layout.slots_N).to(cache.k_LPsGD.device)
+        self._slots_N = upload(layout.slots_N, cache.k_LPsGD.device)
         self._num_single = layout.num_single
         self._longest = int(np.diff(layout.starts).max())
         arrays = (layout.lens_B, layout.prompt_slots_B, np.array(layout.starts, np.int32), layout.blocks_BM)
-        self._lens_B, self._prompt_slots_B, self._starts, self._blocks_BM = _upload(
+        self._lens_B, self._prompt_slots_B, self._starts, self._blocks_BM = _upload_all(
             arrays, cache.k_LPsGD.device
         )
 
@@ -109,10 +110,8 @@ def compile_kernels(cache: KVCache, prompts: PromptCache, num_heads: int) -> Non
         paged_prefill(q_NHD, k_PsGD, v_PsGD, zero[None], starts, one, longest, *prompt)
 
 
-def _upload(arrays: Sequence[Int32], device: torch.device) -> list[Tensor]:
-    """To the device in one copy that nobody waits for: it needs memory that the system may not move."""
-    flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
-    if device.type == "cuda":
-        flat = flat.pin_memory().to(device, non_blocking=True)
+def _upload_all(arrays: Sequence[Int32], device: torch.device) -> list[Tensor]:
+    """To the device in one copy."""
+    flat = upload(np.concatenate([array.reshape(-1) for array in arrays]), device)
     parts = flat.split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]

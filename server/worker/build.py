@@ -28,9 +28,10 @@ from server.worker.frontend import Frontend
 from server.worker.grammar import GrammarCompiler
 from server.worker.messages import SamplingParams
 from server.worker.pace import Pace
+from server.worker.request import Prepared
 from server.worker.runner import Kernels, Runner
 from server.worker.scheduler import Scheduler
-from server.worker.step_loop import Prepared, StepLoop
+from server.worker.step_loop import StepLoop
 
 log = logging.getLogger(__name__)
 

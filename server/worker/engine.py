@@ -21,8 +21,9 @@ from server.worker.adapter_loading import AdapterLoader
 from server.worker.engine_base import EngineBase
 from server.worker.frontend import Frontend, ServedModel
 from server.worker.messages import EngineStats, Event, Failed, Finished
+from server.worker.request import Prepared
 from server.worker.scheduler import SequenceRejected
-from server.worker.step_loop import Prepared, StepLoop
+from server.worker.step_loop import StepLoop
 
 log = logging.getLogger(__name__)
 

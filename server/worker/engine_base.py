@@ -33,7 +33,7 @@ from server.worker.messages import (
     Tokenized,
     TokenizeRequest,
 )
-from server.worker.step_loop import Prepared
+from server.worker.request import Prepared
 
 T = TypeVar("T")
 

@@ -28,9 +28,9 @@ from server.worker.messages import (
     TextPrompt,
     TokenPrompt,
 )
+from server.worker.request import Prepared
 from server.worker.scheduler import SequenceRejected
 from server.worker.sight import ImageInput, LoadedAdapter
-from server.worker.step_loop import Prepared
 
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
 

@@ -20,8 +20,9 @@ from models.adaptation import AdapterBank, BatchAdaptation, is_elementwise
 from models.attention import Prompts, stack_layers
 from models.kernels.fused_cpu import FusedPass
 from models.kernels.panel_bank import PanelBank
-from models.kv_cache import Decode, KVCache, PagedAttend, PromptCache, StepLayout
+from models.kv_cache import Decode, KVCache, PagedAttend, PromptCache, StepLayout, resolve_tokens
 from models.llama import Attend, Llama
+from models.uploads import upload
 from server.worker.adapter_slots import SlotTable
 from server.worker.sight import ImageInput, LoadedAdapter, Sight
 
@@ -103,27 +104,30 @@ class Runner:
             self._fused = FusedPass(base, self.kv_cache, self.prompt_cache, self.bank)
 
     @torch.inference_mode()
-    def run(self, items: Sequence[StepItem]) -> Tensor:
+    def run(self, items: Sequence[StepItem], last_M: Tensor | None = None) -> Tensor:
         """Compute the step; logits [M, V] in float32 of the rows wanted, item after item.
 
-        Items of one token must come first: those are the decodes.
+        Items of one token must come first: those are the decodes. A token may be one of `last_M`, the tokens
+        of the step before, that only the device knows (`resolve_tokens`).
         """
         adapter_slots, prompt_slots = self._place(items)
         if self._graphs is not None and self._is_graph(items, adapter_slots):
-            return self._graphs.run(list(map(_decode, items, adapter_slots, prompt_slots)))
-        layout = self._layout(items, prompt_slots)
-        tokens_N = [token for item in items for token in item.tokens]
+            return self._graphs.run(list(map(_decode, items, adapter_slots, prompt_slots)), last_M)
+        layout, device = self._layout(items, prompt_slots), self.base.device
+        tokens_N = upload([token for item in items for token in item.tokens], device)
+        if last_M is not None:
+            tokens_N = resolve_tokens(tokens_N, last_M)
         wanted = [range(len(item.tokens))[item.wants_logits] for item in items]
-        rows_M = [start + i for start, chunk in zip(layout.starts, wanted, strict=False) for i in chunk]
+        rows = [start + i for start, chunk in zip(layout.starts, wanted, strict=False) for i in chunk]
+        rows_M = np.array(rows, np.int64)
         keys = self.bank.keys_of(adapter_slots)
         if self._fused is not None and is_elementwise(keys):
-            return self._fused.run(tokens_N, layout, adapter_slots, keys, rows_M)
+            return self._fused.run(tokens_N.numpy(), layout, adapter_slots, keys, rows_M)
         adaptation = self._adaptation(adapter_slots, [len(item.tokens) for item in items])
         of_rows = self._adaptation(adapter_slots, [len(chunk) for chunk in wanted])
         attend = self._attend(self.kv_cache, self.prompt_cache, layout)
-        tokens, positions = (torch.as_tensor(x).to(self.base.device) for x in (tokens_N, layout.lens_N - 1))
-        hidden_NC = self.base(tokens, positions, attend, adaptation)
-        return self.base.logits(hidden_NC[rows_M], of_rows).float()
+        hidden_NC = self.base(tokens_N, upload(layout.lens_N - 1, device), attend, adaptation)
+        return self.base.logits(hidden_NC[upload(rows_M, device)], of_rows).float()
 
     def room_for(self, loaded: LoadedAdapter, pause: Callable[[], None]) -> Callable[[], None]:
         """Memory for an adapter's vectors and prompts, as `AdapterBank.room_for`."""
@@ -227,8 +231,8 @@ class Runner:
         active = sorted({slot for slot, count in zip(slots, counts, strict=True) if count})
         if not self.bank.keys_of(active):
             return None
-        slots_N = torch.from_numpy(np.repeat(np.array(slots), counts))
-        return self._batch_adaptation(self.bank, slots_N.to(self.base.device), active)
+        slots_N = upload(np.repeat(np.array(slots), counts), self.base.device)
+        return self._batch_adaptation(self.bank, slots_N, active)
 
     def _layout(self, items: Sequence[StepItem], prompt_slots: Sequence[int]) -> StepLayout:
         singles = [len(item.tokens) == 1 for item in items]

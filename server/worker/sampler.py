@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.uploads import upload
 from server.worker.grammar import GrammarState, constrain
 from server.worker.messages import SamplingParams
 
@@ -63,6 +64,11 @@ class SamplerState:
             and self.num_generated >= self.params.min_tokens
         )
 
+    @property
+    def runs_ahead(self) -> bool:
+        """The host need not know a token for the next one to be chosen."""
+        return self.grammar is None and self._counts_V is None
+
     def adjust(self, logits_V: Tensor) -> None:
         """Penalties, bias and what may not come yet, in place."""
         p = self.params
@@ -75,10 +81,10 @@ class SamplerState:
             torch.where(seen_V, penalised_V, logits_V, out=logits_V)
             logits_V -= p.frequency_penalty * counts_V + p.presence_penalty * (counts_V > 0)
         if self._bias is not None:
-            ids, values = (x.to(logits_V.device) for x in self._bias)
+            ids, values = (upload(x, logits_V.device) for x in self._bias)
             logits_V.index_add_(0, ids, values)
         if self.num_generated < p.min_tokens and self.eos_ids:
-            logits_V[torch.tensor(self.eos_ids, device=logits_V.device)] = -torch.inf
+            logits_V[upload(self.eos_ids, logits_V.device)] = -torch.inf
 
     def take(self, token: int) -> None:
         """The request's next token is this one."""
@@ -89,13 +95,45 @@ class SamplerState:
             self._counts_V[token] += 1
 
 
+class Choice:
+    """One token per row, which the device knows before the host does."""
+
+    def __init__(self, chosen_2M: Tensor) -> None:
+        """`chosen_2M`: tokens, and whether the row's logits were finite; int64."""
+        self.tokens_M = chosen_2M[0]
+        on_gpu = chosen_2M.device.type == "cuda"
+        self._host_2M = torch.empty(chosen_2M.shape, dtype=chosen_2M.dtype, pin_memory=on_gpu)
+        self._host_2M.copy_(chosen_2M, non_blocking=True)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> tuple[list[int], list[bool]]:
+        """What `sample` gives. Waits for the device to come so far, not for what it was given since."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return _listed(self._host_2M)
+
+
+@torch.inference_mode()
+def sample_ahead(logits_MV: Tensor, states: Sequence[SamplerState]) -> Choice:
+    """As `sample`, of states that all run ahead, and without a wait.
+
+    Rows that cut their tail make one: whether their candidates are enough is asked of the device.
+    """
+    choice = Choice(_choose(logits_MV, states))
+    for state in states:
+        state.num_generated += 1
+    return choice
+
+
 @torch.inference_mode()
 def sample(logits_MV: Tensor, states: Sequence[SamplerState]) -> tuple[list[int], list[bool]]:
     """One token per row, and whether the row's logits were finite. `logits_MV` is float32 and is changed."""
     if logits_MV.device.type == "cpu" and all(state.takes_best for state in states):
         tokens, finite = _best(logits_MV)
     else:
-        tokens, finite = _choose(logits_MV, states)
+        tokens, finite = _listed(_choose(logits_MV, states))  # the one wait for the device
     for token, state in zip(tokens, states, strict=True):
         state.take(token)
     return tokens, finite
@@ -108,7 +146,13 @@ def _best(logits_MV: Tensor) -> tuple[list[int], list[bool]]:
     return tokens_M.tolist(), np.isfinite(rows_MV[np.arange(len(tokens_M)), tokens_M]).tolist()
 
 
-def _choose(logits_MV: Tensor, states: Sequence[SamplerState]) -> tuple[list[int], list[bool]]:
+def _listed(chosen_2M: Tensor) -> tuple[list[int], list[bool]]:
+    tokens, finite = chosen_2M.tolist()
+    return tokens, list(map(bool, finite))
+
+
+def _choose(logits_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
+    """Tokens, and whether the row's logits were finite, [2, M] in int64."""
     finite_M = logits_MV.amax(-1).isfinite()
     for logits_V, state in zip(logits_MV, states, strict=True):
         state.adjust(logits_V)
@@ -116,17 +160,16 @@ def _choose(logits_MV: Tensor, states: Sequence[SamplerState]) -> tuple[list[int
     tokens_M = logits_MV.argmax(-1)
     drawn = [m for m, state in enumerate(states) if not state.greedy]
     if drawn:
-        rows = torch.tensor(drawn, device=logits_MV.device)
+        rows = upload(drawn, logits_MV.device)
         tokens_M[rows] = _draw(logits_MV[rows], [states[m] for m in drawn])
-    tokens, finite = torch.stack((tokens_M, finite_M.long())).tolist()  # the one wait for the device
-    return tokens, list(map(bool, finite))
+    return torch.stack((tokens_M, finite_M.long()))
 
 
 def _draw(logits_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
     """Tokens [M] drawn from softmax(logits / temperature), cut to top-k, top-p and min-p in this order."""
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=logits_MV.device)[:, None]
+        return upload(values, logits_MV.device)[:, None]
 
     temperature_M1 = column([max(state.params.temperature, _COLDEST) for state in states])
     uniform_M1 = column([state.random.random() for state in states])
@@ -138,13 +181,15 @@ def _draw(logits_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
     cut = [m for m, state in enumerate(states) if state.params.top_p < 1 or state.params.top_k]
     if not cut:
         return _invert(_at_least(probs_MV, min_p_M1), uniform_M1)
-    whole = sorted({*range(len(states))} - {*cut})
     tokens_M = torch.empty(len(states), dtype=torch.long, device=logits_MV.device)
-    if whole:
+    if len(cut) < len(states):
+        whole = upload(sorted({*range(len(states))} - {*cut}), logits_MV.device)
         tokens_M[whole] = _invert(_at_least(probs_MV[whole], min_p_M1[whole]), uniform_M1[whole])
     top_k_M1 = column([float(states[m].params.top_k or probs_MV.shape[-1]) for m in cut])
     top_p_M1 = column([states[m].params.top_p for m in cut])
-    tokens_M[cut] = _draw_cut(probs_MV[cut], uniform_M1[cut], top_k_M1, top_p_M1, min_p_M1[cut])
+    rows = upload(cut, logits_MV.device)
+    cut_MV, uniform_M1, min_p_M1 = probs_MV[rows], uniform_M1[rows], min_p_M1[rows]
+    tokens_M[rows] = _draw_cut(cut_MV, uniform_M1, top_k_M1, top_p_M1, min_p_M1)
     return tokens_M
 
 

@@ -210,7 +210,7 @@ class Scheduler:
     @property
     def num_decoding(self) -> int:
         """Running sequences that lack one token."""
-        return sum(seq.num_uncomputed_tokens == 1 for seq in self.running)
+        return sum(seq.lacks_one for seq in self.running)
 
     def schedule(self, spent: float = 0.0) -> Batch:
         """Plan the next step; empty only when there is no work. The step before must have come back.
@@ -218,7 +218,8 @@ class Scheduler:
         `spent` seconds of it are gone already, which leaves less for prompts beside decodes.
         """
         assert not self._in_flight.sequences, "the last batch was neither postprocessed nor discarded"
-        assert not any(seq.is_complete for seq in self.running), "a complete sequence was not finished"
+        ended = [seq for seq in self.running if seq.is_complete and not seq.waits_to_be_read]
+        assert not ended, "a complete sequence was not finished"
         decodes = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(decodes)
         if decodes and self.max_prefill_chunk is not None:
@@ -231,7 +232,11 @@ class Scheduler:
         return self._in_flight
 
     def postprocess(self, batch: Batch, sampled: Mapping[str, int]) -> None:
-        """The step is done: `sampled` has a token for each request that `samples` and still runs."""
+        """The step is done: `sampled` has a token for each request that `samples` and still runs.
+
+        The token may be `UNKNOWN`, to be put in its place before the next call: meanwhile the next step can
+        be scheduled.
+        """
         self.discard(batch)
         for item in batch.sequences:
             if item.seq.status is SequenceStatus.RUNNING:
@@ -249,7 +254,7 @@ class Scheduler:
 
     def _schedule_decodes(self) -> list[ScheduledSequence]:
         decodes = []
-        for seq in [seq for seq in self.running if seq.num_uncomputed_tokens == 1]:
+        for seq in [seq for seq in self.running if seq.lacks_one]:
             if seq.status is SequenceStatus.RUNNING and self._make_room(seq):
                 self.blocks.append(seq)
                 decodes.append(ScheduledSequence.of(seq, 1))
@@ -297,7 +302,7 @@ class Scheduler:
 
         Without those the newcomer would be preempted as soon as the others grow.
         """
-        if len(self.running) >= self.max_num_seqs:
+        if len(self.running) >= self.max_num_seqs or seq.waits_to_be_read:
             return False
         adapters = {other.adapter_id for other in (*self.running, seq)} - {None}
         if self.max_adapters is not None and len(adapters) > self.max_adapters:

@@ -6,6 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+UNKNOWN = -1  # stands for a token that the device has computed, or will have, and nobody has read
+
 
 class SequenceStatus(Enum):
     WAITING = auto()  # holds no blocks
@@ -17,9 +19,10 @@ class SequenceStatus(Enum):
 class Sequence:
     """The caller sets the first six fields; scheduler and block manager own the rest.
 
-    `token_ids` is the prompt, then what was generated. `adapter_id` is what takes turns in the queue
-    and one place in the adapter bank; None is the base, which takes none. `cache_key` is all that
-    keys and values depend on besides the tokens; None: neither looked up nor published.
+    `token_ids` is the prompt, then what was generated; its last may be `UNKNOWN`. `adapter_id` is what
+    takes turns in the queue and one place in the adapter bank; None is the base, which takes none.
+    `cache_key` is all that keys and values depend on besides the tokens; None: neither looked up nor
+    published.
     """
 
     request_id: str
@@ -49,7 +52,20 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def lacks_one(self) -> bool:
+        """It decodes in the next step."""
+        return self.num_uncomputed_tokens == 1 and not self.is_complete
+
+    @property
+    def waits_to_be_read(self) -> bool:
+        return self.token_ids[-1] == UNKNOWN
+
+    @property
+    def has_all_tokens(self) -> bool:
+        """`max_tokens` is reached."""
+        return len(self.token_ids) - self.num_prompt_tokens >= self.max_tokens
+
+    @property
     def is_complete(self) -> bool:
-        """Nothing is left to compute or to sample: `max_tokens` is reached."""
-        num_generated = len(self.token_ids) - self.num_prompt_tokens
-        return num_generated >= self.max_tokens and self.num_computed_tokens >= self.num_prompt_tokens
+        """Nothing is left to compute or to sample."""
+        return self.has_all_tokens and self.num_computed_tokens >= self.num_prompt_tokens

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from models.tokenizer import IncrementalDecoder, Tokenizer
+from models.uploads import upload
 from server.errors import InvalidRequest
+from server.worker.draws import Ahead, Drawn, draw
 from server.worker.grammar import GrammarState
 from server.worker.messages import (
     EngineStats,
@@ -23,75 +25,31 @@ from server.worker.messages import (
     Failed,
     Finished,
     FinishReason,
-    PromptScored,
-    SamplingParams,
     Scheduled,
-    TokenLogprob,
     Usage,
 )
 from server.worker.output import OutputStream
+from server.worker.request import ActiveRequest, Prepared
 from server.worker.runner import Runner, StepItem
-from server.worker.sampler import SamplerState, sample
+from server.worker.sampler import SamplerState
 from server.worker.scheduler import Batch, ScheduledSequence, Scheduler, SequenceRejected
-from server.worker.scores import describe, raw_logprobs
+from server.worker.scores import score_prompt
+from server.worker.sequence import UNKNOWN
 from server.worker.sequence import Sequence as TokenSequence
-from server.worker.sight import ImageInput, ImageQueue, LoadedAdapter
+from server.worker.sight import ImageQueue
 from server.worker.tool_calls import ToolCallEvents
 
 log = logging.getLogger(__name__)
 
+_FAILED = "The engine failed to compute this request."
 _NOT_FINITE = "The model gave logits that are not finite; check the adapter's weights."
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request as the step loop wants it: tokens instead of text, pixels instead of files."""
-
-    request_id: str
-    token_ids: list[int]
-    sampling: SamplingParams
-    max_tokens: int
-    stop: tuple[str, ...]
-    adapter: LoadedAdapter | None = None
-    image: ImageInput | None = None
-    grammar: GrammarState | None = None
-    continues_text: bool = False  # the answer goes on where the prompt ends, its leading space included
-    ready_at: float = field(default_factory=time.monotonic)  # from when on it waits
-
-    @property
-    def cache_key(self) -> Hashable:
-        """All that keys and values depend on besides the tokens."""
-        return (self.adapter.key if self.adapter else None, self.image.key if self.image else None)
-
-
-@dataclass(slots=True, eq=False)
-class ActiveRequest:
-    """A request on its way through the steps. `emit` takes its events; it must not block."""
-
-    prepared: Prepared
-    emit: Callable[[Event], None]
-    seq: TokenSequence
-    sampler: SamplerState
-    output: OutputStream
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    queued: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """A sampled token; `finite` is False where the logits were not."""
-
-    request: ActiveRequest
-    token: int
-    finite: bool
-    logprob: TokenLogprob | None
 
 
 class StepLoop:
     def __init__(
         self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer, overlap: bool = False
     ) -> None:
-        """`overlap`: the text of a step's tokens is made while the device computes the next step."""
+        """`overlap`: the device computes the next step while the tokens of this one are read and told."""
         self.runner = runner
         self._scheduler = scheduler
         self._tokenizer = tokenizer
@@ -99,7 +57,9 @@ class StepLoop:
         self._images = ImageQueue(runner.sight)
         self._eos_ids = tuple(sorted(tokenizer.eos_ids))
         self._overlap = overlap
-        self._untold: list[_Drawn] = []
+        self._untold: list[Drawn] = []
+        self._ahead: Ahead | None = None
+        self._done_at = 0.0  # when the last step was
         self.num_steps = 0
 
     @property
@@ -152,6 +112,8 @@ class StepLoop:
         if self._requests.pop(request_id, None):
             self._images.remove(request_id)
             self._scheduler.abort(request_id)
+        if not self._scheduler.has_work:
+            self._ahead = None  # nobody waits for its tokens, and the next step may be long from now
 
     def forget(self, adapter_key: tuple[str, int]) -> None:
         """Drop all that was cached for one version of an adapter; nothing of it may be running."""
@@ -166,10 +128,18 @@ class StepLoop:
             return
         encoded = time.perf_counter()
         batch = self._scheduler.schedule(spent=encoded - began)
-        self._compute(batch, deliver)
+        if batch.sequences:
+            self._compute(batch, deliver, encoded)
+        else:  # all that is left to do is to read the last tokens
+            self._tell_rest()
+        if self._ahead is None:
+            self._observe(batch, encoded)
+
+    def _observe(self, batch: Batch, began: float) -> None:
+        """The device is done with a step: it began then, or when the step before it was done."""
+        seconds, self._done_at = time.perf_counter() - max(began, self._done_at), time.perf_counter()
         if self._scheduler.pace is not None:
-            num_prompt_tokens = batch.num_tokens - batch.num_decodes
-            self._scheduler.pace.observe(batch.num_decodes, num_prompt_tokens, time.perf_counter() - encoded)
+            self._scheduler.pace.observe(batch.num_decodes, batch.num_tokens - batch.num_decodes, seconds)
 
     def _encode_images(self) -> None:
         """As much as may stand beside the decodes; whose image is done joins the scheduler's queue."""
@@ -183,44 +153,70 @@ class StepLoop:
         for request_id in failed:
             self._requests.pop(request_id).emit(_failure("The engine failed to encode this request's image."))
 
-    def _compute(self, batch: Batch, deliver: Callable[[], None]) -> None:
+    def _compute(self, batch: Batch, deliver: Callable[[], None], began: float) -> None:
         items = sorted(batch.sequences, key=lambda item: item.num_tokens != 1)
         requests = [self._requests[item.seq.request_id] for item in items]
         self._tell_scheduled(requests)
         try:
-            logits_MV = self.runner.run(list(map(self._step_item, requests, items)))
+            last_M = self._ahead.choice.tokens_M if self._ahead and self._ahead.rows else None
+            logits_MV = self.runner.run(list(map(self._step_item, requests, items)), last_M)
             self._tell_rest()
             deliver()
-            drawn = self._draw(requests, items, logits_MV)
+            sampling, logits_MV = self._select(requests, items, logits_MV)
+            drawn: list[Drawn] = []
+            if self._overlap and all(request.runs_ahead for request in requests):
+                self._ahead = Ahead.draw(sampling, logits_MV, batch, began)
+            else:
+                drawn = draw(self._tokenizer, sampling, logits_MV)
         except Exception:
             log.exception("a step failed; its %d requests end in an error", len(items))
-            self._fail(batch, "The engine failed to compute this request.")
+            self._fail(batch, _FAILED)
             return
         self.num_steps += 1
-        self._scheduler.postprocess(batch, {row.request.seq.request_id: row.token for row in drawn})
+        ahead = self._ahead.rows if self._ahead else {}
+        tokens = {row.request.seq.request_id: row.token for row in drawn}
+        self._scheduler.postprocess(batch, tokens | {own.seq.request_id: UNKNOWN for own in ahead})
         for row in drawn:
             if self._overlap and self._goes_on(row):
                 self._untold.append(row)
             else:
                 self._advance(row)
         for request in requests:
-            if self._runs(request) and request.seq.is_complete:
+            if request not in ahead and self._runs(request) and request.seq.is_complete:
                 self._finish(request, "length")
 
     def _runs(self, request: ActiveRequest) -> bool:
         """Whether it is still there: a stop string may have ended it within the step, or its client left."""
         return self._requests.get(request.prepared.request_id) is request
 
-    def _goes_on(self, row: _Drawn) -> bool:
+    def _goes_on(self, row: Drawn) -> bool:
         """Whether the next step has the request, as far as can be told without the token's text."""
         request = row.request
         ends = row.token in self._eos_ids or request.prepared.grammar is not None
         return row.finite and not ends and not request.seq.is_complete
 
     def _tell_rest(self) -> None:
+        """What the steps before have left untold, and unread."""
         rows, self._untold = self._untold, []
+        rows += self._read_ahead()
         for row in rows:
             self._advance(row)
+            if self._runs(row.request) and row.request.seq.has_all_tokens:
+                self._finish(row.request, "length")
+
+    def _read_ahead(self) -> list[Drawn]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return []
+        try:
+            drawn = ahead.read()
+        except Exception:
+            log.exception("a step failed; its %d requests end in an error", len(ahead.rows))
+            for request in filter(self._runs, ahead.rows):
+                self._refuse(request, _FAILED)
+            return []
+        self._observe(ahead.batch, ahead.began)
+        return drawn
 
     def stats(self) -> EngineStats:
         scheduler, blocks = self._scheduler, self._scheduler.blocks.stats
@@ -256,8 +252,11 @@ class StepLoop:
             wants = slice(0, item.num_tokens)
         else:
             wants = slice(item.num_tokens - item.samples, item.num_tokens)
+        tokens = item.seq.token_ids[item.start : end]
+        if self._ahead is not None and tokens[-1] == UNKNOWN:
+            tokens = [-1 - self._ahead.rows[request]]
         return StepItem(
-            tokens=item.seq.token_ids[item.start : end],
+            tokens=tokens,
             start=item.start,
             block_table=item.seq.block_table,
             adapter=request.prepared.adapter,
@@ -269,10 +268,10 @@ class StepLoop:
         wanted = request.prepared.sampling.prompt_logprobs is not None
         return wanted and len(request.prompt_logprobs) < item.seq.num_prompt_tokens
 
-    def _draw(
+    def _select(
         self, asked: Sequence[ActiveRequest], items: Sequence[ScheduledSequence], logits_MV: Tensor
-    ) -> list[_Drawn]:
-        """Score prompts, and sample the rows that want a token."""
+    ) -> tuple[list[ActiveRequest], Tensor]:
+        """Who wants a token, and the rows of logits it comes from. Prompts that are to be scored are."""
         rows: list[int] = []
         requests: list[ActiveRequest] = []
         end = 0
@@ -280,32 +279,18 @@ class StepLoop:
             start = end
             if self._scores_prompt(request, item):
                 end += item.num_tokens
-                self._score_prompt(request, item, logits_MV[start:end])
+                if not score_prompt(self._tokenizer, request, item.start, logits_MV[start:end]):
+                    self._refuse(request, _NOT_FINITE)
             else:
                 end += item.samples
             if item.samples:
                 rows.append(end - 1)
                 requests.append(request)
-        if not requests:
-            return []
         if len(rows) < len(logits_MV):
-            logits_MV = logits_MV[rows]
-        logprobs = raw_logprobs(logits_MV, [request.prepared.sampling for request in requests])
-        tokens, finite = sample(logits_MV, [request.sampler for request in requests])
-        return [
-            _Drawn(request, token, ok, self._token_logprob(logprobs.get(m), token, request))
-            for m, (request, token, ok) in enumerate(zip(requests, tokens, finite, strict=True))
-        ]
+            logits_MV = logits_MV[upload(np.array(rows, np.int64), logits_MV.device)]
+        return requests, logits_MV
 
-    def _token_logprob(
-        self, logprobs_V: Tensor | None, token: int, request: ActiveRequest
-    ) -> TokenLogprob | None:
-        if logprobs_V is None:
-            return None
-        num_top = request.prepared.sampling.logprobs or 0
-        return describe(self._tokenizer, [token], logprobs_V[None], num_top)[0]
-
-    def _advance(self, row: _Drawn) -> None:
+    def _advance(self, row: Drawn) -> None:
         """One generated token: show it, or end the request."""
         request, grammar = row.request, row.request.prepared.grammar
         if not self._runs(request):
@@ -368,31 +353,6 @@ class StepLoop:
         for request in list(self._requests.values()):
             request.emit(Failed(status, message, "server_error", "unavailable"))
             self.abort(request.seq.request_id)
-
-    def _score_prompt(self, request: ActiveRequest, item: ScheduledSequence, logits_TV: Tensor) -> None:
-        """The prompt's own log-probabilities: row t of the chunk foretells position start + t + 1."""
-        seq, params = item.seq, request.prepared.sampling
-        assert params.prompt_logprobs is not None
-        if not request.prompt_logprobs:
-            first = seq.token_ids[0]
-            request.prompt_logprobs.append(TokenLogprob(first, self._tokenizer.token_text(first), None))
-        # After a preemption, what was scored already is computed once more and left alone here.
-        known = len(request.prompt_logprobs)
-        targets = range(
-            max(item.start + 1, known), min(item.start + item.num_tokens + 1, seq.num_prompt_tokens)
-        )
-        if targets:
-            rows = logits_TV[targets.start - item.start - 1 : targets.stop - item.start - 1]
-            tokens = seq.token_ids[targets.start : targets.stop]
-            if not rows.amax(-1).isfinite().all():
-                self._refuse(request, _NOT_FINITE)
-                return
-            request.prompt_logprobs += describe(
-                self._tokenizer, tokens, rows.log_softmax(-1), params.prompt_logprobs
-            )
-        if len(request.prompt_logprobs) == seq.num_prompt_tokens:
-            text = self._tokenizer.decode(seq.token_ids[: seq.num_prompt_tokens])
-            request.emit(PromptScored(tuple(request.prompt_logprobs), text))
 
 
 def _failure(message: str) -> Failed:

@@ -18,7 +18,7 @@ from server.worker.messages import (
     Usage,
 )
 from server.worker.output import OutputStream
-from server.worker.step_loop import Prepared
+from server.worker.request import Prepared
 from server.worker.tool_calls import ToolCallEvents
 
 

@@ -38,7 +38,7 @@ from models.vllm_plugin.sharing import packed
 from models.vllm_plugin.sight import seeing_prompt
 from server.errors import InvalidRequest, ServerFailure, Unavailable
 from server.worker.messages import EngineStats, FinishReason
-from server.worker.step_loop import Prepared
+from server.worker.request import Prepared
 from server.worker.vllm_answer import Step
 from server.worker.vllm_grammar import GrammarProcessor, grammar_args
 

@@ -29,8 +29,8 @@ from server.worker.adapter_loading import AdapterLoader
 from server.worker.engine_base import EngineBase
 from server.worker.frontend import Frontend, ServedModel
 from server.worker.messages import EngineStats, Event, Scheduled
+from server.worker.request import Prepared
 from server.worker.scheduler import check_fits
-from server.worker.step_loop import Prepared
 from server.worker.vllm_answer import Answer
 
 if TYPE_CHECKING:

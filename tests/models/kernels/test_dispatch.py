@@ -1,6 +1,7 @@
 """Worker and training give the same with the Triton kernels as without, and choose them where they can."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,8 @@ def adapter_configs(config: ModelConfig) -> list[AdapterConfig]:
 
 @torch.no_grad()
 def steps(config: ModelConfig, kernels: Kernels, device: str, max_decodes: int = 0) -> list[torch.Tensor]:
-    """Logits of six steps: chunks that mix adapters, chunks beside decodes, and decodes alone."""
+    """Logits of eight steps: chunks that mix adapters, chunks beside decodes, and decodes alone; the last two
+    have tokens of the step before."""
     base = random_base(config).to(device)
     adapters = [
         LoadedAdapter((f"a{i}", 1), random_adapter(adapter_config, seed=i).to(device))
@@ -83,13 +85,22 @@ def steps(config: ModelConfig, kernels: Kernels, device: str, max_decodes: int =
         blocks = range(sequence * 8, sequence * 8 + 8)
         return StepItem(tokens, start, blocks, [*adapters, None][sequence], None, slice(-1, None))
 
+    def unread(items: list[StepItem]) -> tuple[list[StepItem], torch.Tensor]:
+        """The decodes' tokens where only the device knows them: in the step before, in another order."""
+        decodes = [item for item in items if len(item.tokens) == 1]
+        last = torch.tensor([item.tokens[0] for item in reversed(decodes)], device=device)
+        told = [replace(item, tokens=[m - len(decodes)]) for m, item in enumerate(decodes)]
+        return told + items[len(decodes) :], last
+
     return [
         runner.run([item(0, 0, 7), item(1, 0, 3), item(3, 0, 2)]),
         runner.run([item(0, 7, 1), item(3, 2, 1), item(1, 3, 9), item(2, 0, 5)]),
         runner.run([item(0, 8, 1), item(1, 12, 1), item(2, 5, 1), item(3, 3, 1)]),
         runner.run([item(0, 9, 1), item(1, 13, 1), item(3, 4, 1)]).clone(),
         runner.run([item(0, 10, 1), item(3, 5, 1)]).clone(),
-        runner.run([item(3, 6, 1)]),
+        runner.run([item(3, 6, 1)]).clone(),
+        runner.run(*unread([item(0, 11, 1), item(3, 7, 1)])).clone(),
+        runner.run(*unread([item(0, 12, 1), item(3, 8, 1), item(1, 14, 3)])),
     ]
 
 

@@ -25,10 +25,12 @@ from models.llama import Llama
 from server.worker.blocks import BlockManager
 from server.worker.messages import Delta, Failed, Finished, PromptScored, SamplingParams, Scheduled
 from server.worker.pace import Pace
+from server.worker.request import Prepared
 from server.worker.runner import Runner
+from server.worker.sampler import Choice
 from server.worker.scheduler import Scheduler, SequenceRejected
 from server.worker.sight import ImageInput, LoadedAdapter
-from server.worker.step_loop import Prepared, StepLoop
+from server.worker.step_loop import StepLoop
 
 
 class Bytes:
@@ -111,12 +113,12 @@ def adapter_configs(base: Llama) -> list[AdapterConfig]:
 class Deployment:
     """A base with adapters, and the plain path: the whole sequence again for each token."""
 
-    def __init__(self, name: str = "gqa", dtype: torch.dtype = torch.float32) -> None:
-        self.base = random_base(CONFIGS[name], dtype)
+    def __init__(self, name: str = "gqa", dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        self.base = random_base(CONFIGS[name], dtype).to(device)
         self.encoder = ToyEncoder()
         self.adapters: list[LoadedAdapter | None] = [None]
         for i, config in enumerate(adapter_configs(self.base)):
-            adapter = random_adapter(config, seed=i)
+            adapter = random_adapter(config, seed=i).to(device)
             self.adapters.append(
                 LoadedAdapter((f"a{i}", 1), adapter, self.encoder if config.vision else None)
             )
@@ -132,9 +134,17 @@ class Deployment:
         prefix_caching=True,
         pace=None,
         overlap=False,
+        kernels="cpu",
     ) -> StepLoop:
         runner = Runner(
-            self.base, num_blocks=num_blocks, block_size=4, max_hot_adapters=hot, prompt_slots=prompts
+            self.base,
+            num_blocks=num_blocks,
+            block_size=4,
+            max_hot_adapters=hot,
+            prompt_slots=prompts,
+            kernels=kernels,
+            max_decodes=seqs,
+            max_model_len=200,
         )
         scheduler = Scheduler(
             BlockManager(num_blocks, 4, prefix_caching),
@@ -218,7 +228,10 @@ POOLS = {
     "paced": {"pace": Pace(stretch=1.1, least=1, first=3)},
     "few slots": {"seqs": 2, "hot": 2, "prompts": 2},
     "told later": {"overlap": True},
-    "preempting, told later": {"num_blocks": 18, "seqs": 8, "overlap": True},
+    "preempting, told later": {"num_blocks": 12, "seqs": 8, "overlap": True},
+    "chunks of 5, told later": {"budget": 5, "seqs": 4, "overlap": True},
+    "few slots, told later": {"seqs": 2, "hot": 2, "prompts": 2, "overlap": True},
+    "paced, told later": {"pace": Pace(stretch=1.1, least=1, first=3), "overlap": True},
 }
 
 
@@ -402,11 +415,7 @@ def test_what_is_told_later_is_the_same():
             event.text for event in run(deployment.loop(), [request])[str(i)] if isinstance(event, Delta)
         ]
         requests[i] = replace(request, stop=("".join(texts)[4:6],))
-    told = [run(deployment.loop(overlap=overlap), requests) for overlap in (False, True)]
-    usual, later = (
-        {key: [event for event in events if not isinstance(event, Scheduled)] for key, events in run.items()}
-        for run in told
-    )
+    usual, later = (told(deployment.loop(overlap=overlap), requests) for overlap in (False, True))
     assert later == usual
     assert sum(events[-1].finish_reason == "stop" for events in later.values()) >= 6
 
@@ -422,6 +431,134 @@ def test_what_is_told_later_is_delivered_while_the_next_step_runs():
         loop.step(lambda: delivered.append(len(tokens_of(events))))
     assert delivered == [0, 1, 2, 3, 4]
     assert len(tokens_of(events)) == 5
+
+
+SAMPLINGS = [
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.8, top_p=0.7),
+    SamplingParams(temperature=1.2, top_k=5),
+    SamplingParams(temperature=1.0, min_p=0.1, min_tokens=8, logit_bias={1: 5.0}),
+    SamplingParams(temperature=0),
+]
+HELD_BACK = [  # the next token depends on what the host knows of the last, or is to be told with it
+    SamplingParams(temperature=1.0, frequency_penalty=0.5),
+    SamplingParams(temperature=0, repetition_penalty=1.3),
+    SamplingParams(temperature=0.5, logprobs=2),
+    SamplingParams(temperature=0, prompt_logprobs=1),
+]
+
+
+def told(loop: StepLoop, requests: list[Prepared], arrivals: random.Random | None = None) -> dict[str, list]:
+    """All that the requests are told, but for how long they waited and for numbers, whose last digits depend
+    on what shares a step."""
+    kept = (Delta, Finished, Failed)
+    return {
+        key: [replace(e, logprobs=()) if isinstance(e, Delta) else e for e in own if isinstance(e, kept)]
+        for key, own in run(loop, requests, arrivals).items()
+    }
+
+
+@pytest.mark.parametrize("samplings", [SAMPLINGS, SAMPLINGS + HELD_BACK], ids=["ahead", "ahead and not"])
+def test_what_runs_ahead_draws_the_same(samplings: list[SamplingParams]):
+    deployment, rng = Deployment(), random.Random(3)
+    requests = [
+        deployment.request(i, rng, sampling=replace(rng.choice(samplings), seed=i), max_tokens=12)
+        for i in range(24)
+    ]
+    usual, ahead = (
+        told(deployment.loop(overlap=overlap, seqs=6), requests, random.Random(5))
+        for overlap in (False, True)
+    )
+    assert ahead == usual
+
+
+def test_a_step_takes_tokens_that_nobody_has_read(monkeypatch: pytest.MonkeyPatch):
+    """All that can, and none once a request must be known to the host."""
+    deployment = Deployment()
+    loop = deployment.loop(overlap=True)
+    unread: list[int] = []
+    step = loop.runner.run
+
+    def watched(items, last=None):
+        unread.append(sum(item.tokens[0] < 0 for item in items))
+        return step(items, last)
+
+    monkeypatch.setattr(loop.runner, "run", watched)
+    ignoring = SamplingParams(temperature=0, ignore_eos=True)
+    requests = [
+        deployment.request(i, random.Random(i), image=None, sampling=ignoring, max_tokens=6) for i in range(3)
+    ]
+    run(loop, requests)
+    assert unread == [0, 3, 3, 3, 3, 3]
+    unread.clear()
+    requests[0] = replace(requests[0], sampling=replace(ignoring, presence_penalty=0.1), max_tokens=3)
+    run(loop, requests)
+    assert unread == [0, 0, 0, 0, 2, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("number", [0, 1, 2, 3], ids=["base", "V1", "V2", "low rank"])
+def test_a_step_on_a_gpu_waits_for_nothing_but_tokens(number: int):
+    deployment = Deployment(dtype=torch.bfloat16, device="cuda")
+    loop = deployment.loop(overlap=True, kernels="triton")
+    for i, temperature in enumerate((0.0, 1.0)):
+        sampling = SamplingParams(temperature=temperature, ignore_eos=True)
+        request = deployment.request(i, random.Random(i), sampling=sampling, max_tokens=40)
+        loop.add(replace(request, adapter=deployment.adapters[number], image=None), lambda event: None)
+    for _ in range(8):  # prompts, and graphs that are recorded
+        loop.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(8):
+            loop.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loop.num_steps == 16
+
+
+def test_tokens_that_cannot_be_read_end_their_requests_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    deployment = Deployment()
+    loop = deployment.loop(overlap=True)
+    requests = [deployment.request(i, random.Random(i), max_tokens=5) for i in range(3)]
+    lost, kept = requests[:2], requests[2]
+    events: dict[str, list] = {request.request_id: [] for request in requests}
+    for request in lost:
+        loop.add(request, events[request.request_id].append)
+    loop.step()
+    loop.add(kept, events[kept.request_id].append)
+    with monkeypatch.context() as broken:
+        broken.setattr(Choice, "read", lambda choice: 1 / 0)
+        loop.step()
+    while loop.has_work:
+        loop.step()
+        loop.check_integrity()
+    assert all(isinstance(events[request.request_id][-1], Failed) for request in lost)
+    assert tokens_of(events[kept.request_id]) == without_eos(deployment.alone(kept))
+    assert loop.stats().kv_blocks_used == 0
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_who_leaves_while_its_token_is_unread_leaves_nothing():
+    deployment, pace = Deployment(), Pace()
+    loop = deployment.loop(overlap=True, pace=pace)
+    request = deployment.request(0, random.Random(0), adapter=None, max_tokens=50)
+    loop.add(request, lambda event: None)
+    for _ in range(3):
+        loop.step()
+    loop.abort("0")
+    loop.check_integrity()
+    assert loop.stats().kv_blocks_used == 0
+    pace.observe = lambda *step: pytest.fail("a step that nobody waited for")  # type: ignore[method-assign]
+    again: list = []
+    loop.add(replace(request, max_tokens=1), again.append)
+    loop.step()
+    del pace.observe
+    while loop.has_work:
+        loop.step()
+    assert tokens_of(again) == without_eos(deployment.alone(request))[:1]
 
 
 def test_a_failing_encoder_fails_its_own_requests_and_leaves_no_stale_prompts(
