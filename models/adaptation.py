@@ -215,10 +215,9 @@ class BatchAdaptation(_Adaptation):
         self._keys = bank.keys_of(active)
         # One slot for all: its rows broadcast, nothing is gathered.
         self._index: Tensor | int = active[0] if len(active) == 1 else slots_N
-        self._with_lora = [
-            slot for slot in active if any(k.startswith("lora.") for k in bank.keys_of([slot]))
-        ]
+        self._active = active
         self._slots_N = slots_N
+        self._with_lora: Tensor | None = None  # the active slots that have low-rank terms
 
     @property
     def changes_nothing(self) -> bool:
@@ -239,7 +238,14 @@ class BatchAdaptation(_Adaptation):
         """All active slots' terms in two dense products, each token keeping its own slot's part."""
         if name == "head" or f"lora.{name}" not in self._keys:
             return None
-        with_lora = upload(self._with_lora, x.device)
+        if self._with_lora is None:  # made late: a step without low-rank terms may be recorded as a graph
+            slots = [
+                slot
+                for slot in self._active
+                if any(k.startswith("lora.") for k in self._bank.keys_of([slot]))
+            ]
+            self._with_lora = upload(slots, x.device)
+        with_lora = self._with_lora
         a_SRi, b_SRo = (stack[layer][with_lora] for stack in self._bank.lora[name])
         h_NAR = F.linear(x, a_SRi.flatten(0, 1)).unflatten(-1, a_SRi.shape[:2])
         if not isinstance(self._index, int):

@@ -20,6 +20,7 @@ from models.errors import AdapterMismatch, CheckpointError
 from models.fingerprint import likeness
 from models.llama import Layer, Llama
 from models.pieces import copy_finite
+from models.uploads import upload
 from models.vision.encoder import EncoderDims
 from models.vision.projector import build_projector
 
@@ -146,7 +147,7 @@ class Adapter(nn.Module):
             value = value[:, None].expand(-1, base.num_heads)
         if gate.new_gate:
             value = value * self.new_gate[:, None]
-        rows = torch.tensor(self.config.gated_layers, device=self._device)
+        rows = upload(self.config.gated_layers, self._device)
         return gates_LH.index_copy(0, rows, value)
 
     def see(self, features: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class Adapter(nn.Module):
         k_LSKo = v_LSKo = torch.zeros(L, S, K, G * D, dtype=base.dtype, device=base.device)
         len_L = torch.zeros(L, dtype=torch.int32, device=base.device)
         for alike, rows_PSkC in self._rows(visual_SnC, layers):
-            where = torch.tensor(alike, device=base.device) - layers.start
+            where = upload(alike, base.device) - layers.start
             pad = (0, 0, 0, K - rows_PSkC.shape[2])
             k_PSko, v_PSko = self._keys_and_values(base, alike, rows_PSkC)
             k_LSKo, v_LSKo = (

@@ -97,7 +97,7 @@ class DecodeGraphs:
 
     def _upload(self, decodes: Sequence[Decode], num_rows: int) -> None:
         if self._uploaded is not None:
-            self._uploaded.synchronize()  # the last copy is over long since: its step's tokens are known
+            self._uploaded.synchronize()  # it followed the step before its own, whose tokens are read
         columns, blocks_BM = (part.numpy() for part in _parts(self._host, num_rows, self._max_blocks))
         columns[:, : len(decodes)] = np.array(
             [(d.token, d.length, d.bank_slot, d.prompt_slot) for d in decodes], np.int32

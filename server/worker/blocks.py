@@ -126,7 +126,8 @@ class BlockManager:
             seq.block_table.append(self._take())
 
     def commit(self, seq: Sequence, num_computed_tokens: int) -> None:
-        """Keys and values up to `num_computed_tokens` are written; blocks that became full are cached."""
+        """Keys and values up to `num_computed_tokens` are written, or will be before the device does anything
+        else; blocks that became full are cached."""
         if self.prefix_caching and seq.cache_key is not None:
             for index in range(
                 seq.num_computed_tokens // self.block_size, num_computed_tokens // self.block_size

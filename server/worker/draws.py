@@ -52,7 +52,7 @@ class Ahead:
 
     @classmethod
     def draw(cls, requests: Sequence[ActiveRequest], logits_MV: Tensor, batch: Batch, began: float) -> Ahead:
-        """As the function, for requests that all run ahead."""
+        """As `draw`, for requests that all run ahead."""
         choice = sample_ahead(logits_MV, [request.sampler for request in requests])
         return cls({request: m for m, request in enumerate(requests)}, choice, batch, began)
 

@@ -50,5 +50,4 @@ class ActiveRequest:
     @property
     def runs_ahead(self) -> bool:
         """Its next step may be computed before the host knows its last token."""
-        params = self.prepared.sampling
-        return self.sampler.runs_ahead and params.logprobs is None and params.prompt_logprobs is None
+        return self.sampler.runs_ahead and self.prepared.sampling.logprobs is None

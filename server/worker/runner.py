@@ -114,18 +114,21 @@ class Runner:
         if self._graphs is not None and self._is_graph(items, adapter_slots):
             return self._graphs.run(list(map(_decode, items, adapter_slots, prompt_slots)), last_M)
         layout, device = self._layout(items, prompt_slots), self.base.device
-        tokens_N = upload([token for item in items for token in item.tokens], device)
-        if last_M is not None:
-            tokens_N = resolve_tokens(tokens_N, last_M)
+        told_N = np.array([token for item in items for token in item.tokens], np.int64)
+        if last_M is not None and device.type == "cpu":
+            told_N, last_M = resolve_tokens(torch.from_numpy(told_N), last_M).numpy(), None
         wanted = [range(len(item.tokens))[item.wants_logits] for item in items]
         rows = [start + i for start, chunk in zip(layout.starts, wanted, strict=False) for i in chunk]
         rows_M = np.array(rows, np.int64)
         keys = self.bank.keys_of(adapter_slots)
         if self._fused is not None and is_elementwise(keys):
-            return self._fused.run(tokens_N.numpy(), layout, adapter_slots, keys, rows_M)
+            return self._fused.run(told_N, layout, adapter_slots, keys, rows_M)
         adaptation = self._adaptation(adapter_slots, [len(item.tokens) for item in items])
         of_rows = self._adaptation(adapter_slots, [len(chunk) for chunk in wanted])
         attend = self._attend(self.kv_cache, self.prompt_cache, layout)
+        tokens_N = upload(told_N, device)
+        if last_M is not None:
+            tokens_N = resolve_tokens(tokens_N, last_M)
         hidden_NC = self.base(tokens_N, upload(layout.lens_N - 1, device), attend, adaptation)
         return self.base.logits(hidden_NC[upload(rows_M, device)], of_rows).float()
 

@@ -119,7 +119,7 @@ class Choice:
 def sample_ahead(logits_MV: Tensor, states: Sequence[SamplerState]) -> Choice:
     """As `sample`, of states that all run ahead, and without a wait.
 
-    Rows that cut their tail make one: whether their candidates are enough is asked of the device.
+    Rows with top-p and no small top-k make one: whether their candidates are enough is asked of the device.
     """
     choice = Choice(_choose(logits_MV, states))
     for state in states:
@@ -189,14 +189,23 @@ def _draw(logits_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
     top_p_M1 = column([states[m].params.top_p for m in cut])
     rows = upload(cut, logits_MV.device)
     cut_MV, uniform_M1, min_p_M1 = probs_MV[rows], uniform_M1[rows], min_p_M1[rows]
-    tokens_M[rows] = _draw_cut(cut_MV, uniform_M1, top_k_M1, top_p_M1, min_p_M1)
+    may_lack = any(not 0 < states[m].params.top_k <= CANDIDATES for m in cut)
+    tokens_M[rows] = _draw_cut(cut_MV, uniform_M1, top_k_M1, top_p_M1, min_p_M1, may_lack)
     return tokens_M
 
 
 def _draw_cut(
-    probs_MV: Tensor, uniform_M1: Tensor, top_k_M1: Tensor, top_p_M1: Tensor, min_p_M1: Tensor
+    probs_MV: Tensor,
+    uniform_M1: Tensor,
+    top_k_M1: Tensor,
+    top_p_M1: Tensor,
+    min_p_M1: Tensor,
+    may_lack: bool,
 ) -> Tensor:
-    """Tokens [M] of rows with top-k or top-p: among a row's candidates, or all tokens where those lack."""
+    """Tokens [M] of rows with top-k or top-p: among a row's candidates, or all tokens where those lack.
+
+    `may_lack` is False where every row's top-k is within them.
+    """
     V = probs_MV.shape[-1]
 
     def draw(probs_MW: Tensor, ids_MW: Tensor, rows: slice | Tensor) -> Tensor:
@@ -213,6 +222,8 @@ def _draw_cut(
     W = min(V, CANDIDATES)
     probs_MW, ids_MW = probs_MV.topk(W, sorted=True)
     tokens_M = draw(probs_MW, ids_MW, slice(None))
+    if not may_lack:
+        return tokens_M
     lacking_M = ((probs_MW.sum(-1, keepdim=True) < top_p_M1) & (top_k_M1 > W)).flatten()
     if lacking_M.any():
         tokens_M[lacking_M] = draw(*probs_MV[lacking_M].sort(-1, descending=True), lacking_M)

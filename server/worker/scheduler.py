@@ -213,7 +213,8 @@ class Scheduler:
         return sum(seq.lacks_one for seq in self.running)
 
     def schedule(self, spent: float = 0.0) -> Batch:
-        """Plan the next step; empty only when there is no work. The step before must have come back.
+        """Plan the next step; empty only where nothing can be done before tokens are read. The step before
+        must be postprocessed.
 
         `spent` seconds of it are gone already, which leaves less for prompts beside decodes.
         """
@@ -232,10 +233,10 @@ class Scheduler:
         return self._in_flight
 
     def postprocess(self, batch: Batch, sampled: Mapping[str, int]) -> None:
-        """The step is done: `sampled` has a token for each request that `samples` and still runs.
+        """The step is done, or given to the device.
 
-        The token may be `UNKNOWN`, to be put in its place before the next call: meanwhile the next step can
-        be scheduled.
+        `sampled` has a token for each request that `samples` and still runs. It may be `UNKNOWN`, to be put
+        in its place before the next call: meanwhile the next step can be scheduled.
         """
         self.discard(batch)
         for item in batch.sequences:

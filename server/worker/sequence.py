@@ -58,6 +58,7 @@ class Sequence:
 
     @property
     def waits_to_be_read(self) -> bool:
+        """Its last token is not known yet."""
         return self.token_ids[-1] == UNKNOWN
 
     @property

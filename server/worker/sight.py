@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.adapter import Adapter
+from models.uploads import upload
 from models.vision.encoder import VisionEncoder
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Sight:
         assert encoder is not None
         missing = {key: i.pixels for i in images if (key := _key(loaded, i)) not in self._features}
         if missing:
-            pixels = torch.stack(list(missing.values())).to(self._device)
+            pixels = upload(torch.stack(list(missing.values())), self._device)
             features = yield from encoder.by_layers(vision.features, pixels)
             # Each for itself: one that stays is not to keep the whole batch.
             self._features.update(zip(missing, map(Tensor.clone, features.unbind()), strict=True))

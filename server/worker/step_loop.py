@@ -1,4 +1,4 @@
-"""One step: schedule, run, postprocess. Synchronous, one thread, no sockets.
+"""One step: schedule, run, postprocess. One thread, no sockets.
 
 loop.add(request)        # its events go to request.emit
 while loop.has_work:
@@ -59,7 +59,7 @@ class StepLoop:
         self._overlap = overlap
         self._untold: list[Drawn] = []
         self._ahead: Ahead | None = None
-        self._done_at = 0.0  # when the last step was
+        self._done_at = 0.0  # when the last step was whose tokens are read
         self.num_steps = 0
 
     @property
@@ -112,8 +112,7 @@ class StepLoop:
         if self._requests.pop(request_id, None):
             self._images.remove(request_id)
             self._scheduler.abort(request_id)
-        if not self._scheduler.has_work:
-            self._ahead = None  # nobody waits for its tokens, and the next step may be long from now
+        self._drop_if_idle()
 
     def forget(self, adapter_key: tuple[str, int]) -> None:
         """Drop all that was cached for one version of an adapter; nothing of it may be running."""
@@ -122,6 +121,10 @@ class StepLoop:
 
     def step(self, deliver: Callable[[], None] = lambda: None) -> None:
         """`deliver` is called within the step, once what was emitted need not wait for its end."""
+        if len(self._images):
+            # What is read after an encoding would wait for it, and count its time as the step's.
+            self._tell_rest()
+            deliver()
         began = time.perf_counter()
         self._encode_images()
         if not self._scheduler.has_work:
@@ -134,6 +137,12 @@ class StepLoop:
             self._tell_rest()
         if self._ahead is None:
             self._observe(batch, encoded)
+        self._drop_if_idle()
+
+    def _drop_if_idle(self) -> None:
+        """Nobody waits for what is unread then, and the step that would read it may be long from now."""
+        if not self._scheduler.has_work:
+            self._ahead = None
 
     def _observe(self, batch: Batch, began: float) -> None:
         """The device is done with a step: it began then, or when the step before it was done."""
@@ -164,7 +173,7 @@ class StepLoop:
             deliver()
             sampling, logits_MV = self._select(requests, items, logits_MV)
             drawn: list[Drawn] = []
-            if self._overlap and all(request.runs_ahead for request in requests):
+            if self._overlap and all(request.runs_ahead for request in sampling):
                 self._ahead = Ahead.draw(sampling, logits_MV, batch, began)
             else:
                 drawn = draw(self._tokenizer, sampling, logits_MV)
@@ -211,12 +220,20 @@ class StepLoop:
         try:
             drawn = ahead.read()
         except Exception:
-            log.exception("a step failed; its %d requests end in an error", len(ahead.rows))
-            for request in filter(self._runs, ahead.rows):
-                self._refuse(request, _FAILED)
+            log.exception("a step failed; its requests end in an error")
+            self._lose(ahead.batch)
             return []
         self._observe(ahead.batch, ahead.began)
         return drawn
+
+    def _lose(self, batch: Batch) -> None:
+        """A step that was counted as done came to nothing: what it wrote must not be found in the cache."""
+        keys = {item.seq.cache_key for item in batch.sequences} - {None}
+        self._scheduler.forget(keys.__contains__)
+        for item in batch.sequences:
+            request = self._requests.get(item.seq.request_id)
+            if request is not None and request.seq is item.seq:
+                self._refuse(request, _FAILED)
 
     def stats(self) -> EngineStats:
         scheduler, blocks = self._scheduler, self._scheduler.blocks.stats
@@ -283,7 +300,7 @@ class StepLoop:
                     self._refuse(request, _NOT_FINITE)
             else:
                 end += item.samples
-            if item.samples:
+            if item.samples and self._runs(request):
                 rows.append(end - 1)
                 requests.append(request)
         if len(rows) < len(logits_MV):

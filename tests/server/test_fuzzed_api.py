@@ -53,7 +53,7 @@ def test_no_input_makes_a_server_error(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stdout + done.stderr + told(service)
         metrics = scrape(service.url)
-        assert metrics["llama_adapter:request_success_total"] > 20, "no input got as far as the model"
+        assert metrics["llama_adapter:request_success_total"] > 0, "no input got as far as the model"
         until(lambda: scrape(service.url)["llama_adapter:kv_cache_usage_perc"] == 0)
         lines = [line for line in service.printed if '"exception"' in line and UVLOOP not in line]
         assert not lines

@@ -496,21 +496,49 @@ def test_a_step_takes_tokens_that_nobody_has_read(monkeypatch: pytest.MonkeyPatc
     assert unread == [0, 0, 0, 0, 2, 2]
 
 
+def test_nothing_is_left_unread_while_an_image_is_encoded():
+    """It would come late, and the encoding would count as the step's time, which lets more of it in."""
+    deployment, pace = Deployment(), Pace(stretch=1.0)
+    loop = deployment.loop(overlap=True, pace=pace)
+    pace.observe(1, 0, 0.001)
+    events: list = []
+    loop.add(deployment.request(0, random.Random(0), adapter=None, max_tokens=4), events.append)
+    loop.step()
+    sees, image = deployment.adapters[-1], ImageInput("x", torch.ones(3, 4, 4))
+    loop.add(deployment.request(1, random.Random(1), adapter=sees, image=image), lambda event: None)
+    encode, seen = loop._encode_images, []
+    loop._encode_images = lambda: (seen.append(len(tokens_of(events))), encode())  # type: ignore[method-assign]
+    loop.step()
+    loop.step()
+    assert seen == [1, 2]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("number", [0, 1, 2, 3], ids=["base", "V1", "V2", "low rank"])
 def test_a_step_on_a_gpu_waits_for_nothing_but_tokens(number: int):
     deployment = Deployment(dtype=torch.bfloat16, device="cuda")
     loop = deployment.loop(overlap=True, kernels="triton")
-    for i, temperature in enumerate((0.0, 1.0)):
-        sampling = SamplingParams(temperature=temperature, ignore_eos=True)
-        request = deployment.request(i, random.Random(i), sampling=sampling, max_tokens=40)
+    samplings = [
+        SamplingParams(temperature=0, ignore_eos=True),
+        SamplingParams(temperature=1, ignore_eos=True, top_k=40, top_p=0.9),
+        SamplingParams(temperature=1, min_p=0.1, min_tokens=60, logit_bias={5: 2.0}),
+    ]
+
+    def add(i: int) -> None:
+        request = deployment.request(i, random.Random(i), sampling=samplings[i % 3], max_tokens=60)
         loop.add(replace(request, adapter=deployment.adapters[number], image=None), lambda event: None)
-    for _ in range(8):  # prompts, and graphs that are recorded
-        loop.step()
+
+    for first in (0, 3):  # prompts, alone and beside decodes, and graphs that are recorded
+        for i in range(3):
+            add(first + i)
+        for _ in range(4):
+            loop.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(8):
+        for step in range(8):
+            if step == 4:
+                add(6)
             loop.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -536,21 +564,34 @@ def test_tokens_that_cannot_be_read_end_their_requests_only(
         loop.step()
         loop.check_integrity()
     assert all(isinstance(events[request.request_id][-1], Failed) for request in lost)
+    again = run(loop, lost)  # nothing of the lost step is found in the cache
+    for request in lost:
+        assert again[request.request_id][-1].usage.cached_tokens == 0
     assert tokens_of(events[kept.request_id]) == without_eos(deployment.alone(kept))
     assert loop.stats().kv_blocks_used == 0
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_who_leaves_while_its_token_is_unread_leaves_nothing():
+@pytest.mark.parametrize("stops", [False, True], ids=["leaves", "ends"])
+def test_who_ends_while_a_token_is_unread_leaves_nothing(stops: bool):
+    """The next step may be an hour from now; that hour is no step's time."""
     deployment, pace = Deployment(), Pace()
     loop = deployment.loop(overlap=True, pace=pace)
     request = deployment.request(0, random.Random(0), adapter=None, max_tokens=50)
+    tokens = deployment.alone(request)
+    if stops:  # at its third token, when the fourth is computed
+        request = replace(request, stop=(chr(tokens[2]),))
     loop.add(request, lambda event: None)
     for _ in range(3):
         loop.step()
-    loop.abort("0")
+    if stops:
+        while loop.has_work:
+            loop.step()
+    else:
+        loop.abort("0")
     loop.check_integrity()
     assert loop.stats().kv_blocks_used == 0
+    request = replace(request, stop=())
     pace.observe = lambda *step: pytest.fail("a step that nobody waited for")  # type: ignore[method-assign]
     again: list = []
     loop.add(replace(request, max_tokens=1), again.append)
@@ -604,10 +645,11 @@ def test_weights_that_are_not_finite_end_their_own_request_only():
     assert tokens_of(events["1"]) == without_eos(deployment.alone(requests[1]))
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("budget", [64, 7])
-def test_prompt_logprobs_are_those_of_the_plain_pass(budget: int):
+def test_prompt_logprobs_are_those_of_the_plain_pass(budget: int, overlap: bool):
     deployment = Deployment()
-    loop = deployment.loop(budget=budget, seqs=4)
+    loop = deployment.loop(budget=budget, seqs=4, overlap=overlap)
     params = SamplingParams(temperature=0, prompt_logprobs=2, logprobs=3)
     requests = [deployment.request(i, random.Random(i), sampling=params) for i in range(3)]
     requests.append(replace(requests[0], request_id="scored only", max_tokens=0))
