@@ -109,7 +109,10 @@ class Choice:
             self._copied.record()
 
     def read(self) -> tuple[list[int], list[bool]]:
-        """What `sample` gives. Waits for the device to come so far, not for what it was given since."""
+        """What `sample` gives. Waits for the device to come so far, not for what it was given since.
+
+        Raises RuntimeError where the device failed.
+        """
         if self._copied is not None:
             self._copied.synchronize()
         return _listed(self._host_2M)

@@ -146,9 +146,12 @@ class StepLoop:
 
     def _observe(self, batch: Batch, began: float) -> None:
         """The device is done with a step: it began then, or when the step before it was done."""
-        seconds, self._done_at = time.perf_counter() - max(began, self._done_at), time.perf_counter()
+        now = time.perf_counter()
         if self._scheduler.pace is not None:
-            self._scheduler.pace.observe(batch.num_decodes, batch.num_tokens - batch.num_decodes, seconds)
+            num_prompt_tokens = batch.num_tokens - batch.num_decodes
+            seconds = now - max(began, self._done_at)
+            self._scheduler.pace.observe(batch.num_decodes, num_prompt_tokens, seconds)
+        self._done_at = now
 
     def _encode_images(self) -> None:
         """As much as may stand beside the decodes; whose image is done joins the scheduler's queue."""
