@@ -12,7 +12,8 @@ BIN := .venv/bin
 DEPLOY := .venv-deploy
 VLLM := .venv-vllm
 TORCH := $(shell grep '^torch==' constraints.txt)
-FAST := not weights and not server and not clip and not gpu and not paddle and not clients and not node and not browser and not deploy and not vllm
+BARE := not weights and not server and not clip and not gpu and not paddle and not clients and not node and not browser and not deploy and not vllm
+FAST := not long and $(BARE)
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
 
@@ -32,10 +33,12 @@ serve: .venv/.serve
 
 # The fast ones first: what they find needs no waiting for the rest.
 TESTS ?= tests
+PARALLEL := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
 test: .venv/.dev clients chromium $(DEPLOY)/.ready
-	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/pytest $(TESTS) -m "$(FAST)" --numprocesses auto $(UNLESS_NONE)
+	$(PARALLEL) $(TESTS) -m "$(FAST)" $(UNLESS_NONE)
+	$(PARALLEL) $(TESTS) -m "long and $(BARE)" $(UNLESS_NONE)
 	$(BIN)/llama-adapter pull smollm2-135m
-	PAGE_SCREENSHOTS=build/screenshots $(BIN)/pytest $(TESTS) -m "not ($(FAST))" $(UNLESS_NONE)
+	PAGE_SCREENSHOTS=build/screenshots $(BIN)/pytest $(TESTS) -m "not ($(BARE))" $(UNLESS_NONE)
 	$(if $(filter tests,$(TESTS)),@$(MAKE) --no-print-directory test-paddle)
 
 # PaddleOCR's OpenCV excludes RapidOCR's, so its tests run in a place of their own.

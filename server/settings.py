@@ -147,7 +147,8 @@ class WorkerSettings(_Settings):
     )
     cache_dir: Path = Field(default_factory=default_cache_dir, description="where converted bases live")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 where the processor computes in it, else float32"
+        "auto",
+        description="auto: bfloat16, but float32 for vLLM on a processor that does not multiply in it",
     )
     quantization: Literal["none", "int8", "int4"] = Field(
         "none", description="the base's linears in 8 or 4 bits, in the native engine on a CPU"

@@ -20,7 +20,7 @@ from models.kernels.layers_cpu import Batch, Cache, Rows, Vectors, Weights
 from models.kernels.linear_cpu import packed_linear
 from models.kernels.panel_bank import PanelBank
 from models.kernels.scalars_cpu import array
-from models.kernels.tile_cpu import PANEL
+from models.kernels.tile_cpu import MULTIPLIES_BFLOAT16, PANEL
 from models.kv_cache import KVCache, PromptCache, StepLayout
 from models.llama import Layer, Llama
 
@@ -123,6 +123,7 @@ class FusedPass:
 
     def _make_rows(self, N: int) -> Rows:
         config, stored = self._config, self._keys.dtype
+        inputs = stored if MULTIPLIES_BFLOAT16 else np.float32  # of the products
         H, D = config.num_heads, config.head_dim
         at_N, tokens_N, sequences_N, lens_N, places_N, slots_N = np.empty((6, N), np.int64)
         cos_ND, sin_ND = np.empty((2, N, D // 2), np.float32)
@@ -136,9 +137,9 @@ class FusedPass:
             cos_ND,
             sin_ND,
             np.empty((N, config.hidden_size), np.float32),
-            np.empty((N, config.hidden_size), stored),
+            np.empty((N, config.hidden_size), inputs),
             np.empty((N, self._weights.qkv_LPKF.shape[1] * PANEL), np.float32),
             np.empty((N, H, D), stored),
-            np.empty((N, H, D), stored),
-            np.empty((N, config.intermediate_size), stored),
+            np.empty((N, H, D), inputs),
+            np.empty((N, config.intermediate_size), inputs),
         )

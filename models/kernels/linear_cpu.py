@@ -1,8 +1,9 @@
 """Products with weights that were packed once, on the CPU.
 
 A packed weight holds panels of PANEL output features, the last one filled up with zeros. Within a panel
-the features of one input lie together, in bfloat16 those of two inputs, as the processor multiplies them.
-In fewer bits they lie as `models.kernels.quantized_cpu` says.
+the features of one input lie together, in bfloat16 those of two inputs, as a processor multiplies them that
+has an instruction for it. In fewer bits they lie as `models.kernels.quantized_cpu` says. Without that
+instruction inputs are float32, and weights are widened on their way.
 
 Shapes: M rows, K inputs (of a packed weight: steps of one or two), P panels, F numbers of a step.
 """
@@ -22,7 +23,7 @@ from models.kernels.epilogue_cpu import put_outputs
 from models.kernels.product_cpu import group_sums, outputs, tile_product
 from models.kernels.quantized_cpu import MULTIPLES, Bits, quantize, quantized_shape
 from models.kernels.scalars_cpu import SUPPORTED_DTYPES, array, parallel_jit
-from models.kernels.tile_cpu import PANEL, ROWS
+from models.kernels.tile_cpu import MULTIPLIES_BFLOAT16, PANEL, ROWS
 
 
 def can_pack(weight_OK: Tensor, bits: Bits | None = None) -> bool:
@@ -69,6 +70,8 @@ def packed_linear(x: Tensor, w_PKF: Tensor) -> Tensor:
 def packed_linears(x: Tensor, w_PKF: Tensor, firsts_B: Sequence[int], count: int) -> Tensor:
     """x [B, ..., in] → [B, ..., count · PANEL] in float32, x[b] by `count` panels from `firsts_B[b]` on."""
     x_MK = x.flatten(0, -2).contiguous()
+    if not MULTIPLIES_BFLOAT16:
+        x_MK = x_MK.float()
     y_MO = torch.empty(x_MK.shape[0], count * PANEL)
     _multiply(array(x_MK), array(w_PKF), np.array(firsts_B, np.int64), count, y_MO.numpy())
     y: Tensor = y_MO.unflatten(0, x.shape[:-1])

@@ -11,23 +11,34 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from models.kernels.quantized_tile_cpu import (
-    GROUP,
-    SCALES,
-    int4_sums,
-    int8_sums,
-    is_int4,
-    is_int8,
-    unpack_int8,
-)
+from models.kernels.quantized_tile_cpu import GROUP, int4_sums, is_int4, scaled
 from models.kernels.rows_cpu import address
 from models.kernels.scalars_cpu import intrinsic, jit, parallel_jit, widen
-from models.kernels.tile_cpu import I64, LANES, PANEL, ROWS, VF32, tile_sums
+from models.kernels.tile_cpu import (
+    BLOCK,
+    I64,
+    LANES,
+    MULTIPLIES_BFLOAT16,
+    PANEL,
+    ROWS,
+    VECTORS,
+    VF32,
+    tile_sums,
+)
+from models.kernels.unpacked_cpu import (
+    packed_panel,
+    step_inputs,
+    unpack,
+    unpacked_panel,
+    unpacked_rows,
+    unpacks,
+)
 
-_UNPACKED_ABOVE = 3 * ROWS  # rows; for fewer it is sooner to unpack 8 bits anew in registers
+# Rows; for fewer it is sooner to unpack anew in registers.
+_UNPACKED_ABOVE = 3 * ROWS if MULTIPLIES_BFLOAT16 else 4
 
 
-def _tile(rows: int) -> Callable[..., None]:
+def _tile(rows: int, unpacked: bool) -> Callable[..., None]:
     """The product of `rows` rows; what `tile_product` calls."""
 
     @intrinsic
@@ -40,29 +51,31 @@ def _tile(rows: int) -> Callable[..., None]:
             x_row, w_panel = address(b, x_MK, args[2]), address(b, w_PKF, args[4])
             x_stride = cgutils.unpack_tuple(b, x_MK.strides)[0]
             K = cgutils.unpack_tuple(b, w_PKF.shape)[1]
-            stored = kinds[3].dtype
-
-            def store(totals: list[list[Any]]) -> None:
-                for r, row in enumerate(totals):
+            stored, paired = kinds[3].dtype, kinds[0].dtype == types.uint16
+            size = BLOCK if unpacked else VECTORS
+            for first in range(0, VECTORS, size):
+                vectors = range(first, first + size)
+                read, steps = packed_panel(b, stored, w_panel, K, vectors)
+                inputs = b.mul(steps, ir.Constant(I64, step_inputs(stored)))
+                if unpacked:
+                    read = unpacked_panel(b, address(b, y_MF, ir.Constant(I64, ROWS)), inputs, first)
+                if stored == types.uint8:
+                    sums_row = address(b, sums_Mg, args[2])
+                    sums_stride = cgutils.unpack_tuple(b, sums_Mg.strides)[0]
+                    given = read if unpacked else None
+                    totals = int4_sums(
+                        b, rows, vectors, given, w_panel, K, x_row, x_stride, sums_row, sums_stride
+                    )
+                else:
+                    count = inputs if unpacked else steps
+                    totals = tile_sums(b, rows, size, read, count, x_row, x_stride, paired)
+                if stored == types.int8:
+                    totals = scaled(b, totals, w_panel, steps, vectors)
+                for r, of_row in enumerate(totals):
                     y_row = address(b, y_MF, b.add(args[6], ir.Constant(I64, r)))
-                    for v, total in enumerate(row):
+                    for v, total in zip(vectors, of_row, strict=True):
                         place = b.add(y_row, ir.Constant(I64, 4 * LANES * v))
                         b.store(total, b.inttoptr(place, VF32.as_pointer()), align=4)
-
-            if stored == types.int8:
-                size = cgutils.unpack_tuple(b, y_MF.shape)[0]
-                with b.if_else(b.icmp_signed(">", size, ir.Constant(I64, ROWS))) as (behind, packed):
-                    with behind:
-                        unpacked = address(b, y_MF, ir.Constant(I64, ROWS))
-                        store(int8_sums(b, rows, x_row, x_stride, w_panel, K, unpacked))
-                    with packed:
-                        store(int8_sums(b, rows, x_row, x_stride, w_panel, K, None))
-            elif stored == types.uint8:
-                sums_row = address(b, sums_Mg, args[2])
-                sums_stride = cgutils.unpack_tuple(b, sums_Mg.strides)[0]
-                store(int4_sums(b, rows, x_row, x_stride, w_panel, K, sums_row, sums_stride))
-            else:
-                store(tile_sums(b, rows, x_row, x_stride, w_panel, K, stored == types.uint16))
             return context.get_dummy_value()
 
         i = types.int64
@@ -72,7 +85,10 @@ def _tile(rows: int) -> Callable[..., None]:
     return made
 
 
-_tile_8, _tile_4, _tile_2, _tile_1 = (_tile(rows) for rows in (8, 4, 2, 1))
+_tile_8, _tile_4, _tile_2, _tile_1 = (_tile(rows, unpacked=False) for rows in (8, 4, 2, 1))
+_unpacked_8, _unpacked_6, _unpacked_4, _unpacked_2, _unpacked_1 = (
+    _tile(rows, unpacked=True) for rows in (8, 6, 4, 2, 1)
+)
 
 
 @jit
@@ -81,6 +97,9 @@ def tile_product(x_MK: Any, sums_Mg: Any, first: int, last: int, w_PKF: Any, pan
 
     `sums_Mg` is from `group_sums`, `y_RF` from `outputs` of this panel.
     """
+    if unpacks(w_PKF) and y_RF.shape[0] > ROWS:
+        _unpacked_product(x_MK, sums_Mg, first, last, w_PKF, panel, y_RF)
+        return
     row, out = first, 0
     while row < last:
         left = last - row
@@ -99,11 +118,35 @@ def tile_product(x_MK: Any, sums_Mg: Any, first: int, last: int, w_PKF: Any, pan
 
 
 @jit
+def _unpacked_product(
+    x_MK: Any, sums_Mg: Any, first: int, last: int, w_PKF: Any, panel: int, y_RF: Any
+) -> None:
+    row, out = first, 0
+    while row < last:
+        left = last - row
+        if left >= 8 and ROWS >= 8:
+            _unpacked_8(x_MK, sums_Mg, row, w_PKF, panel, y_RF, out)
+            row, out = row + 8, out + 8
+        elif left >= 6 and ROWS == 6:
+            _unpacked_6(x_MK, sums_Mg, row, w_PKF, panel, y_RF, out)
+            row, out = row + 6, out + 6
+        elif left >= 4:
+            _unpacked_4(x_MK, sums_Mg, row, w_PKF, panel, y_RF, out)
+            row, out = row + 4, out + 4
+        elif left >= 2:
+            _unpacked_2(x_MK, sums_Mg, row, w_PKF, panel, y_RF, out)
+            row, out = row + 2, out + 2
+        else:
+            _unpacked_1(x_MK, sums_Mg, row, w_PKF, panel, y_RF, out)
+            row, out = row + 1, out + 1
+
+
+@jit
 def outputs(w_PKF: Any, panel: int, rows: int) -> Any:
-    """Room for a tile's outputs, [ROWS, PANEL]; behind it, for many rows, a panel in 8 bits unpacked."""
-    if is_int8(w_PKF) and rows > _UNPACKED_ABOVE:
-        y_RF = np.empty((ROWS + w_PKF.shape[1] - SCALES, PANEL), np.float32)
-        unpack_int8(w_PKF, panel, y_RF, ROWS)
+    """Room for a tile's outputs, [ROWS, PANEL]; behind it, for many rows, the panel unpacked."""
+    if rows > _UNPACKED_ABOVE and unpacks(w_PKF):
+        y_RF = np.empty((ROWS + unpacked_rows(w_PKF), PANEL), np.float32)
+        unpack(w_PKF, panel, y_RF, ROWS)
         return y_RF
     return np.empty((ROWS, PANEL), np.float32)
 

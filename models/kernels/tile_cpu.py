@@ -6,6 +6,7 @@ written for vectors of sixteen float32; LLVM cuts them to what the processor has
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -17,9 +18,12 @@ VECTORS = 3
 PANEL = LANES * VECTORS  # output features that are computed at once
 
 _FEATURES = llvm.get_host_cpu_features()
+# Weights in 16, 8 or 4 bits are then multiplied in pairs of bfloat16, with pairs of inputs; else as float32.
 MULTIPLIES_BFLOAT16 = bool(_FEATURES.get("avx512bf16"))
-# Sums of 8 rows fill 24 of AVX-512's 32 registers; of 2 rows 12 of AVX2's 16.
-ROWS = 8 if _FEATURES.get("avx512f") else 2
+# Sums of 8 rows fill 24 of AVX-512's 32 registers; of 2 rows, or of 6 a vector at a time, 12 of AVX2's 16.
+MANY_REGISTERS = bool(_FEATURES.get("avx512f"))
+ROWS = 8 if MANY_REGISTERS else 6
+BLOCK = VECTORS if MANY_REGISTERS else 1  # vectors at a time, where rows are many
 
 I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 VI32, VF32 = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
@@ -40,31 +44,64 @@ class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
 
 VBF16 = ir.VectorType(_BFloat(), 2 * LANES)
 
+# (builder, step) → vectors of weights, for each of the step's inputs or pairs of inputs.
+Read = Callable[[Any, Any], list[list[Any]]]
+
+
+def accumulate(
+    b: Any, sums: list[list[Any]], weights: Iterable[list[Any]], x_row: Any, x_stride: Any, paired: bool
+) -> None:
+    """Add inputs times weights to each row's sums, of as many vectors as the weights of an input have.
+
+    At `x_row` is the first row's first input, 32 bits of it; `x_stride` bytes further the next row's.
+    """
+    for i, ws in enumerate(weights):
+        xs: dict[int, Any] = {}
+        for r, v in _order(len(sums), len(ws)):
+            if r not in xs:
+                place = b.add(b.add(x_row, b.mul(x_stride, ir.Constant(I64, r))), ir.Constant(I64, 4 * i))
+                xs[r] = broadcast(b, b.load(b.inttoptr(place, I32.as_pointer()), align=2))
+            b.store(multiply_add(b, b.load(sums[r][v]), xs[r], ws[v], paired), sums[r][v])
+
+
+def _order(rows: int, vectors: int) -> list[tuple[int, int]]:
+    """Of a tile's products. Where registers are few, a vector of weights is done with before the next."""
+    if MANY_REGISTERS:
+        return [(r, v) for r in range(rows) for v in range(vectors)]
+    return [(r, v) for v in range(vectors) for r in range(rows)]
+
 
 def tile_sums(
-    b: Any, rows: int, x_row: Any, x_stride: Any, w_panel: Any, K: Any, paired: bool
+    b: Any, rows: int, vectors: int, read: Read, steps: Any, x_row: Any, x_stride: Any, paired: bool
 ) -> list[list[Any]]:
-    """Emit the loop over K steps: rows × VECTORS vectors of sums, in registers as soon as LLVM optimises.
-
-    At the addresses `x_row` and `w_panel` are the first row, `x_stride` bytes before the next, and the panel.
-    """
-    sums = [[cgutils.alloca_once(b, VF32) for _ in range(VECTORS)] for _ in range(rows)]
-    for row in sums:
-        for place in row:
-            b.store(ir.Constant(VF32, None), place)
-    with cgutils.for_range(b, K, intp=I64) as loop:
-        w_step = b.add(w_panel, b.mul(loop.index, ir.Constant(I64, 4 * PANEL)))
-        ws = []
-        for v in range(VECTORS):
-            place = b.inttoptr(b.add(w_step, ir.Constant(I64, 4 * LANES * v)), VI32.as_pointer())
-            ws.append(b.load(place, align=4))
-        x_step = b.add(x_row, b.mul(loop.index, ir.Constant(I64, 4)))
-        for r in range(rows):
-            place = b.inttoptr(b.add(x_step, b.mul(x_stride, ir.Constant(I64, r))), I32.as_pointer())
-            x = broadcast(b, b.load(place, align=2))
-            for v in range(VECTORS):
-                b.store(multiply_add(b, b.load(sums[r][v]), x, ws[v], paired), sums[r][v])
+    """Emit the loop over steps: rows × vectors sums, in registers as soon as LLVM optimises."""
+    sums = zeros(b, rows, vectors)
+    with cgutils.for_range(b, steps, intp=I64) as loop:
+        weights = read(b, loop.index)
+        x_step = b.add(x_row, b.mul(loop.index, ir.Constant(I64, 4 * len(weights))))
+        accumulate(b, sums, weights, x_step, x_stride, paired)
     return [[b.load(total) for total in row] for row in sums]
+
+
+def zeros(b: Any, rows: int, vectors: int) -> list[list[Any]]:
+    """Places of sums."""
+    sums = [[cgutils.alloca_once(b, VF32) for _ in range(vectors)] for _ in range(rows)]
+    for place in (place for row in sums for place in row):
+        b.store(ir.Constant(VF32, None), place)
+    return sums
+
+
+def load_lanes(b: Any, start: Any, index: Any, width: int, vectors: range) -> list[Any]:
+    """Some vectors of the index-th `width` ones from an address on."""
+    step = b.add(start, b.mul(index, ir.Constant(I64, 4 * LANES * width)))
+    places = (b.add(step, ir.Constant(I64, 4 * LANES * v)) for v in vectors)
+    return [b.load(b.inttoptr(place, VI32.as_pointer()), align=4) for place in places]
+
+
+def bfloat16_halves(b: Any, pairs: Any) -> tuple[Any, Any]:
+    """The first and the second of each pair, as float32."""
+    high, sixteen = ir.Constant(VI32, [0xFFFF0000] * LANES), ir.Constant(VI32, [16] * LANES)
+    return b.bitcast(b.shl(pairs, sixteen), VF32), b.bitcast(b.and_(pairs, high), VF32)
 
 
 def broadcast(b: Any, value: Any) -> Any:
@@ -82,9 +119,7 @@ def multiply_add(b: Any, total: Any, x: Any, w: Any, paired: bool) -> Any:
         kind = ir.FunctionType(VF32, [VF32, VBF16, VBF16])
         dot = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
         return b.call(dot, [total, b.bitcast(x, VBF16), b.bitcast(w, VBF16)])
-    high, sixteen = ir.Constant(VI32, [0xFFFF0000] * LANES), ir.Constant(VI32, [16] * LANES)
-    x_1, w_1 = (b.bitcast(b.shl(v, sixteen), VF32) for v in (x, w))
-    x_2, w_2 = (b.bitcast(b.and_(v, high), VF32) for v in (x, w))
+    (x_1, x_2), (w_1, w_2) = bfloat16_halves(b, x), bfloat16_halves(b, w)
     return fma(b, x_2, w_2, fma(b, x_1, w_1, total))
 
 

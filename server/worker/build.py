@@ -65,7 +65,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
     began = time.monotonic()
     path = resolve_base(settings.base, settings.cache_dir)
     device = _device(settings)
-    dtype = torch.bfloat16 if settings.quantization != "none" else pick_dtype(settings.dtype, device.type)
+    dtype = torch.bfloat16 if settings.quantization != "none" else pick_dtype(settings.dtype)
     bits = _bits(settings, device)
     # Quantised from the checkpoint's own numbers, not from numbers that were rounded before.
     base, embedding_fingerprint = load_base(path, dtype if bits is None else torch.float32, device)
@@ -208,14 +208,10 @@ def _bits(settings: WorkerSettings, device: torch.device) -> Bits | None:
     return settings.quantization
 
 
-def pick_dtype(name: str, device_type: str) -> torch.dtype:
-    """`auto` is bfloat16 where the processor multiplies in it, float32 elsewhere."""
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device_type != "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+def pick_dtype(name: str) -> torch.dtype:
+    """`auto` is bfloat16, which the engine's own kernels multiply quickly on any processor."""
+    dtype: torch.dtype = torch.bfloat16 if name == "auto" else getattr(torch, name)
+    return dtype
 
 
 def base_id(base: str) -> str:

@@ -132,7 +132,9 @@ def _refuse(settings: WorkerSettings) -> None:
 
 
 def _dtype(settings: WorkerSettings) -> torch.dtype:
-    return pick_dtype(settings.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is float32 on a processor without an instruction for bfloat16: vLLM relies on it."""
+    slow = not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported()
+    return torch.float32 if settings.dtype == "auto" and slow else pick_dtype(settings.dtype)
 
 
 def _room_in_cache(settings: WorkerSettings, config: ModelConfig) -> int:

@@ -19,6 +19,8 @@ from train.log import read_log
 from train.main import train
 from train.recipe import SHIPPED, Recipe, SourceRecipe, load_recipe
 
+pytestmark = pytest.mark.long
+
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 

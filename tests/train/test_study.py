@@ -25,6 +25,8 @@ from train.recipe import load_recipe
 from train.run_study import run_study
 from train.study import SHIPPED, Study, load_study, plan_runs
 
+pytestmark = pytest.mark.long
+
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 

@@ -20,6 +20,8 @@ from train.data.store import Store
 from train.forward import Forward
 from train.main import train
 
+pytestmark = pytest.mark.long
+
 VISION = {
     "encoder": "efficientnet-lite0",
     "features": "global",

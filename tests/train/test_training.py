@@ -20,6 +20,8 @@ from train.main import train
 from train.recipe import OptimizerRecipe
 from train.trainer import Trainer, learning_rate
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def recipe(tiny: Path, instructions: Path, tmp_path: Path) -> str:

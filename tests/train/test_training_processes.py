@@ -121,6 +121,8 @@ import sys
 from pathlib import Path
 from train.main import train
 
+pytestmark = pytest.mark.long
+
 train(sys.argv[1], sys.argv[2:])
 threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 sys.exit(", ".join(name for name in threads if "gloo" in name or "tcpstore" in name) or 0)

@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-_SILENT_POLLS = 3  # in a row, until what waits for a worker's first token goes to another one
+# In a row, until a worker is not ready, and what waits for its first token goes to another one. One alone may
+# only be busy; without a second worker everybody would be refused.
+_SILENT_POLLS = 3
 _LOST_POLLS = 3  # in a row that could not even connect, which a worker that is only slow lets us do
 
 
@@ -63,7 +65,10 @@ class Worker:
         return next((info.id for info in self.models.values() if info.kind == "base"), "")
 
     async def poll(self, seconds: float) -> None:
-        """Look again; what cannot be had within `seconds` makes it unready, keeping what is known."""
+        """Look again; where that fails it is not ready, keeping what is known.
+
+        Where no answer comes within `seconds` that may be for once.
+        """
         was_ready = self.ready if self.polled else None
         self.polled, cause = True, ""
         try:
@@ -77,8 +82,9 @@ class Worker:
             self.silent_polls = self.lost_polls = 0
             self._heard = time.monotonic()
         except ApiError as error:
-            self.ready = False
             self.silent_polls += isinstance(error, (Unreachable, Timeout))
+            if not isinstance(error, Timeout) or self.silent_polls >= _SILENT_POLLS:
+                self.ready = False
             self.lost_polls = self.lost_polls + 1 if isinstance(error, Unreachable) else 0
             reason = str(error.__cause__) if isinstance(error, Unreachable) else ""
             cause = reason or error.message
@@ -203,11 +209,14 @@ class WorkerPool:
         return usable[choose(prefix_key(request), loads)]
 
     def _usable(self, model: str, tried: tuple[Worker, ...]) -> list[Worker]:
-        """Who is ready, holds the model and was not tried yet; never empty."""
+        """Who is ready, holds the model and was not tried yet, if any of these answered the last poll, too.
+
+        Never empty: raises as `model` does.
+        """
         holders = [worker for worker in self.workers if model in worker.models]
         usable = [worker for worker in holders if worker.ready and worker not in tried]
         if usable:
-            return usable
+            return [worker for worker in usable if not worker.silent_polls] or usable
         if holders or not self.ready:
             raise Unavailable("No worker is ready to serve this model; try again.")
         raise model_not_found(model)

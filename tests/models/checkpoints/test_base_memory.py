@@ -39,6 +39,8 @@ import torch
 from models.checkpoints.base import load_base
 import models.checkpoints.gguf, models.checkpoints.huggingface, models.checkpoints.meta
 
+pytestmark = pytest.mark.long
+
 def peak():  # of this program alone; getrusage's also counts the one that started it
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024

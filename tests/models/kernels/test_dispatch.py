@@ -108,6 +108,7 @@ def steps(
     ]
 
 
+@pytest.mark.long
 def test_a_worker_computes_the_same(device: str):
     plain = steps(CONFIGS["gqa"], "none", device, known=True)
     others = [steps(CONFIGS["gqa"], kernels, device) for kernels in ("none", "cpu", "triton")]

@@ -160,6 +160,30 @@ async def test_what_waits_for_a_worker_that_went_silent_moves(launch: Launch) ->
     assert silent.polls >= 4  # one answered, three not
 
 
+async def test_a_poll_that_is_not_answered_refuses_nobody(launch: Launch) -> None:
+    busy = ScriptedWorker(stats=with_load(STATS, 0))
+    gateway = await launch(busy)
+    busy.is_silent = True
+    polls = busy.polls
+    await until(lambda: busy.polls >= polls + 2, seconds=5)  # so the first is over
+    assert (await gateway.chat()).status_code == 200
+    await until(lambda: busy.polls >= polls + 4, seconds=5)
+    assert (await gateway.chat()).status_code == 503
+    busy.is_silent = False
+    await until(lambda: busy.polls >= polls + 6, seconds=5)
+    assert (await gateway.chat()).status_code == 200
+
+
+async def test_who_answers_polls_is_asked_first(launch: Launch) -> None:
+    silent, busy = (ScriptedWorker(stats=with_load(STATS, load)) for load in (0, 9))
+    gateway = await launch(silent, busy)
+    silent.is_silent = True
+    polls = silent.polls
+    await until(lambda: silent.polls >= polls + 2, seconds=5)
+    assert (await gateway.chat()).status_code == 200
+    assert (len(silent.requests), len(busy.requests)) == (0, 1)
+
+
 async def test_nobody_is_given_up_where_nobody_does_better(launch: Launch) -> None:
     go_on = asyncio.Event()
 

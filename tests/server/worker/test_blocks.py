@@ -294,5 +294,5 @@ class BlockMachine(RuleBasedStateMachine):
             assert self.blocks.num_available == self.blocks.num_blocks
 
 
-TestBlockMachine = BlockMachine.TestCase
+TestBlockMachine = pytest.mark.long(BlockMachine.TestCase)
 TestBlockMachine.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)

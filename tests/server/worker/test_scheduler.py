@@ -563,5 +563,5 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert seq.token_ids == alone.token_ids
 
 
-TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine = pytest.mark.long(SchedulerMachine.TestCase)
 TestSchedulerMachine.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
