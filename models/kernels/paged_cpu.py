@@ -43,7 +43,7 @@ _AHEAD = 2  # blocks whose keys a single query asks for before it needs them
 _FEW = 8  # tasks; where there are fewer of one per key/value head, each query head is one
 
 
-@inlined_jit
+@jit
 def _score(
     q_NHD: Any,
     n: int,
@@ -108,7 +108,7 @@ def _score_plain(
             scores_RT[r, at + i] = total * scale
 
 
-@inlined_jit
+@jit
 def _add(weights_RT: Any, v_PsGD: Any, blocks_BM: Any, b: int, g: int, T: int, out_RD: Any) -> None:
     """out[r] += Σ weights[r, t] · v[t] over a sequence's first T values, for every r."""
     s = v_PsGD.shape[1]

@@ -19,6 +19,8 @@ from models.checkpoints.native import load_unchecked
 from train.log import read_log
 from train.main import train
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -120,8 +122,6 @@ THREADS_LEFT = """
 import sys
 from pathlib import Path
 from train.main import train
-
-pytestmark = pytest.mark.long
 
 train(sys.argv[1], sys.argv[2:])
 threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]

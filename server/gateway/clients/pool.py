@@ -141,6 +141,7 @@ class WorkerPool:
     def __init__(self, workers: list[WorkerClient], poll_seconds: float, lost_seconds: float) -> None:
         self.workers = [Worker(client) for client in workers]
         self._poll_seconds = poll_seconds
+        self._poll_timeout = max(1.0, poll_seconds)  # for a poll's answer
         self._lost_seconds = lost_seconds
         self._polls: list[asyncio.Task[None]] = []
 
@@ -152,7 +153,7 @@ class WorkerPool:
         return cls(clients, settings.worker_poll_seconds, settings.worker_lost_seconds)
 
     async def start(self) -> None:
-        await asyncio.gather(*(worker.poll(self._poll_seconds) for worker in self.workers))
+        await asyncio.gather(*(worker.poll(self._poll_timeout) for worker in self.workers))
         self._polls = [asyncio.create_task(self._poll_forever(worker)) for worker in self.workers]
 
     async def close(self) -> None:
@@ -163,7 +164,7 @@ class WorkerPool:
         while True:
             await asyncio.sleep(self._poll_seconds)
             try:
-                await worker.poll(max(1.0, self._poll_seconds))
+                await worker.poll(self._poll_timeout)
                 if worker.lost_polls >= _LOST_POLLS and worker.silent_seconds >= self._lost_seconds:
                     worker.give_up(begun=True)
                 elif worker.silent_polls >= _SILENT_POLLS and self.ready:
@@ -313,5 +314,5 @@ class WorkerPool:
         self, workers: list[Worker], change: Callable[[WorkerClient], Awaitable[Answer]]
     ) -> list[Answer | BaseException]:
         results = await asyncio.gather(*(change(worker.client) for worker in workers), return_exceptions=True)
-        await asyncio.gather(*(worker.poll(self._poll_seconds) for worker in workers))
+        await asyncio.gather(*(worker.poll(self._poll_timeout) for worker in workers))
         return results

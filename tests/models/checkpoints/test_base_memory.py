@@ -18,6 +18,8 @@ from torch import Tensor
 from models.checkpoints.huggingface import NAMES, write_huggingface
 from models.config import ModelConfig
 
+pytestmark = pytest.mark.long
+
 # 138 million parameters, in tensors that are small beside the whole, as a real base's are.
 CONFIG = ModelConfig(
     vocab_size=8000,
@@ -38,8 +40,6 @@ from pathlib import Path
 import torch
 from models.checkpoints.base import load_base
 import models.checkpoints.gguf, models.checkpoints.huggingface, models.checkpoints.meta
-
-pytestmark = pytest.mark.long
 
 def peak():  # of this program alone; getrusage's also counts the one that started it
     status = Path("/proc/self/status").read_text()
