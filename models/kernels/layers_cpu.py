@@ -19,7 +19,7 @@ import numpy as np
 from models.kernels.entry_cpu import enter
 from models.kernels.paged_cpu import attend
 from models.kernels.regions_cpu import add, gate_up, norm, put, rotate
-from models.kernels.scalars_cpu import jit
+from models.kernels.scalars_cpu import jit, merged_jit
 
 PART_ROWS = 256  # at least, where each thread has its own: all weights pass its cache for them
 
@@ -101,10 +101,11 @@ def run(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any, logits_MV: Any)
     rows = _run_layers(w, vectors, batch, cache, rows)
     if logits_MV.shape[0] > 0:
         norm(rows.x_NC, vectors.final_norm_SC, rows.slots_N, w.eps, rows.h_NC)
-        put(0, 1, rows.h_NC, w.head_PKF, vectors.bias[4], vectors.scale[4], rows.slots_N, logits_MV)
+        first, whole = np.int64(0), np.int64(1)  # constants would have it compiled once more, for them
+        put(first, whole, rows.h_NC, w.head_PKF, vectors.bias[4], vectors.scale[4], rows.slots_N, logits_MV)
 
 
-@jit
+@merged_jit
 def _run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> Any:
     """The residual stream through all layers, in place; the rows that want logits are returned.
 
@@ -143,12 +144,14 @@ def _run_layers(w: Any, vectors: Any, batch: Any, cache: Any, rows: Any) -> Any:
     return rows
 
 
-@jit
+@merged_jit
 def _only(rows: Any, rows_M: Any) -> Any:
     """The rows of these tokens, as far as they are needed from attention on."""
     M = rows_M.shape[0]
     sequences_M, lens_M, slots_M = np.empty(M, np.int64), np.empty(M, np.int64), np.empty(M, np.int64)
-    x_MC, q_MHD = np.empty_like(rows.x_NC[:M]), np.empty_like(rows.q_NHD[:M])
+    _, H, D = rows.q_NHD.shape
+    x_MC = np.empty((M, rows.x_NC.shape[1]), rows.x_NC.dtype)
+    q_MHD = np.empty((M, H, D), rows.q_NHD.dtype)
     for m in range(M):
         n = rows.at_N[rows_M[m]]
         sequences_M[m], lens_M[m], slots_M[m] = rows.sequences_N[n], rows.lens_N[n], rows.slots_N[n]

@@ -178,7 +178,8 @@ def attend(
     most = TILE if N >= _MANY else TILE // 2
     firsts = _tiles(sequences_N, lens_N, most if D in HEAD_SIZES else 1)
     tiles = len(firsts) - 1
-    slots_B1 = slots_B.reshape(len(slots_B), 1)  # a prompt is a cache of one block
+    # A prompt is a cache of one block. Of one type with the other cache's, so that both are compiled once.
+    slots_B1 = slots_B.astype(blocks_BM.dtype).reshape(len(slots_B), 1)
     for task in numba.prange(tiles * tasks):
         place, first = np.int64(task) // tasks, np.int64(task) % tasks * heads
         tile = from_ends(place, tiles) if in_order else place

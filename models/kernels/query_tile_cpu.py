@@ -18,7 +18,7 @@ from numba.core import cgutils
 
 from models.kernels.rows_cpu import STEP, address, load, row_addresses, splat
 from models.kernels.scalars_cpu import exact_jit, intrinsic
-from models.kernels.tile_cpu import I32, I64, LANES, VF32, VI32, broadcast, multiply_add
+from models.kernels.tile_cpu import I32, I64, LANES, MANY_REGISTERS, VF32, VI32, broadcast, multiply_add
 
 HEAD_SIZES = (64, 128)  # that `score_queries` knows
 
@@ -104,7 +104,8 @@ def _dots(b: Any, q_rows: list[Any], keys: Any, steps: int, paired: bool) -> lis
     return partial[0][1]
 
 
-# Sums and partial sums of 6 queries fill 30 of AVX-512's 32 registers.
+# Sums and partial sums of 6 queries fill 30 of AVX-512's 32 registers. AVX2's 16 hold no more of 6 than of 2,
+# which are sooner compiled.
 _score_6, _score_2, _score_1 = (_score(queries) for queries in (6, 2, 1))
 
 
@@ -113,7 +114,7 @@ def score_queries(q_RD: Any, keys_WT: Any, scale: Any, scores_RT: Any, at: int) 
     """scores[r, at + i] = scale · (q[r] · key i) for LANES keys from `transpose_rows`, for every r."""
     r, R = 0, q_RD.shape[0]
     while r < R:
-        left = R - r
+        left = R - r if MANY_REGISTERS else min(R - r, 2)
         if left >= 6:
             _score_6(q_RD, r, keys_WT, scale, scores_RT, at)
             r += 6

@@ -31,6 +31,8 @@ intrinsic: Callable[..., Any] = numba.extending.intrinsic
 jit = numba.njit(**_OPTIONS)
 # Of a function with many arrays a call costs tens of nanoseconds.
 inlined_jit = numba.njit(forceinline=True, **_OPTIONS)
+# Compiled with its caller only: LLVM would do all that it calls once more.
+merged_jit = numba.njit(inline="always", **_OPTIONS)
 # Sums stay in the order in which they are written.
 exact_jit = numba.njit(forceinline=True, **(_OPTIONS | {"fastmath": False}))
 parallel_jit = numba.njit(parallel=True, **_OPTIONS)

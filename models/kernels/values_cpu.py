@@ -14,7 +14,7 @@ from numba.core import cgutils
 
 from models.kernels.rows_cpu import STEP, address, load
 from models.kernels.scalars_cpu import inlined_jit, intrinsic
-from models.kernels.tile_cpu import I32, I64, LANES, VF32, VI32, broadcast, multiply_add
+from models.kernels.tile_cpu import I32, I64, LANES, MANY_REGISTERS, VF32, VI32, broadcast, multiply_add
 
 HEAD_STEP = 64  # numbers of a row that are taken at once
 
@@ -115,6 +115,7 @@ def _multiply(b: Any, weights: list[Any], values: list[Any], sums: Any, paired: 
             b.store(multiply_add(b, b.load(total), lanes, value, paired), total)
 
 
+# Sums of 6 rows fill 24 of AVX-512's 32 registers; of one 8 of AVX2's 16.
 _add_6, _add_4, _add_3, _add_2, _add_1 = (_add(heads) for heads in (6, 4, 3, 2, 1))
 
 
@@ -126,7 +127,7 @@ def add_rows(weights_RT: Any, at: int, v_PsGD: Any, p: int, t: int, g: int, coun
     """
     r, R = 0, out_RD.shape[0]
     while r < R:
-        left = R - r
+        left = R - r if MANY_REGISTERS else 1
         if left >= 6:
             _add_6(weights_RT, r, at, v_PsGD, p, t, g, count, out_RD)
             r += 6

@@ -74,6 +74,8 @@ containers:
       {{- if $part.state.size }}
       - name: LLAMA_ADAPTER_ADAPTER_STATE
         value: /state/adapters.json
+      - name: NUMBA_CACHE_DIR # kernels compiled for the processor
+        value: /state/kernels
       {{- end }}
       {{- if $adapters }}
       - name: LLAMA_ADAPTER_ADAPTER_DIR
