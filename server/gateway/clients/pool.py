@@ -65,9 +65,9 @@ class Worker:
         return next((info.id for info in self.models.values() if info.kind == "base"), "")
 
     async def poll(self, seconds: float) -> None:
-        """Look again; where that fails it is not ready, keeping what is known.
+        """Look again; a failure makes it unready, keeping what is known.
 
-        Where no answer comes within `seconds` that may be for once.
+        So do `_SILENT_POLLS` in a row without an answer within `seconds`; fewer change nothing.
         """
         was_ready = self.ready if self.polled else None
         self.polled, cause = True, ""
@@ -210,7 +210,7 @@ class WorkerPool:
         return usable[choose(prefix_key(request), loads)]
 
     def _usable(self, model: str, tried: tuple[Worker, ...]) -> list[Worker]:
-        """Who is ready, holds the model and was not tried yet, if any of these answered the last poll, too.
+        """Who is ready, holds the model and was not tried; of these who answered the last poll, if any did.
 
         Never empty: raises as `model` does.
         """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Of numbers of weight, to be packed as (dtype, bits).
+# Of the inputs, and of the packed weights where they have fewer bits.
 KINDS = ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8"), (torch.bfloat16, "int4"))
 PROCESSORS = {"AVX2": (), "AVX-512 without bfloat16": ("avx512f",)}
 AS_IF = """
