@@ -88,7 +88,7 @@ def ratios(mine: Sequence[Burst], other: Sequence[Burst]) -> list[float]:
     A burst whose first request ended before its last began says nothing.
     """
     by_round = {burst.round: burst.decode for burst in other if burst.decode}
-    return sorted(own.decode / by_round[own.round] for own in mine if own.round in by_round)
+    return sorted(own.decode / by_round[own.round] for own in mine if own.decode and own.round in by_round)
 
 
 def spread(ratios: Sequence[float]) -> str:

@@ -109,7 +109,7 @@ async def swaps(client: EngineClient, folder: Path, rounds: int) -> tuple[list[f
                 await _ask(client, visited, visit)
                 await asyncio.sleep(0.1)
             for sample in await asyncio.gather(*running):
-                gaps += sample.gaps[_ADAPTERS:-_ADAPTERS]  # not while others are still reading their prompts
+                gaps += sample.gaps[_RUNNING:-_RUNNING]  # not while others are still reading their prompts
     await client.engine.unload_adapter("new")
     return quiet, disturbed
 

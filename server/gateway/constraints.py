@@ -47,7 +47,7 @@ class Function(Body):
 
     @model_validator(mode="after")
     def _takes_an_object(self) -> Self:
-        if self.parameters and self.parameters.get("type", "object") != "object":
+        if self.parameters and self.parameters.get("type", "object") not in ("object", ["object"]):
             raise inconsistent("parameters", "must be the schema of an object")
         return self
 
@@ -55,7 +55,7 @@ class Function(Body):
         """Without `parameters` there are none."""
         none = {"properties": {}, "additionalProperties": False}
         given = none if self.parameters is None else self.parameters
-        return ToolSchema(self.name, {"type": "object"} | given, bool(self.strict))
+        return ToolSchema(self.name, given | {"type": "object"}, bool(self.strict))
 
 
 class Tool(Body):
@@ -76,10 +76,31 @@ class ChosenTool(Body):
     function: ChosenFunction
 
 
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: list[ChosenTool] = Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)
+
+
+class AllowedChoice(Body):
+    """The model is told of all tools, and may call these."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _kind_of_choice(choice: Any) -> str:
+    if isinstance(choice, str):
+        return "<word>"
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
+    return "<allowed>" if kind == "allowed_tools" else "<tool>"
+
+
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<word>")] | Annotated[ChosenTool, Tag("<tool>")],
-    Discriminator(lambda choice: "<word>" if isinstance(choice, str) else "<tool>"),
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")]
+    | Annotated[ChosenTool, Tag("<tool>")]
+    | Annotated[AllowedChoice, Tag("<allowed>")],
+    Discriminator(_kind_of_choice),
 ]
 
 
@@ -90,8 +111,16 @@ def check_choice(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
         raise inconsistent("tools", "two functions have the same name")
     if choice == "required" and not tools:
         raise inconsistent("tool_choice", "requires a call, but there are no tools")
-    if isinstance(choice, ChosenTool) and choice.function.name not in names:
+    if not _named(choice) <= set(names):
         raise inconsistent("tool_choice", "names a function that is not among the tools")
+
+
+def _named(choice: ToolChoice | None) -> set[str]:
+    if isinstance(choice, ChosenTool):
+        return {choice.function.name}
+    if isinstance(choice, AllowedChoice):
+        return {tool.function.name for tool in choice.allowed_tools.tools}
+    return set()
 
 
 def grammar(
@@ -101,10 +130,11 @@ def grammar(
     answer = format.grammar() if format else None
     if choice == "none" or not tools:
         return answer
-    if isinstance(choice, ChosenTool):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
-        parallel = False
+    if named := _named(choice):
+        tools = [tool for tool in tools if tool.function.name in named]
+    one = isinstance(choice, ChosenTool)
+    mode = choice.allowed_tools.mode if isinstance(choice, AllowedChoice) else choice
     schemas = tuple(tool.function.schema_for_worker() for tool in tools)
-    if choice == "required" or isinstance(choice, ChosenTool):
-        return Grammar("tool_calls", None, schemas, parallel)
+    if one or mode == "required":
+        return Grammar("tool_calls", None, schemas, parallel and not one)
     return Grammar(answer.kind if answer else "text", answer.schema if answer else None, schemas, parallel)

@@ -11,6 +11,8 @@ from server.errors import ApiError
 from server.gateway.app import create_app
 from server.gateway.body import Body
 from server.gateway.constraints import (
+    AllowedChoice,
+    AllowedTools,
     ChosenTool,
     Function,
     JsonSchema,
@@ -42,6 +44,8 @@ SCHEMAS = [
     Tool,
     Function,
     ChosenTool,
+    AllowedChoice,
+    AllowedTools,
     CompletionRequest,
     TokenizeBody,
     DetokenizeBody,

@@ -41,6 +41,10 @@ def tool(name: str, **fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, **fields}}
 
 
+def allowed(*tools: dict[str, Any], mode: str = "auto") -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def image(url: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": url}
 
@@ -100,6 +104,16 @@ def image(url: Any) -> dict[str, Any]:
         ({"tools": [tool("f")], "tool_choice": tool("g")}, "tool_choice"),
         ({"tools": [tool("f")], "tool_choice": {"type": "function"}}, "tool_choice.function"),
         ({"tool_choice": tool("f")}, "tool_choice"),
+        ({"tools": [tool("f")], "tool_choice": allowed(tool("f"), tool("g"))}, "tool_choice"),
+        ({"tools": [tool("f")], "tool_choice": allowed()}, "tool_choice.allowed_tools.tools"),
+        (
+            {"tools": [tool("f")], "tool_choice": allowed(tool("f"), mode="none")},
+            "tool_choice.allowed_tools.mode",
+        ),
+        (
+            {"tools": [tool("f")], "tool_choice": {"type": "allowed_tools"}},
+            "tool_choice.allowed_tools",
+        ),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
@@ -131,6 +145,8 @@ def test_a_mistake_names_its_field(fields: dict[str, Any], param: str) -> None:
         {"tools": []},
         {"tool_choice": "none"},
         {"tool_choice": "auto"},
+        {"tools": [tool("f"), tool("g")], "tool_choice": allowed(tool("g"))},
+        {"tools": [tool("f", parameters={"type": ["object"]})]},
         {"response_format": {"type": "text"}},
         {"modalities": ["text"]},
         {"top_k": -1},

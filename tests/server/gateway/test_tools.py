@@ -34,6 +34,11 @@ JSON_CITY = {"type": "json_schema", "json_schema": {"name": "city", "schema": CI
 CALLED = {"type": "function", "function": {"name": "now"}}
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    named = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+
+
 def calling() -> list[Event]:
     """Some text, then two calls, the first in pieces."""
     return [
@@ -64,7 +69,16 @@ def calling() -> list[Event]:
         ({"tools": TOOLS, "tool_choice": "none"}, None),
         ({"tools": TOOLS, "tool_choice": "required"}, Grammar("tool_calls", None, SCHEMAS)),
         ({"tools": TOOLS, "tool_choice": CALLED}, Grammar("tool_calls", None, SCHEMAS[1:], False)),
+        ({"tools": TOOLS, "tool_choice": allowed("auto", "now")}, Grammar("text", None, SCHEMAS[1:])),
+        (
+            {"tools": TOOLS, "tool_choice": allowed("required", "now", "weather")},
+            Grammar("tool_calls", None, SCHEMAS),
+        ),
         ({"tools": TOOLS, "response_format": JSON_CITY}, Grammar("json_schema", CITY, SCHEMAS)),
+        (
+            {"tools": TOOLS, "tool_choice": allowed("auto", "weather"), "response_format": JSON_CITY},
+            Grammar("json_schema", CITY, SCHEMAS[:1]),
+        ),
         (
             {"tools": TOOLS, "tool_choice": "none", "response_format": JSON_CITY},
             Grammar("json_schema", CITY),
