@@ -31,14 +31,17 @@ help:
 serve: .venv/.serve
 	$(BIN)/llama-adapter serve --host $(HOST) --port $(PORT) $(ARGS)
 
-# The fast ones first: what they find needs no waiting for the rest.
+# The fast ones first: what they find needs no waiting for the rest. One thread for each process, and for the
+# services that it starts: several pools of threads on the same cores wait for each other. What a file has
+# started serves all its tests, so files stay whole there.
 TESTS ?= tests
-PARALLEL := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
+ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+PARALLEL := $(ONE_THREAD) $(BIN)/pytest --numprocesses auto
 test: .venv/.dev clients chromium $(DEPLOY)/.ready
 	$(PARALLEL) $(TESTS) -m "$(FAST)" $(UNLESS_NONE)
 	$(PARALLEL) $(TESTS) -m "long and $(BARE)" $(UNLESS_NONE)
 	$(BIN)/llama-adapter pull smollm2-135m
-	PAGE_SCREENSHOTS=build/screenshots $(BIN)/pytest $(TESTS) -m "not ($(BARE))" $(UNLESS_NONE)
+	PAGE_SCREENSHOTS=build/screenshots $(PARALLEL) --dist loadfile $(TESTS) -m "not ($(BARE))" $(UNLESS_NONE)
 	$(if $(filter tests,$(TESTS)),@$(MAKE) --no-print-directory test-paddle)
 
 # PaddleOCR's OpenCV excludes RapidOCR's, so its tests run in a place of their own.
@@ -50,8 +53,10 @@ test-paddle: .venv-paddle/.ready
 OF_ANY_ENGINE := tests/clients tests/server/test_constrained_answers.py tests/server/test_disconnects.py
 test-vllm: .venv/.dev $(VLLM)/.ready
 	$(VLLM)/bin/llama-adapter pull smollm2-135m
-	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest --confcutdir tests/vllm -o filterwarnings=default tests/vllm
-	LLAMA_ADAPTER_ENGINE=vllm LLAMA_ADAPTER_VLLM_COMPILE=false $(BIN)/pytest -o timeout_func_only=true $(OF_ANY_ENGINE)
+	$(ONE_THREAD) $(VLLM)/bin/pytest --numprocesses auto --dist loadfile --confcutdir tests/vllm \
+	  -o filterwarnings=default tests/vllm
+	LLAMA_ADAPTER_ENGINE=vllm LLAMA_ADAPTER_VLLM_COMPILE=false $(PARALLEL) --dist loadfile \
+	  -o timeout_func_only=true $(OF_ANY_ENGINE)
 
 lint: .venv/.dev
 	$(BIN)/ruff check

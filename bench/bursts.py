@@ -1,6 +1,7 @@
 """Requests sent together, and what their tokens' times say.
 
 decode tok/s   while all requests of a burst decode: from the last one's first token to the first one's end.
+whole tok/s    of all its tokens, reading the prompts and the time when few are left included.
 TTFT           sent to first token; of a burst, the median of its requests.
 """
 
@@ -35,6 +36,7 @@ class Burst:
     prompt_tokens: int
     round: int
     decode: float  # tokens per second
+    whole: float  # the same from when they were sent to the last one's end
     ttft: float  # seconds
     worst_gap: float  # seconds between two tokens of one request, the longest
 
@@ -52,6 +54,7 @@ def summed_up(contender: str, prompt_tokens: int, number: int, times: Sequence[T
         prompt_tokens,
         number,
         decode=tokens / (end - begin) if end > begin else 0.0,
+        whole=sum(count for own in times for _, count in own) / max(own[-1][0] for own in times),
         ttft=statistics.median(own[0][0] for own in times),
         worst_gap=max(gaps, default=0.0),
     )
@@ -93,4 +96,6 @@ def ratios(mine: Sequence[Burst], other: Sequence[Burst]) -> list[float]:
 
 def spread(ratios: Sequence[float]) -> str:
     """Median, and least and greatest."""
+    if not ratios:
+        return "–"
     return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"

@@ -201,8 +201,8 @@ class Comparison:
 def table(bursts: Sequence[Burst], missing: dict[str, str], load: Load) -> str:
     """Medians over the rounds; a ratio is the median of the rounds' own."""
     lines = [
-        "| | at once | decode tok/s | min to max | ours with an adapter, over this | TTFT ms |",
-        "|---|---:|---:|---|---:|---:|",
+        "| | at once | decode tok/s | min to max | ours with an adapter, over this | whole tok/s | TTFT ms |",
+        "|---|---:|---:|---|---:|---:|---:|",
     ]
     names = dict.fromkeys(burst.contender for burst in bursts)
     for level in load.levels:
@@ -211,10 +211,11 @@ def table(bursts: Sequence[Burst], missing: dict[str, str], load: Load) -> str:
         for name in names:
             mine = [burst for burst in at_level if burst.contender == name]
             rates = [burst.decode for burst in mine]
+            whole = statistics.median(burst.whole for burst in mine)
             ttft = 1e3 * statistics.median(burst.ttft for burst in mine)
             lines.append(
                 f"| {name} | {level} | {statistics.median(rates):.1f} | {min(rates):.1f} to {max(rates):.1f} "
-                f"| {spread(ratios(ours, mine))} | {ttft:.0f} |"
+                f"| {spread(ratios(ours, mine))} | {whole:.1f} | {ttft:.0f} |"
             )
     lines += ["", f"| | TTFT of {_LONG} tokens, ms | min to max |", "|---|---:|---|"]
     for name in names:

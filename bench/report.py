@@ -27,7 +27,7 @@ Found = dict[str, Any]
 class Aim:
     name: str
     wanted: float
-    values: tuple[float, ...]  # of the rounds, or the only one
+    values: tuple[float, ...]  # of the rounds, or the only one; none was not measured
     at_most: bool = False
 
     @property
@@ -57,17 +57,14 @@ def of_compare(found: Found) -> Iterator[Aim]:
         ours = _select(bursts, OURS.name, level, tokens)
         for name, wanted in ((PEFT, 4.0), (VLLM, 1.0), ("llama.cpp, bf16", 1.0)):
             values = ratios(ours, _select(bursts, name, level, tokens))
-            if values:
-                yield Aim(f"tok/s with one V1 adapter over {name}, {level} at once", wanted, tuple(values))
+            yield Aim(f"tok/s with one V1 adapter over {name}, {level} at once", wanted, tuple(values))
     for name, alike in QUANTIZED.items():
         for other, wanted in ((PEFT, 4.0), (alike, 1.0)):
             values = ratios(_select(bursts, name, 1, tokens), _select(bursts, other, 1, tokens))
-            if values:
-                yield Aim(f"tok/s of {name}, over {other}, 1 at once", wanted, tuple(values))
+            yield Aim(f"tok/s of {name}, over {other}, 1 at once", wanted, tuple(values))
     theirs = {b.round: b.ttft for b in _select(bursts, VLLM, 1, 512)}
     values = [theirs[b.round] / b.ttft for b in _select(bursts, OURS.name, 1, 512) if b.round in theirs]
-    if values:
-        yield Aim(f"TTFT of 512 tokens of {VLLM}, over ours", 1.0, tuple(values))
+    yield Aim(f"TTFT of 512 tokens of {VLLM}, over ours", 1.0, tuple(values))
 
 
 def of_engine(found: Found) -> Iterator[Aim]:
@@ -187,7 +184,7 @@ def main(
         name: json.loads(path.read_text()) for name in _READERS if (path := folder / f"{name}.json").exists()
     }
     lines = ["| aim | wanted | measured | min to max | reached |", "|---|---:|---:|---|---|"]
-    lines += [aim.row for name, one in found.items() for aim in _READERS[name](one)]
+    lines += [aim.row for name, one in found.items() for aim in _READERS[name](one) if aim.values]
     missing = found.get("compare", {}).get("missing", {})
     lines += ["", *(f"Not compared with {name}: {why}." for name, why in missing.items())]
     lines += [f"Not measured: {name}." for name in _READERS if name not in found]
