@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import BrowserContext, Page
+from playwright.sync_api import BrowserContext, Page, expect
 
 SIGN = Path(__file__).parents[1] / "docs/sign.png"
 
@@ -40,8 +40,15 @@ class Tab:
         self.page.goto(url)
         return self.page
 
+    def open_ready(self, url: str) -> Page:
+        """Opened, and ready to be asked."""
+        self.open(url)
+        expect(self.page.get_by_label("Model", exact=True)).to_be_enabled()
+        expect(self.page.locator("#notice")).to_be_hidden()
+        return self.page
+
     def drop(self, path: Path, kind: str = "image/png") -> None:
-        """As if `path` was dragged there from a file manager."""
+        """As if `path` was dragged there from a file manager. A picture is read then."""
         transfer = self.page.evaluate_handle(
             """([bytes, name, type]) => {
                 const transfer = new DataTransfer();
@@ -52,6 +59,8 @@ class Tab:
         )
         self.page.dispatch_event("#conversation", "dragover", {"dataTransfer": transfer})
         self.page.dispatch_event("#conversation", "drop", {"dataTransfer": transfer})
+        if kind.startswith("image/"):
+            expect(self.page.get_by_role("button", name=f"Remove {path.name}").last).to_be_visible()
 
     def ask(self, text: str) -> None:
         self.page.get_by_label("Your message").fill(text)

@@ -15,6 +15,8 @@ from browser_tab import Tab
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from tests.page.speaker import Speaker, speaking
+
 SECONDS = 60  # a busy machine is no failure
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 
@@ -55,6 +57,12 @@ def open_tab(browser: Browser) -> Iterator[Callable[..., Tab]]:
 @pytest.fixture
 def tab(open_tab: Callable[..., Tab]) -> Tab:
     return open_tab()
+
+
+@pytest.fixture
+def speaker() -> Iterator[Speaker]:
+    with speaking() as speaker:
+        yield speaker
 
 
 @pytest.fixture

@@ -55,10 +55,7 @@ def chat(tab: Tab, service: Service) -> Tab:
 
 
 def opened(tab: Tab, service: Service, max_tokens: int = 32) -> Tab:
-    page = tab.open(service.url)
-    expect(page.get_by_label("Model", exact=True)).to_be_enabled()
-    expect(page.locator("#notice")).to_be_hidden()
-    page.get_by_label("Max tokens").fill(str(max_tokens))
+    tab.open_ready(service.url).get_by_label("Max tokens").fill(str(max_tokens))
     return tab
 
 

@@ -1,7 +1,7 @@
 // One answer as it comes: what the experts read, the text, and how fast it was.
 
-import { element } from "./dom.js";
-import { readable } from "./text.js";
+import { element, smallButton } from "./dom.js";
+import { showReadable } from "./text.js";
 
 const OUTCOMES = {
   empty: "found nothing",
@@ -9,7 +9,8 @@ const OUTCOMES = {
   timeout: "took too long",
   skipped: "is left alone for a while after failures",
 };
-const NEAR_THE_END = 80; // pixels within which the view follows the text
+
+export const NO_TEXT = "No text: the next request leaves this turn out.";
 
 export class Answer {
   failed = false;
@@ -21,22 +22,24 @@ export class Answer {
   #pieces = 0;
   #usage = null;
   #finish = null;
+  #onChange;
 
-  constructor(body, showRequest) {
+  // showRequest()    shows as code what was asked
+  // onChange()       its node has changed
+  constructor(body, showRequest, onChange) {
+    this.#onChange = onChange;
     this.experts = element("div");
     this.text = element("div", { className: "text waiting" });
     this.meta = element("span");
-    const request = element("button", { type: "button", className: "small", textContent: "Request" });
-    request.addEventListener("click", showRequest);
-    this.foot = element("footer", {}, this.meta, request);
+    this.foot = element("footer", {}, this.meta, smallButton("Request", showRequest));
     const name = element("h2", { textContent: body.model });
     const label = { className: "answer", "aria-label": `Answer of ${body.model}` };
     this.node = element("article", label, name, this.experts, this.text, this.foot);
   }
 
-  // What the next request tells of it.
-  get messages() {
-    return this.#text ? [{ role: "assistant", content: this.#text }] : [];
+  // What it said, unless it failed: that is no answer.
+  get said() {
+    return this.failed ? "" : this.#text;
   }
 
   restart() {
@@ -44,7 +47,8 @@ export class Answer {
   }
 
   take(chunk) {
-    if (chunk.experts) this.experts.replaceChildren(expertsView(chunk.experts));
+    this.#drawing ||= requestAnimationFrame(() => this.#draw());
+    if (chunk.experts?.length) this.experts.replaceChildren(expertsView(chunk.experts));
     if (chunk.usage) this.#usage = chunk.usage;
     const choice = chunk.choices[0];
     this.#finish = choice?.finish_reason ?? this.#finish;
@@ -53,39 +57,34 @@ export class Answer {
     this.#first ||= this.#last;
     this.#pieces += 1;
     this.#text += choice.delta.content;
-    this.#drawing ||= requestAnimationFrame(() => this.#draw());
   }
 
   // `how` says why it ended where the server does not.
   end(how = null) {
-    this.#draw();
     this.text.classList.remove("waiting");
-    if (!this.#text) this.text.append(element("p", { className: "quiet", textContent: "No text." }));
-    this.meta.textContent = this.#measures(how ?? this.#ending()).join(" · ");
+    if (!this.#text) this.text.append(element("p", { className: "quiet", textContent: NO_TEXT }));
+    this.#draw(how ?? this.#ending());
   }
 
-  fail(message, retry) {
+  // `ways` out of it: what each button's click does, by its label.
+  fail(message, ways) {
     this.failed = true;
-    this.#draw();
     this.text.classList.remove("waiting");
-    const again = element("button", { type: "button", className: "small", textContent: "Try again" });
-    again.addEventListener("click", retry);
-    this.text.after(element("div", { className: "error", role: "alert" }, element("p", { textContent: message }), again));
-    this.meta.textContent = "";
-    follow(this.node.parentElement, true);
+    const buttons = Object.entries(ways).map(([label, act]) => smallButton(label, act));
+    this.text.after(element("div", { className: "error", role: "alert" }, element("p", { textContent: message }), ...buttons));
+    this.#draw();
   }
 
-  #draw() {
+  #draw(ending = null) {
     cancelAnimationFrame(this.#drawing);
     this.#drawing = 0;
-    const view = this.node.parentElement;
-    const follows = isAtTheEnd(view);
-    if (this.#text) this.text.replaceChildren(readable(this.#text));
-    this.meta.textContent = this.#measures(null).join(" · ");
-    follow(view, follows);
+    if (this.#text) showReadable(this.text, this.#text);
+    this.meta.textContent = this.#measures(ending).join(" · ");
+    this.#onChange();
   }
 
   #measures(ending) {
+    if (this.failed) return [];
     const tokens = this.#usage?.completion_tokens ?? this.#pieces;
     const seconds = (this.#last - this.#first) / 1000;
     const measures = [];
@@ -114,12 +113,4 @@ function expertsView(reports) {
   }
   const summary = element("summary", { textContent: "What the experts read" });
   return element("details", { className: "experts", open: true }, summary, list);
-}
-
-function isAtTheEnd(view) {
-  return view !== null && view.scrollHeight - view.scrollTop - view.clientHeight < NEAR_THE_END;
-}
-
-function follow(view, follows) {
-  if (follows && view) view.scrollTop = view.scrollHeight;
 }

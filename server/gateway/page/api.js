@@ -4,7 +4,7 @@
 const ROOT = new URL(".", document.baseURI);
 const STORED_KEY = "llama-adapter-key";
 
-let key = sessionStorage.getItem(STORED_KEY) ?? "";
+let key = ofStorage((storage) => storage.getItem(STORED_KEY)) ?? "";
 
 export class ApiError extends Error {
   constructor(message, status) {
@@ -13,19 +13,45 @@ export class ApiError extends Error {
   }
 }
 
+// What may stand in a header; anything else makes `fetch` fail as if there was no server.
+export const canBeKey = (text) => /^[\x20-\x7e]*$/.test(text);
+
 export const keyIsSet = () => key !== "";
 
 export function setKey(value, keep) {
   key = value;
-  if (keep && value) sessionStorage.setItem(STORED_KEY, value);
-  else sessionStorage.removeItem(STORED_KEY);
+  ofStorage((storage) => (keep && value ? storage.setItem(STORED_KEY, value) : storage.removeItem(STORED_KEY)));
+}
+
+// Browsers may refuse the storage, by their settings or in a frame.
+function ofStorage(work) {
+  try {
+    return work(sessionStorage);
+  } catch {
+    return null;
+  }
 }
 
 export const address = (path) => new URL(path, ROOT).href;
 
 export async function getJson(path) {
-  return (await ask(path, {})).json();
+  const response = await ask(path, {});
+  try {
+    return await response.json();
+  } catch {
+    throw foreign();
+  }
 }
+
+// The objects of a list, each with its id.
+export async function getList(path) {
+  const list = (await getJson(path))?.data;
+  if (!Array.isArray(list) || list.some((item) => typeof item?.id !== "string")) throw foreign();
+  return list;
+}
+
+// Something between here and the server answered, or the server broke off.
+const foreign = () => new ApiError("What answers is not this server, or it broke off.", 0);
 
 // The chunks of a streamed chat completion. Aborting `signal` throws its AbortError.
 export async function* chatChunks(body, signal) {

@@ -1,6 +1,6 @@
 // Puts the page together: the server's state, its models and experts, the controls, the dialogs.
 
-import { ApiError, address, getJson, keyIsSet, setKey } from "./api.js";
+import { ApiError, address, canBeKey, getJson, getList, keyIsSet, setKey } from "./api.js";
 import { Chat } from "./chat.js";
 import { byId, copyAndTell, element } from "./dom.js";
 import { adapterView, baseView } from "./gates.js";
@@ -8,11 +8,12 @@ import { Pictures } from "./pictures.js";
 import { abbreviated, asCurl, asPython } from "./snippets.js";
 
 const RETRY_MS = 2000;
+const WRONG_KEY = "This is no key: it holds a character, maybe an invisible one, beyond the letters, digits and signs of ASCII.";
 
 let models = [];
 let isReady = false;
 
-const chat = new Chat({ settings, withKey, showRequest, onChange: showRunning, onUnavailable: becomeReady });
+const chat = new Chat({ settings, withKey, showRequest, onEdit: edit, onChange: showRunning, onUnavailable: becomeReady });
 const pictures = new Pictures(tell);
 
 // The server
@@ -44,15 +45,16 @@ async function untilReady() {
 }
 
 async function showWhatIsServed() {
-  const [listed, experts] = await Promise.all([getJson("v1/models"), getJson("v1/experts")]);
-  models = listed.data;
+  const [listed, experts] = await Promise.all([getList("v1/models"), getList("v1/experts")]);
+  models = listed;
   showModels();
-  showExperts(experts.data.map((expert) => expert.id));
+  showExperts(experts.map((expert) => expert.id));
   await showAdapter();
 }
 
 function tell(message) {
-  byId("notice").textContent = message;
+  // Written anew it would be read out anew.
+  if (byId("notice").textContent !== message) byId("notice").textContent = message;
   byId("notice").hidden = !message;
 }
 
@@ -115,14 +117,33 @@ function settings() {
 
 function send() {
   const text = byId("question").value.trim();
-  if (chat.isRunning || !(text || pictures.count)) return;
+  if (chat.isRunning || !(text || pictures.count || pictures.isReading)) return;
   if (!isReady) {
     becomeReady();
+    return;
+  }
+  if (pictures.isReading) {
+    tell("A picture is still being read. Send again in a moment.");
     return;
   }
   tell("");
   byId("question").value = "";
   chat.send(text, pictures.take());
+}
+
+// Puts a question back, before what was written since.
+function edit(text, images) {
+  const question = byId("question");
+  question.value = [text, question.value].filter(Boolean).join("\n");
+  pictures.putBack(images);
+  question.focus();
+}
+
+// Enter sends, but not where it ends a composition (Safari says so by its code alone), nor on a keyboard on
+// the screen, which has no Shift+Enter to break the line.
+function sends(event) {
+  const isComposing = event.isComposing || event.keyCode === 229;
+  return event.key === "Enter" && !event.shiftKey && !isComposing && !matchMedia("(hover: none)").matches;
 }
 
 function showRunning(isRunning) {
@@ -160,7 +181,13 @@ function askForKey(reason) {
 
 function takeKey(event) {
   event.preventDefault();
-  setKey(byId("key").value.trim(), byId("keep-key").checked);
+  const key = byId("key").value.trim();
+  if (!canBeKey(key)) {
+    byId("key-reason").textContent = WRONG_KEY;
+    byId("key").select();
+    return;
+  }
+  setKey(key, byId("keep-key").checked);
   byId("key").value = "";
   byId("key-dialog").close("given");
 }
@@ -222,7 +249,7 @@ function listen() {
     send();
   });
   byId("question").addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (!sends(event)) return;
     event.preventDefault();
     send();
   });

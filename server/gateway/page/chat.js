@@ -1,17 +1,20 @@
 // The conversation: what was said so far, and the answer that is being streamed.
 
 import { ApiError, chatChunks } from "./api.js";
-import { Answer } from "./answer.js";
+import { Answer, NO_TEXT } from "./answer.js";
 import { byId, element } from "./dom.js";
+import { Follower } from "./follower.js";
 
 export class Chat {
-  #messages = [];
+  #turns = []; // as they are shown and sent, of {text, pictures, question, answer}
+  #follower = new Follower(byId("conversation"));
   #running = null; // the AbortController of the answer that is being streamed
   #options;
 
   // settings()             what a request asks for beside its messages
   // withKey(work)          runs `work`, again once a key was given where the server asks for one
   // showRequest(body)      shows a request as code
+  // onEdit(text, pictures) a question that failed is to be written anew
   // onChange(isRunning)    an answer begins or ends
   // onUnavailable()        the server could not be reached, or is not ready
   constructor(options) {
@@ -28,42 +31,52 @@ export class Chat {
 
   clear() {
     this.stop();
-    this.#messages = [];
-    byId("conversation").querySelectorAll("article").forEach((turn) => turn.remove());
-    byId("welcome").hidden = false;
+    for (const turn of [...this.#turns]) this.#drop(turn);
+    byId("spoken").textContent = "";
   }
 
-  async send(text, pictures) {
-    byId("welcome").hidden = true;
-    byId("conversation").append(question(text, pictures));
-    await this.#ask(userMessage(text, pictures));
+  send(text, pictures) {
+    return this.#ask({ text, pictures, question: question(text, pictures) });
   }
 
-  async #ask(message) {
-    const messages = [...this.#messages, message];
+  // What is asked becomes the last turn.
+  async #ask(asked) {
     const body = {
       ...this.#options.settings(),
-      messages,
+      messages: [...this.#turns.flatMap(said), userMessage(asked)],
       stream: true,
       stream_options: { include_usage: true },
     };
     const running = new AbortController();
-    const answer = new Answer(body, () => this.#options.showRequest(body));
-    byId("conversation").append(answer.node);
-    answer.node.scrollIntoView({ block: "end" });
+    const answer = new Answer(body, () => this.#options.showRequest(body), () => this.#follower.follow());
+    const turn = { ...asked, answer };
+    this.#append(turn);
     this.#begin(running);
     try {
       await this.#options.withKey(() => this.#stream(body, running.signal, answer));
       answer.end();
     } catch (error) {
       if (error.name === "AbortError") answer.end("stopped");
-      else this.#fail(answer, message, error);
+      else this.#fail(turn, error);
     } finally {
       this.#end(running);
     }
-    // A question that failed is no part of what the next request tells.
     const wasCleared = !answer.node.isConnected;
-    if (!answer.failed && !wasCleared) this.#messages = [...messages, ...answer.messages];
+    if (!answer.failed && !wasCleared) byId("spoken").textContent = answer.said || NO_TEXT;
+  }
+
+  #append(turn) {
+    byId("welcome").hidden = true;
+    this.#turns.push(turn);
+    byId("conversation").append(turn.question, turn.answer.node);
+    this.#follower.toEnd();
+  }
+
+  #drop(turn) {
+    this.#turns = this.#turns.filter((other) => other !== turn);
+    turn.question.remove();
+    turn.answer.node.remove();
+    byId("welcome").hidden = this.#turns.length > 0;
   }
 
   async #stream(body, signal, answer) {
@@ -71,31 +84,41 @@ export class Chat {
     for await (const chunk of chatChunks(body, signal)) answer.take(chunk);
   }
 
-  #fail(answer, message, error) {
+  #fail(turn, error) {
     if (!(error instanceof ApiError)) console.error(error);
-    answer.fail(error.message, () => {
+    const askAgain = () => {
       if (this.isRunning) return;
-      answer.node.remove();
-      this.#ask(message);
-    });
+      this.#drop(turn);
+      this.#ask(turn);
+    };
+    const edit = () => {
+      this.#drop(turn);
+      this.#options.onEdit(turn.text, turn.pictures);
+    };
+    turn.answer.fail(error.message, { "Try again": askAgain, Edit: edit });
     if (error.status === 0 || error.status === 503) this.#options.onUnavailable();
   }
 
   #begin(running) {
     this.#running = running;
-    byId("conversation").setAttribute("aria-busy", "true"); // read out once it is whole
+    byId("spoken").textContent = ""; // an answer is read out once it is whole
     this.#options.onChange(true);
   }
 
   #end(running) {
     if (this.#running !== running) return;
     this.#running = null;
-    byId("conversation").removeAttribute("aria-busy");
     this.#options.onChange(false);
   }
 }
 
-function userMessage(text, pictures) {
+// What the next requests tell of a turn: both halves or nothing, for chat templates want them to alternate.
+function said(turn) {
+  const answer = turn.answer.said;
+  return answer ? [userMessage(turn), { role: "assistant", content: answer }] : [];
+}
+
+function userMessage({ text, pictures }) {
   if (!pictures.length) return { role: "user", content: text };
   const images = pictures.map((picture) => ({ type: "image_url", image_url: { url: picture.url } }));
   return { role: "user", content: [...(text ? [{ type: "text", text }] : []), ...images] };

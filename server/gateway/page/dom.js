@@ -12,10 +12,15 @@ export function element(tag, properties = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
+export function smallButton(label, act) {
+  const button = element("button", { type: "button", className: "small", textContent: label });
+  button.addEventListener("click", act);
+  return button;
+}
+
 // A button that copies what `text()` gives and says so for a moment.
 export function copyButton(text) {
-  const button = element("button", { type: "button", className: "small", textContent: "Copy" });
-  button.addEventListener("click", () => copyAndTell(button, text()));
+  const button = smallButton("Copy", () => copyAndTell(button, text()));
   return button;
 }
 

@@ -82,39 +82,50 @@ function legend(gates) {
 
 const strongest = (gates) => Math.max(...gates.gates.flat());
 
-// Which cell is being looked at: under the pointer, or moved by the arrow keys.
+// Which cell is told of: the one under the pointer, else the one that was pressed or moved to by the arrow keys.
 class Cursor {
-  #row = 0;
-  #column = 0;
+  #at; // where the arrow keys go on from
+  #chosen = null; // `#at`, until the focus leaves
 
   constructor(table, tell) {
     this.table = table;
     this.tell = tell;
+    this.#at = table.tBodies[0].rows[0].cells[1];
   }
 
   listen() {
-    this.table.addEventListener("pointermove", (event) => this.#look(event.target.closest("tbody td")));
-    this.table.addEventListener("pointerdown", (event) => this.#look(event.target.closest("tbody td")));
+    const cell = (event) => event.target.closest("tbody td");
+    this.table.addEventListener("pointermove", (event) => this.#look(cell(event)));
+    this.table.addEventListener("pointerdown", (event) => this.#choose(cell(event) ?? this.#at));
     this.table.addEventListener("pointerleave", () => this.#look(null));
-    this.table.addEventListener("focus", () => this.#look(this.#cell()));
-    this.table.addEventListener("blur", () => this.#look(null));
+    this.table.addEventListener("focus", () => this.#choose(this.#at));
+    this.table.addEventListener("blur", () => {
+      this.#chosen = null;
+      this.#look(null);
+    });
     this.table.addEventListener("keydown", (event) => {
       const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
       const step = steps[event.key];
       if (!step) return;
       event.preventDefault();
-      const rows = this.table.tBodies[0].rows;
-      this.#row = Math.min(Math.max(this.#row + step[0], 0), rows.length - 1);
-      this.#column = Math.min(Math.max(this.#column + step[1], 0), rows[0].cells.length - 2);
-      this.#look(this.#cell());
+      this.#choose(this.#beside(...step));
     });
   }
 
-  #cell() {
-    return this.table.tBodies[0].rows[this.#row].cells[this.#column + 1];
+  // The cell so far below and to the right, or the last one before the edge.
+  #beside(down, right) {
+    const rows = this.table.tBodies[0].rows;
+    const row = rows[Math.min(Math.max(this.#at.parentElement.sectionRowIndex + down, 0), rows.length - 1)];
+    return row.cells[Math.min(Math.max(this.#at.cellIndex + right, 1), row.cells.length - 1)];
   }
 
-  #look(cell) {
+  #choose(cell) {
+    this.#at = this.#chosen = cell;
+    this.#look(cell);
+  }
+
+  #look(pointedAt) {
+    const cell = pointedAt ?? this.#chosen;
     this.table.querySelector(".looked-at")?.classList.remove("looked-at");
     cell?.classList.add("looked-at");
     this.tell(cell);

@@ -6,9 +6,10 @@ const KINDS = ["image/png", "image/jpeg", "image/webp", "image/gif"];
 
 export class Pictures {
   #waiting = []; // of {name, url}
+  #reading = 0; // how many batches of files
   #complain;
 
-  // `complain` is told of files that are no pictures.
+  // `complain` is told of files that are no pictures, or cannot be read.
   constructor(complain) {
     this.#complain = complain;
     byId("attach").addEventListener("click", () => byId("files").click());
@@ -24,6 +25,15 @@ export class Pictures {
     return this.#waiting.length;
   }
 
+  get isReading() {
+    return this.#reading > 0;
+  }
+
+  putBack(pictures) {
+    this.#waiting.unshift(...pictures);
+    this.#show();
+  }
+
   take() {
     const taken = this.#waiting;
     this.#waiting = [];
@@ -32,19 +42,22 @@ export class Pictures {
   }
 
   async add(files) {
-    const wrong = [...files].filter((file) => !KINDS.includes(file.type));
-    if (wrong.length) {
-      this.#complain(`${wrong.map((file) => file.name).join(", ")}: only PNG, JPEG, WebP and GIF pictures.`);
-    }
-    const right = [...files].filter((file) => KINDS.includes(file.type));
+    const [right, wrong] = parted([...files], (file) => KINDS.includes(file.type));
+    this.#reading++;
     const read = await Promise.all(right.map(async (file) => ({ name: file.name, url: await dataUrl(file) })));
-    this.#waiting.push(...read);
+    this.#reading--;
+    const [whole, unread] = parted(read, (picture) => picture.url !== null);
+    this.#waiting.push(...whole);
     this.#show();
+    const complaints = [];
+    if (wrong.length) complaints.push(`${names(wrong)}: only PNG, JPEG, WebP and GIF pictures.`);
+    if (unread.length) complaints.push(`${names(unread)}: cannot be read.`);
+    if (complaints.length) this.#complain(complaints.join(" "));
   }
 
   #paste(event) {
     const files = event.clipboardData?.files ?? [];
-    if (!files.length || document.querySelector("dialog[open]")) return;
+    if (!files.length || isOfTable(event.clipboardData) || document.querySelector("dialog[open]")) return;
     event.preventDefault();
     this.add(files);
   }
@@ -83,11 +96,21 @@ export class Pictures {
   }
 }
 
+const names = (things) => things.map((thing) => thing.name).join(", ");
+
+// Spreadsheets put a picture of the cells beside their text. A copied picture has its address as HTML at most, a
+// copied file its name as text.
+const isOfTable = (data) => data.types.includes("text/html") && data.types.includes("text/plain");
+
+function parted(things, belongs) {
+  return [things.filter(belongs), things.filter((thing) => !belongs(thing))];
+}
+
+// Null where the file cannot be read.
 function dataUrl(file) {
-  return new Promise((resolve, reject) => {
+  return new Promise((resolve) => {
     const reader = new FileReader();
-    reader.addEventListener("load", () => resolve(reader.result));
-    reader.addEventListener("error", () => reject(reader.error));
+    reader.addEventListener("loadend", () => resolve(reader.result));
     reader.readAsDataURL(file);
   });
 }

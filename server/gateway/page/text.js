@@ -2,6 +2,23 @@
 
 import { copyButton, element } from "./dom.js";
 
+// Shows `text` in `view`. Nodes it has in common with what is there stay, as a selection, the focus or a click
+// under way may be in them: all but the last, mostly, while a text grows.
+export function showReadable(view, text) {
+  const old = [...view.childNodes];
+  const made = [...readable(text).childNodes];
+  let kept = 0;
+  while (kept < Math.min(old.length, made.length) && saysTheSame(old[kept], made[kept])) kept++;
+  for (const node of old.slice(kept)) node.remove();
+  view.append(...made.slice(kept));
+}
+
+// Of a block the code alone counts: its button says for a moment that it copied.
+function saysTheSame(one, other) {
+  const [a, b] = [one, other].map((node) => node.querySelector("pre") ?? node);
+  return a.isEqualNode(b);
+}
+
 export function readable(text) {
   const fragment = new DocumentFragment();
   let plain = [];
