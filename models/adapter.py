@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from models.adapter_config import AdapterConfig, BaseSpec, LinearName
 from models.attention import Prompts
 from models.config import ModelConfig
-from models.errors import AdapterMismatch, CheckpointError
+from models.errors import AdapterMismatch, CheckpointError, ModelError
 from models.fingerprint import likeness
 from models.llama import Layer, Llama
 from models.pieces import copy_finite
@@ -160,6 +160,8 @@ class Adapter(nn.Module):
 
         `visual_SnC` holds the visual tokens of S images; without it there is one slot, of the static
         prompts alone. The raw prompt rows bypass the attention norm. All layers, or `layers`.
+
+        Raises `ModelError` for visual tokens of more rows than the configuration says.
         """
         config = self.config
         layers = range(config.base.num_layers) if layers is None else layers
@@ -170,13 +172,16 @@ class Adapter(nn.Module):
         len_L = torch.zeros(L, dtype=torch.int32, device=base.device)
         for alike, rows_PSkC in self._rows(visual_SnC, layers):
             where = upload(alike, base.device) - layers.start
-            pad = (0, 0, 0, K - rows_PSkC.shape[2])
+            k = rows_PSkC.shape[2]
+            if k > K:  # whose keys would be cut off, and kernels read as many as there are said to be
+                raise ModelError(f"an image gives {k} prompt rows, more than the adapter's {K}")
+            pad = (0, 0, 0, K - k)
             k_PSko, v_PSko = self._keys_and_values(base, alike, rows_PSkC)
             k_LSKo, v_LSKo = (
                 all_LSKo.index_copy(0, where, F.pad(own_PSko, pad).expand(-1, S, -1, -1))
                 for all_LSKo, own_PSko in ((k_LSKo, k_PSko), (v_LSKo, v_PSko))
             )
-            len_L[where] = rows_PSkC.shape[2]
+            len_L[where] = k
         k_SLKGD, v_SLKGD = (x.transpose(0, 1).unflatten(-1, (G, D)) for x in (k_LSKo, v_LSKo))
         gate_LH = self.gates()[layers.start : layers.stop].to(base.device) * (len_L > 0)[:, None]
         return Prompts(k_SLKGD, v_SLKGD, len_L.expand(S, L), gate_LH.expand(S, L, -1))

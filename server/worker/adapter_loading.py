@@ -14,7 +14,7 @@ from models.config import ModelConfig
 from models.errors import AdapterMismatch, CheckpointError, ModelError
 from models.prompts import template_names
 from models.registry import AdapterRegistry
-from models.vision.encoder import VisionEncoder, load_encoder
+from models.vision.encoder import VisionEncoder, check_features, load_encoder
 from server.errors import InvalidRequest
 from server.worker.frontend import ServedModel
 from server.worker.messages import ModelInfo
@@ -92,12 +92,10 @@ class AdapterLoader:
         encoder = None
         if config.vision is not None:
             encoder = self._encoder(config.vision.encoder, at_run_time)
-            width = encoder.global_dim if config.vision.features == "global" else encoder.token_dim
-            if width != config.vision.feature_dim:
-                raise AdapterMismatch(
-                    f"{path}: expects image features of {config.vision.feature_dim} numbers, "
-                    f"{config.vision.encoder} gives {width}"
-                )
+            try:
+                check_features(config.vision, encoder)
+            except ModelError as error:
+                raise AdapterMismatch(f"{path}: {error}") from error
         adapter = adapter.requires_grad_(False).to(self._device)
         with self._lock:
             version = self._registry.next_version(id, version)

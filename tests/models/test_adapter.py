@@ -14,7 +14,7 @@ from models.adapter import Adapter, base_spec, check_fits
 from models.adapter_config import AdapterConfig
 from models.attention import stack_layers
 from models.config import ModelConfig
-from models.errors import AdapterMismatch, CheckpointError
+from models.errors import AdapterMismatch, CheckpointError, ModelError
 from models.fingerprint import fingerprint
 
 H, L, C = MHA.num_heads, MHA.num_layers, MHA.hidden_size
@@ -133,6 +133,20 @@ def test_prompts_of_ragged_lengths_and_of_several_images():
     assert torch.equal(seen.v_SLKGD[0, 2], unseen.v_SLKGD[0, 2])
     assert not unseen.gate_SLH[0, :2].any()  # a gate of rows that are not there gates nothing
     assert seen.gate_SLH[:, 0].all()
+
+
+@pytest.mark.parametrize(
+    ("length", "vision"), [(3, EARLY), (1, EARLY | {"fusion": "add", "layers": (2, 3), "num_tokens": 1})]
+)
+def test_prompts_have_no_more_rows_than_the_adapter_says(length: int, vision: dict[str, Any]):
+    """Kernels read as many as `len_SL` says, and others' lie behind them."""
+    adapter = random_adapter(config_of(GQA, prompt={"length": length, "layers": (2, 3)}, vision=vision))
+    rows = adapter.config.max_prompt_len
+    with torch.no_grad():
+        prompts = adapter.prompts(random_base(GQA), adapter.see(torch.randn(2, rows, 12)))
+        assert prompts.len_SL.max() == prompts.k_SLKGD.shape[2] == rows
+        with pytest.raises(ModelError, match=f"{rows + 4} prompt rows, more than the adapter's {rows}"):
+            adapter.prompts(random_base(GQA), adapter.see(torch.randn(2, rows + 4, 12)))
 
 
 def test_prompts_of_some_layers_are_those_of_all():
