@@ -64,6 +64,11 @@ class PromptCache:
         self.lens_LS: Int32 = np.zeros((L, S), np.int32)
         self.device_lens_LS = torch.zeros(L, S, dtype=torch.int32, device=device)
 
+    def bytes_of(self, K: int) -> int:
+        """What keys and values of K rows take in all slots, the empty one included."""
+        L, S, _, G, D = self.k_LSKGD.shape
+        return 2 * L * S * K * G * D * self.k_LSKGD.element_size()
+
     @torch.no_grad()
     def room_for(self, K: int, pause: Callable[[], None] = lambda: None) -> Callable[[], None]:
         """Memory for K rows of every slot, as `AdapterBank.room_for`."""

@@ -83,6 +83,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         block_size=settings.block_size,
         max_hot_adapters=settings.max_hot_adapters,
         prompt_slots=settings.prompt_slots,
+        prompt_cache_bytes=settings.prompt_cache_mib * MIB,
         kernels=_kernels(settings, base),
         max_decodes=settings.max_num_seqs,
         max_model_len=scheduler.max_sequence_len,

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from models.adaptation import AdapterBank, BatchAdaptation, is_elementwise
 from models.attention import Prompts, stack_layers
+from models.errors import ModelError
 from models.kernels.fused_cpu import FusedPass
 from models.kernels.panel_bank import PanelBank
 from models.kv_cache import Decode, KVCache, PagedAttend, PromptCache, StepLayout, resolve_tokens
 from models.llama import Attend, Llama
 from models.uploads import upload
+from server.settings import MIB
 from server.worker.adapter_slots import SlotTable
 from server.worker.sight import ImageInput, LoadedAdapter, Sight
 
@@ -57,12 +59,16 @@ class Runner:
         block_size: int,
         max_hot_adapters: int,
         prompt_slots: int,
+        prompt_cache_bytes: int | None = None,
         feature_cache_entries: int = 1024,
         kernels: Kernels = "cpu",
         max_decodes: int = 0,
         max_model_len: int = 0,
     ) -> None:
-        """Up to `max_decodes` sequences of up to `max_model_len` tokens decode as a graph, with Triton."""
+        """Up to `max_decodes` sequences of up to `max_model_len` tokens decode as a graph, with Triton.
+
+        An adapter is refused whose prompts would make the prompt cache larger than `prompt_cache_bytes`.
+        """
         config = base.config
         self.base = base
         self.block_size = block_size
@@ -73,6 +79,7 @@ class Runner:
         self.bank = PanelBank(base, max_hot_adapters) if fused else AdapterBank(base, max_hot_adapters)
         self.adapter_slots = SlotTable(max_hot_adapters)
         self.prompt_cache = PromptCache(config, prompt_slots, base.dtype, base.device)
+        self._prompt_cache_bytes = prompt_cache_bytes
         self.prompt_slots = SlotTable(prompt_slots)
         self.sight = Sight(base.device, feature_cache_entries)
         self._attend: Callable[[KVCache, PromptCache, StepLayout], Attend]
@@ -133,8 +140,9 @@ class Runner:
         return self.base.logits(hidden_NC[upload(rows_M, device)], of_rows).float()
 
     def room_for(self, loaded: LoadedAdapter, pause: Callable[[], None]) -> Callable[[], None]:
-        """Memory for an adapter's vectors and prompts, as `AdapterBank.room_for`."""
+        """Memory for an adapter's vectors and prompts, as `AdapterBank.room_for`. Raises `ModelError`."""
         adapter = loaded.adapter
+        self._check_room(loaded)
         bank = self.bank.room_for(adapter, pause)
         prompts = self.prompt_cache.room_for(adapter.config.max_prompt_len, pause)
 
@@ -168,9 +176,25 @@ class Runner:
     @torch.inference_mode()
     def warm(self, adapters: Sequence[LoadedAdapter]) -> None:
         """Give slots to the first of these, before anybody waits: the first fill of each shape makes room for
-        all of its kind, which takes as long as many steps."""
+        all of its kind, which takes as long as many steps. Raises `ModelError` if one is too long."""
+        for loaded in adapters:
+            self._check_room(loaded)
         most = min(self.adapter_slots.capacity, self.prompt_slots.capacity)
         self._place(list(map(_of_no_tokens, adapters[:most])))
+
+    def _check_room(self, loaded: LoadedAdapter) -> None:
+        """Raises `ModelError` for prompts too long for the cache, which a small file may ask for.
+
+        No step may be the first to find out: others share it.
+        """
+        K = loaded.adapter.config.max_prompt_len
+        needed, limit = self.prompt_cache.bytes_of(K), self._prompt_cache_bytes
+        if limit is not None and needed > limit:
+            raise ModelError(
+                f"{loaded.key[0]}: prompts of {K} rows take {needed / MIB / 1024:.3g} GiB, for each of "
+                f"{self.prompt_slots.capacity} slots has room for the longest; that is more than "
+                f"prompt_cache_mib {limit // MIB}: raise it, or lower prompt_slots"
+            )
 
     def _is_graph(self, items: Sequence[StepItem], adapter_slots: Sequence[int]) -> bool:
         """Whether all are decodes that want their row, of adapters without low-rank terms."""

@@ -16,12 +16,16 @@ import pytest
 import torch
 from adapter_files import K, reference_7b, reference_v1
 from PIL import Image
-from tiny_base import tiny_config, write_adapter, write_tiny_base
+from support import random_adapter
+from tiny_base import adapter_config, tiny_config, write_adapter, write_tiny_base
 
-from models.errors import AdapterMismatch, CheckpointError
+from models.adapter_config import PromptConfig
+from models.checkpoints.native import save_adapter
+from models.errors import AdapterMismatch, CheckpointError, ModelError
+from models.kv_cache import KVCache
 from server.errors import ApiError, InvalidRequest, NotFound, RateLimited, Timeout, Unavailable
 from server.serving import StartupError
-from server.settings import WorkerSettings
+from server.settings import MIB, WorkerSettings
 from server.worker.adapter_loading import AdapterLoader
 from server.worker.build import build_engine
 from server.worker.engine import NativeEngine
@@ -462,6 +466,46 @@ async def test_a_broken_adapter_is_refused_and_the_engine_goes_on(engine: Native
     with pytest.raises(NotFound):
         await engine.unload_adapter("broken")
     assert text_of(await collect(engine, chat("still here?")))
+
+
+def write_long(folder: Path, rows: int) -> None:
+    config = adapter_config("v1")
+    config = config.model_copy(update={"prompt": PromptConfig(length=rows, layers=(3,))})
+    save_adapter(random_adapter(config), folder)
+
+
+async def test_prompts_too_long_for_the_cache_are_refused(folder: Path):
+    """A file of kilobytes, whose rows would be made for every slot and layer."""
+    engine = build_engine(
+        settings(folder, prompt_cache_mib=1, adapters=(f"v1={folder / 'adapters' / 'v1'}",))
+    )
+    await engine.start()
+    cache = engine._step_loop.runner.prompt_cache
+    row = cache.bytes_of(1)
+    assert row == 129 * KVCache.bytes_per_block(tiny_config(), 1, torch.float32)
+    before, fits = text_of(await collect(engine, chat("hello", "v1"))), MIB // row
+    write_long(folder / "adapters" / "long", fits + 1)
+    why = rf"prompts of {fits + 1} rows take \S+ GiB, for each of 128 slots .* prompt_cache_mib 1: raise it"
+    for id in ("long", "v1"):
+        with pytest.raises(InvalidRequest, match=f"{id}: {why}"):
+            await engine.load_adapter(id, "long")
+    assert cache.k_LSKGD.shape[2] == 6
+    assert [model.id for model in engine.models()] == ["tiny", "v1"]
+    assert text_of(await collect(engine, chat("hello", "v1"))) == before
+
+    write_long(folder / "adapters" / "long", fits)
+    await engine.load_adapter("long", "long")
+    assert cache.k_LSKGD.nbytes + cache.v_LSKGD.nbytes == cache.bytes_of(fits) <= MIB
+    assert text_of(await collect(engine, chat("hello", "v1"))) == before
+    await engine.stop()
+
+
+def test_prompts_too_long_for_the_cache_stop_the_start(folder: Path):
+    """Also those of an adapter that gets no slot at the start."""
+    write_long(folder / "adapters" / "endless", 1024)
+    adapters = tuple(f"{id}={folder / 'adapters' / id}" for id in ("v1", "endless"))
+    with pytest.raises(ModelError, match="endless: prompts of 1024 rows"):
+        build_engine(settings(folder, adapters=adapters, prompt_cache_mib=60, max_hot_adapters=1))
 
 
 def test_start_up_names_what_is_wrong(folder: Path, tmp_path: Path):
