@@ -201,6 +201,9 @@ class WorkerSettings(_Settings):
     prompt_cache_mib: int = Field(
         2048, gt=0, description="memory for them in MiB; an adapter whose prompts would need more is refused"
     )
+    image_cache_mib: int = Field(
+        256, gt=0, description="memory for features of images, as encoders give them, in MiB"
+    )
     max_grammar_bytes: int = Field(
         64 * KIB, gt=0, description="JSON of one request's response_format and tools, schemas and all"
     )

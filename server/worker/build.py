@@ -84,6 +84,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         max_hot_adapters=settings.max_hot_adapters,
         prompt_slots=settings.prompt_slots,
         prompt_cache_bytes=settings.prompt_cache_mib * MIB,
+        image_cache_bytes=settings.image_cache_mib * MIB,
         kernels=_kernels(settings, base),
         max_decodes=settings.max_num_seqs,
         max_model_len=scheduler.max_sequence_len,

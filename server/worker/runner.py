@@ -60,7 +60,7 @@ class Runner:
         max_hot_adapters: int,
         prompt_slots: int,
         prompt_cache_bytes: int | None = None,
-        feature_cache_entries: int = 1024,
+        image_cache_bytes: int = 256 * MIB,
         kernels: Kernels = "cpu",
         max_decodes: int = 0,
         max_model_len: int = 0,
@@ -81,7 +81,7 @@ class Runner:
         self.prompt_cache = PromptCache(config, prompt_slots, base.dtype, base.device)
         self._prompt_cache_bytes = prompt_cache_bytes
         self.prompt_slots = SlotTable(prompt_slots)
-        self.sight = Sight(base.device, feature_cache_entries)
+        self.sight = Sight(base.device, image_cache_bytes)
         self._attend: Callable[[KVCache, PromptCache, StepLayout], Attend]
         self._attend = partial(PagedAttend, fused=kernels == "cpu")
         self._batch_adaptation = BatchAdaptation

@@ -40,26 +40,40 @@ class ImageInput:
 
 
 class Sight:
-    """Features by encoder and image, least recently used first to go."""
+    """Features by encoder and image, least recently used first to go.
 
-    def __init__(self, device: torch.device, entries: int) -> None:
+    Also those of requests that still wait: a full queue's may be many times what there is room for. A
+    request whose features have gone has its image encoded again in the step that admits it, so that too
+    small a cache costs time, but no memory.
+    """
+
+    def __init__(self, device: torch.device, max_bytes: int) -> None:
+        """`max_bytes` of features on the device; more only for the images of one batch."""
         self._device = device
-        self._entries = entries
+        self._max_bytes = max_bytes
+        self._bytes = 0
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def knows(self, loaded: LoadedAdapter, image: ImageInput) -> bool:
         return _key(loaded, image) in self._features
 
     def see(self, loaded: LoadedAdapter, images: Sequence[ImageInput]) -> Tensor:
-        """Features [S, …] of the images, from the cache or computed in one batch."""
-        for _ in self.seeing(loaded, images):
-            pass
-        return torch.stack([self._features[_key(loaded, image)] for image in images])
+        """Features [S, …] of the images, from the cache or computed, in batches as elsewhere."""
+        by_key = {_key(loaded, image): image for image in images}
+        found = {key: self._use(key) for key in by_key if key in self._features}
+        missing = [key for key in by_key if key not in found]
+        for start in range(0, len(missing), _BATCH):
+            batch = missing[start : start + _BATCH]
+            for _ in self.seeing(loaded, [by_key[key] for key in batch]):
+                pass
+            found |= {key: self._features[key] for key in batch}  # before the next batch may want their room
+        self._make_room()
+        return torch.stack([found[_key(loaded, image)] for image in images])
 
     def seeing(self, loaded: LoadedAdapter, images: Sequence[ImageInput]) -> Generator[None]:
         """Put what the cache lacks into it, in one batch, yielding after each layer of the encoder.
 
-        Then the cache is as large as it may be, or as `images` are: nobody may come to `see` them.
+        Then the cache is no larger than it may be, or than `images` are: nobody may come to `see` them.
         """
         vision, encoder = loaded.adapter.config.vision, loaded.encoder
         assert vision is not None
@@ -68,14 +82,33 @@ class Sight:
         if missing:
             pixels = upload(torch.stack(list(missing.values())), self._device)
             features = yield from encoder.by_layers(vision.features, pixels)
-            # Each for itself: one that stays is not to keep the whole batch.
-            self._features.update(zip(missing, map(Tensor.clone, features.unbind()), strict=True))
-        keys = dict.fromkeys(_key(loaded, image) for image in images)
+            for key, feature in zip(missing, features.unbind(), strict=True):
+                self._drop(key)  # another encoding of it may have ended meanwhile
+                self._features[key] = feature.clone()  # by itself: it is not to keep the whole batch
+                self._bytes += self._features[key].nbytes
+        # Without those that made room for another encoding meanwhile.
+        keys = dict.fromkeys(key for i in images if (key := _key(loaded, i)) in self._features)
         for key in keys:
-            if key in self._features:  # else it made room for another encoding that has ended meanwhile
-                self._features.move_to_end(key)
-        while len(self._features) > max(self._entries, len(keys)):
-            self._features.popitem(last=False)
+            self._use(key)
+        self._make_room(kept=len(keys))
+
+    def _make_room(self, kept: int = 0) -> None:
+        """What is too much goes, but for those that were used last."""
+        while self._bytes > self._max_bytes and len(self._features) > kept:
+            self._drop(next(iter(self._features)))
+
+    def _use(self, key: Hashable) -> Tensor:
+        self._features.move_to_end(key)
+        return self._features[key]
+
+    def _drop(self, key: Hashable) -> None:
+        """If it is there."""
+        feature = self._features.pop(key, None)
+        self._bytes -= 0 if feature is None else feature.nbytes
+
+    def check_integrity(self) -> None:
+        """Assert that the bytes are those of the features."""
+        assert self._bytes == sum(feature.nbytes for feature in self._features.values()), "bytes are lost"
 
 
 class ImageQueue:

@@ -508,6 +508,11 @@ def test_prompts_too_long_for_the_cache_stop_the_start(folder: Path):
         build_engine(settings(folder, adapters=adapters, prompt_cache_mib=60, max_hot_adapters=1))
 
 
+def test_features_of_images_take_what_the_settings_say(folder: Path):
+    engine = build_engine(settings(folder, image_cache_mib=3))
+    assert engine._step_loop.runner.sight._max_bytes == 3 * MIB
+
+
 def test_start_up_names_what_is_wrong(folder: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="no such file"):
         build_engine(settings(folder, base=str(tmp_path / "none")))

@@ -26,7 +26,7 @@ from server.worker.blocks import BlockManager
 from server.worker.messages import Delta, Failed, Finished, PromptScored, SamplingParams, Scheduled
 from server.worker.pace import Pace
 from server.worker.request import Prepared
-from server.worker.runner import Runner
+from server.worker.runner import Runner, StepItem
 from server.worker.sampler import Choice
 from server.worker.scheduler import Scheduler, SequenceRejected
 from server.worker.sight import ImageInput, LoadedAdapter
@@ -67,6 +67,9 @@ class ToyEncoder:
         for _ in range(3):
             yield
         return self.global_features(pixels_BCHW)
+
+
+FEATURES = ToyEncoder.global_dim * 4  # bytes of an image's
 
 
 def adapter_configs(base: Llama) -> list[AdapterConfig]:
@@ -323,7 +326,7 @@ def test_images_whose_requests_left_stay_within_the_cache():
     loop = deployment.loop(pace=pace)
     pace.observe(1, 0, 0.001)
     sight = loop.runner.sight
-    sight._entries = 2
+    sight._max_bytes = 2 * FEATURES
     sees = deployment.adapters[-1]
     quick = replace(deployment.request(0, random.Random(0), adapter=None, image=None), max_tokens=40)
     loop.add(quick, lambda event: None)
@@ -340,21 +343,28 @@ def test_images_whose_requests_left_stay_within_the_cache():
         for _ in range(3):
             loop.step()
         loop.abort(str(100 + i))
+        sight.check_integrity()
         assert len(sight._features) <= 2
     assert deployment.encoder.calls == 6
 
 
-def test_a_crowd_of_images_is_encoded_in_batches(monkeypatch: pytest.MonkeyPatch):
-    """All at once they would take gigabytes, and minutes in which nobody is answered."""
-    deployment = Deployment()
-    sizes = []
-    by_layers = deployment.encoder.by_layers
+def sizes_of_batches(encoder: ToyEncoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of the encoder has got, as it goes on."""
+    sizes: list[int] = []
+    by_layers = encoder.by_layers
 
     def counted(features: str, pixels_BCHW: torch.Tensor) -> Generator[None, None, torch.Tensor]:
         sizes.append(len(pixels_BCHW))
         return by_layers(features, pixels_BCHW)
 
-    monkeypatch.setattr(deployment.encoder, "by_layers", counted)
+    monkeypatch.setattr(encoder, "by_layers", counted)
+    return sizes
+
+
+def test_a_crowd_of_images_is_encoded_in_batches(monkeypatch: pytest.MonkeyPatch):
+    """All at once they would take gigabytes, and minutes in which nobody is answered."""
+    deployment = Deployment()
+    sizes = sizes_of_batches(deployment.encoder, monkeypatch)
     requests = [
         deployment.request(
             i,
@@ -381,7 +391,7 @@ def test_a_cached_image_keeps_no_batch():
     deployment = Deployment()
     sees = deployment.adapters[-1]
     sight = deployment.loop().runner.sight
-    sight._entries = 2
+    sight._max_bytes = 2 * FEATURES
     images = [ImageInput(str(i), torch.full((3, 4, 4), float(i))) for i in range(5)]
     seen = sight.see(sees, images)
     assert torch.equal(seen, torch.stack([image.pixels.flatten() for image in images]))
@@ -389,6 +399,44 @@ def test_a_cached_image_keeps_no_batch():
     for feature in sight._features.values():
         assert feature.untyped_storage().nbytes() == feature.numel() * feature.element_size()
     assert len(sight._features) == 2
+    sight.check_integrity()
+
+
+def test_the_largest_features_that_fit_are_few():
+    """What counts is what they take, not how many they are: a large encoder's tokens are a megabyte."""
+    deployment = Deployment()
+    sees, sight = deployment.adapters[-1], deployment.loop().runner.sight
+    sight._max_bytes = 10 * FEATURES
+    small = [ImageInput(str(i), torch.full((3, 4, 4), float(i))) for i in range(10)]
+    large = [ImageInput(f"large {i}", torch.full((3, 8, 8), float(i))) for i in range(3)]  # each as four
+    sight.see(sees, small)
+    assert all(sight.knows(sees, image) for image in small)
+    for image in large:
+        sight.see(sees, [image])
+    assert [image.key for image in (*small, *large) if sight.knows(sees, image)] == ["large 1", "large 2"]
+    sight.check_integrity()
+
+
+def test_features_that_have_gone_are_made_again_in_batches(monkeypatch: pytest.MonkeyPatch):
+    """Of all requests that a step admits, whose images made room for each other's while they waited."""
+    deployment = Deployment()
+    sizes = sizes_of_batches(deployment.encoder, monkeypatch)
+    loop = deployment.loop(prompts=40)
+    loop.runner.sight._max_bytes = 20 * FEATURES
+    adapter = deployment.adapters[-1]
+    images = [ImageInput(str(i), torch.full((3, 4, 4), i / 40)) for i in range(40)]
+    requests = [
+        deployment.request(i, random.Random(i), adapter=adapter, image=image)
+        for i, image in enumerate(images)
+    ]
+    loop.runner.sight.see(adapter, images)
+    assert sizes == [16, 16, 8]
+    sizes.clear()
+    items = [StepItem([3], 0, [i], adapter, image, slice(0, 1)) for i, image in enumerate(images)]
+    logits_MV = loop.runner.run(items)
+    assert sizes == [16, 4]  # those of the last twenty were there
+    for request, row_V in zip(requests, logits_MV, strict=True):
+        torch.testing.assert_close(row_V, deployment.logits(request, [3])[0], rtol=1e-4, atol=1e-4)
 
 
 def test_aborted_requests_give_their_blocks_back_before_the_next_step():
