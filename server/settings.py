@@ -201,6 +201,9 @@ class WorkerSettings(_Settings):
     prompt_cache_mib: int = Field(
         2048, gt=0, description="memory for them in MiB; an adapter whose prompts would need more is refused"
     )
+    max_encoders: int = Field(
+        4, ge=0, description="image encoders in memory, beyond which run-time loading brings no further one"
+    )
     image_cache_mib: int = Field(
         256, gt=0, description="memory for features of images, as encoders give them, in MiB"
     )

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -22,7 +23,11 @@ from server.worker.sight import LoadedAdapter
 
 
 class AdapterLoader:
-    """Loads adapters for one base. Visual encoders are shared by the adapters that name them."""
+    """Loads adapters for one base. Visual encoders are shared by the adapters that name them.
+
+    An encoder stays as long as an adapter that is loaded, or a request that runs, has it: the loader keeps
+    none, so that neither an adapter that was refused nor one that was unloaded leaves its own behind.
+    """
 
     def __init__(
         self,
@@ -33,14 +38,18 @@ class AdapterLoader:
         device: torch.device,
         max_model_len: int,
         adapter_root: Path | None,
+        max_encoders: int,
     ) -> None:
+        """With `max_encoders` in memory run-time loading brings no further one."""
         self._base_id = base_id
         self._config = config
         self._fingerprint = fingerprint
         self._device = device
         self._max_model_len = max_model_len
         self._registry = AdapterRegistry(adapter_root)
-        self._encoders: dict[str, VisionEncoder] = {}
+        self._max_encoders = max_encoders
+        self._encoders: WeakValueDictionary[str, VisionEncoder] = WeakValueDictionary()
+        self._named_at_start: set[str] = set()
         self._lock = threading.Lock()
 
     def load(self, argument: str) -> ServedModel:
@@ -126,11 +135,24 @@ class AdapterLoader:
 
     def _encoder(self, name: str, at_run_time: bool) -> VisionEncoder:
         with self._lock:
-            if name not in self._encoders:
-                if at_run_time and "/" in name:
-                    raise CheckpointError(
-                        f"encoder {name!r} is a file, which run-time loading does not open; start the "
-                        "server with an adapter that names it, or name one of open_clip's tags"
-                    )
-                self._encoders[name] = load_encoder(name, self._device)
-            return self._encoders[name]
+            encoder = self._encoders.get(name)
+            if encoder is None:
+                if at_run_time:
+                    self._check_may_come(name)
+                encoder = self._encoders[name] = load_encoder(name, self._device)
+            if not at_run_time:
+                self._named_at_start.add(name)
+            return encoder
+
+    def _check_may_come(self, name: str) -> None:
+        """Raises `ModelError` for an encoder that run-time loading may not bring."""
+        if "/" in name and name not in self._named_at_start:
+            raise CheckpointError(
+                f"encoder {name!r} is a file, which run-time loading does not open; start the "
+                "server with an adapter that names it, or name one of open_clip's tags"
+            )
+        if len(self._encoders) >= self._max_encoders:
+            raise ModelError(
+                f"encoder {name!r} would be one more than max_encoders, {self._max_encoders}; unload an "
+                "adapter that alone has another one, or raise it"
+            )

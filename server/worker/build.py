@@ -96,6 +96,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         device=device,
         max_model_len=scheduler.max_sequence_len,
         adapter_root=settings.adapter_root,
+        max_encoders=settings.max_encoders,
     )
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
     step_loop = StepLoop(runner, scheduler, tokenizer, overlap=device.type == "cuda")

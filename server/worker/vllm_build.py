@@ -69,6 +69,7 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
         device=torch.device("cpu"),
         max_model_len=max_model_len,
         adapter_root=settings.adapter_root,
+        max_encoders=settings.max_encoders,
     )
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
     room = _room_for(settings, models)
