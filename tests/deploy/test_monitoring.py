@@ -12,7 +12,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.gateway.auth import OPEN_PATHS
 from server.gateway.metrics import GatewayMetrics
+from server.gateway.routes import health
 from server.metrics import PREFIX
 from tests.deploy.deployment import CHART, ROOT, Object, run
 from tests.server.gateway.scripted import STATS
@@ -26,13 +28,15 @@ DASHBOARD: Any = json.loads((CHART / "files" / "dashboard.json").read_text())
 PANELS: list[Object] = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 PROMETHEUS: Any = yaml.safe_load((ROOT / "deploy" / "monitoring" / "prometheus.yml").read_text())
 JOBS = {"llama-adapter-gateway", "llama-adapter-worker", "llama-adapter-expert"}
-OF_PROMETHEUS = {"job", "instance", "le"}
+OF_PROMETHEUS = {"job", "instance", "namespace", "le"}
 
 
 def expressions() -> list[str]:
     """All that alerts and dashboard ask, with Grafana's variables filled in."""
     asked = [rule["expr"] for rule in RULES] + [t["expr"] for panel in PANELS for t in panel["targets"]]
-    return [expr.replace("$__rate_interval", "5m").replace("$model", ".*") for expr in asked]
+    for variable, value in (("$__rate_interval", "5m"), ("$model", ".*"), ("$namespace", ".*")):
+        asked = [expr.replace(variable, value) for expr in asked]
+    return asked
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,33 @@ def test_every_expression_is_promql_and_asks_for_labels_that_exist(
             assert name == "up" or name in metrics, expr
             assert "job" in labels, f"{expr}: gateway and worker tell {name}, each of its own"
         assert set(grouped) <= set().union(*known), expr
+
+
+@pytest.mark.deploy
+def test_probes_and_scrapes_are_no_requests(tools: Path) -> None:
+    """They come every few seconds, and would hide that half of the requests fail."""
+    script = ROOT / "tests" / "deploy" / "promql.py"
+    asked = [expr for expr in expressions() if f"{PREFIX}http_requests_total" in expr]
+    assert len(asked) == 5
+    for labels in json.loads(run(tools / "python", script, input=json.dumps(asked))):
+        of_requests = labels[f"{PREFIX}http_requests_total"]
+        assert of_requests.count("route") == of_requests.count("job") > 0
+    [pattern] = {pattern for expr in asked for pattern in re.findall(r'route!~"([^"]*)"', expr)}
+    no_requests = {route.path for route in health.router.routes} - {"/openapi.json"}  # type: ignore[attr-defined]
+    assert no_requests == {*OPEN_PATHS, "/metrics"}
+    assert all(re.fullmatch(pattern, path) for path in no_requests)
+    # A request that was refused before it had a route is told as `unknown`.
+    assert not [path for path in ("unknown", "/v1/chat/completions") if re.fullmatch(pattern, path)]
+
+
+def test_the_dashboard_shows_one_namespace() -> None:
+    """Where there are some; the variable's `All` is `.*`, which nothing at all matches too."""
+    for panel in PANELS:
+        for target in panel["targets"]:
+            assert target["expr"].count('namespace=~"$namespace"') == target["expr"].count('job="')
+    variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
+    assert variables["namespace"]["allValue"] == ".*"
+    assert variables["namespace"]["current"]["value"] == "$__all"
 
 
 def test_jobs_are_those_that_are_scraped() -> None:
