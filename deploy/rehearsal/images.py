@@ -36,7 +36,7 @@ from deploy.rehearsal.stages import Builder, Image, call, mounted
 
 _ROOT = Path(__file__).resolve().parents[2]
 _BUILD = _ROOT / "build" / "rehearsal"
-_WORKERS = ("worker", "worker-vllm")  # in turn
+_WORKERS = {"worker": "worker", "worker-vllm": "worker-vllm-cpu"}  # in turn: target, and service of compose
 _READY_SECONDS = 600.0
 _ADMIN_KEY = "rehearsal"
 # What a tiny training is told, and where compose's volumes then have it.
@@ -67,8 +67,8 @@ def compose() -> dict[str, Any]:
     """The services as Docker Compose reads them."""
     program = _ROOT / ".venv-deploy" / "bin" / "docker-compose"
     clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    clean |= {"ADMIN_KEYS": json.dumps([_ADMIN_KEY]), "KV_CACHE_MIB": "256", "VLLM": "cpu"}
-    profiles = [f"--profile={name}" for name in ("cpu", "vllm", "train")]
+    clean |= {"ADMIN_KEYS": json.dumps([_ADMIN_KEY]), "KV_CACHE_MIB": "256"}
+    profiles = [f"--profile={name}" for name in ("cpu", "vllm-cpu", "train")]
     words = [str(program), *profiles, "config", "--format", "json"]
     done = subprocess.run(words, cwd=_ROOT, env=clean, capture_output=True, text=True, check=True)
     services: dict[str, Any] = json.loads(done.stdout)["services"]
@@ -235,7 +235,7 @@ def train(image: Image, service: dict[str, Any], folder: Path) -> list[str]:
 def rehearse(images: dict[str, Image], services: dict[str, Any], worker: str, folder: Path) -> list[str]:
     """Start the service with this worker as compose does, ask, and stop it; what is not as it should be."""
     started = (worker, "expert", "gateway")
-    first = 10 * (1 + _WORKERS.index(worker))
+    first = 10 * (1 + list(_WORKERS).index(worker))
     hosts = {name: Host(f"{name[:8]}-{first + i}", first + i) for i, name in enumerate(started)}
     names = folder / f"hosts-{worker}"
     aliases = {name: "worker" if name == worker else name for name in started}
@@ -245,7 +245,8 @@ def rehearse(images: dict[str, Image], services: dict[str, Any], worker: str, fo
     for name, host in hosts.items():
         host.connect()
         root, log = folder / "running" / worker / name, folder / f"{worker}-{name}.log"
-        containers.append(Container(name, images[name], services[name], host, root, log))
+        service = services[_WORKERS.get(name, name)]
+        containers.append(Container(name, images[name], service, host, root, log))
     for container in containers:
         container.prepare(names, folder / "volumes")
         container.start()

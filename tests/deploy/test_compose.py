@@ -16,8 +16,9 @@ from tests.deploy.deployment import ROOT, Object
 pytestmark = pytest.mark.deploy
 
 Compose = Callable[..., Object]
-ALL = ("cpu", "gpu", "vllm", "train", "monitoring")
-WORKERS = {"cpu": "worker", "gpu": "worker-gpu", "vllm": "worker-vllm"}  # by profile
+# Profile → its worker.
+WORKERS = {"cpu": "worker", "gpu": "worker-gpu", "vllm": "worker-vllm", "vllm-cpu": "worker-vllm-cpu"}
+ALL = (*WORKERS, "train", "monitoring")
 
 
 @pytest.mark.parametrize(
@@ -26,12 +27,19 @@ WORKERS = {"cpu": "worker", "gpu": "worker-gpu", "vllm": "worker-vllm"}  # by pr
         ((), {"gateway", "worker", "expert"}),
         (("gpu",), {"gateway", "worker-gpu", "expert"}),
         (("vllm",), {"gateway", "worker-vllm", "expert"}),
+        (("vllm-cpu",), {"gateway", "worker-vllm-cpu", "expert"}),
         (("cpu", "train"), {"gateway", "worker", "expert", "train"}),
         (("cpu", "monitoring"), {"gateway", "worker", "expert", "prometheus", "grafana", "jaeger"}),
     ],
 )
 def test_profiles(compose: Compose, profiles: tuple[str, ...], services: set[str]) -> None:
     assert set(compose(*profiles)["services"]) == services
+
+
+def test_down_with_every_profile_ends_all_that_may_run(compose: Compose) -> None:
+    assert set(compose("*")["services"]) == set(compose(*ALL)["services"])
+    for page in ("docker-compose.yml", "docs/deploy.md"):
+        assert "docker compose --profile '*' down" in (ROOT / page).read_text()
 
 
 def test_every_service_is_confined(compose: Compose) -> None:
@@ -47,7 +55,7 @@ def test_every_service_is_confined(compose: Compose) -> None:
 
 
 def test_only_the_gateway_is_outside(compose: Compose) -> None:
-    config = compose("cpu", "gpu", "vllm", "train")
+    config = compose(*WORKERS, "train")
     assert config["networks"]["back"]["internal"]
     networks = {name: set(service.get("networks", ())) for name, service in config["services"].items()}
     assert networks.pop("gateway") == {"front", "back"}
@@ -110,13 +118,20 @@ def test_what_is_compiled_at_run_time_can_be_executed(compose: Compose) -> None:
     """Docker mounts a tmpfs so that it cannot, where nothing else is said."""
     services = compose(*ALL)["services"]
     executable = {name for name, service in services.items() if "exec" in str(service["tmpfs"])}
-    assert executable == {"worker-gpu", "worker-vllm"}
+    assert executable == {"worker-gpu", "worker-vllm", "worker-vllm-cpu"}
 
 
-def test_the_build_of_vllm_is_chosen(compose: Compose) -> None:
-    for given, build in (({}, "cuda"), ({"VLLM": "cpu"}, "cpu")):
-        worker = compose("vllm", **given)["services"]["worker-vllm"]
-        assert worker["build"]["args"]["VLLM"] == build
+def test_devices_are_asked_for_by_what_computes_on_them(compose: Compose) -> None:
+    services = compose(*ALL)["services"]
+    reserving = {name for name, one in services.items() if "reservations" in one["deploy"]["resources"]}
+    assert reserving == {"worker-gpu", "worker-vllm"}
+    builds = {name: services[name]["build"] for name in ("worker-vllm", "worker-vllm-cpu")}
+    assert {build["target"] for build in builds.values()} == {"worker-vllm"}
+    assert {name: build["args"].get("VLLM") for name, build in builds.items()} == {
+        "worker-vllm": None,  # the Dockerfile's default, with CUDA
+        "worker-vllm-cpu": "cpu",
+    }
+    assert services["worker-vllm"]["image"] != services["worker-vllm-cpu"]["image"]
 
 
 def test_files_that_are_mounted_exist(compose: Compose) -> None:

@@ -61,7 +61,7 @@ def test_every_target_and_build_argument() -> None:
 
 def test_every_variable_and_profile_of_compose() -> None:
     variables = set(re.findall(r"\$\{(\w+)", COMPOSE))
-    profiles = set(re.findall(r"profiles: \[(\w+)\]", COMPOSE))
+    profiles = set(re.findall(r"profiles: \[([\w-]+)\]", COMPOSE))
     named_elsewhere = {"OTEL_EXPORTER_OTLP_ENDPOINT", "PROMETHEUS_PORT", "GRAFANA_PORT", "JAEGER_PORT"}
     assert first_cells(section("Compose")) == (variables - named_elsewhere) | profiles
 
