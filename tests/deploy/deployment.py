@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from server.settings import GatewaySettings
+
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "llama-adapter"
 
@@ -19,6 +21,14 @@ def run(*command: str | Path, **options: Any) -> str:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def memory_held(settings: GatewaySettings) -> int:
+    """Bytes of a gateway that has admitted all it may, by docs/size.md.
+
+    That is of each request its body and the pictures decoded from it, and what a gateway at work takes.
+    """
+    return settings.max_concurrent_requests * settings.max_body_bytes * 7 // 4 + 100 * 2**20
 
 
 VALUES: dict[str, Object | Path] = {

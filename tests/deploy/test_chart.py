@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings
 from server.processes import _EXPERT_DRAIN_SECONDS
 from server.serving import _CLOSING_SECONDS
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
-from tests.deploy.deployment import CHART, ROOT, VALUES, Object, Render, run
+from tests.deploy.deployment import CHART, ROOT, VALUES, Object, Render, memory_held, run
 
 SETTINGS: dict[str, type[BaseSettings]] = {
     "gateway": GatewaySettings,
@@ -294,6 +294,18 @@ def test_pods_of_one_worker_share_its_model(render: Render, monkeypatch: pytest.
         assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
         assert volumes["models"]["persistentVolumeClaim"]["readOnly"]
         assert ("adapters" in volumes) == (name == "worker"), "the leader hands them round"
+
+
+@pytest.mark.deploy
+def test_the_gateway_holds_what_it_admits(objects: list[Object], monkeypatch: pytest.MonkeyPatch) -> None:
+    [container] = pods(objects)["gateway"]["containers"]
+    given = environment(container)
+    with monkeypatch.context() as patch:
+        for name in ("LLAMA_ADAPTER_MAX_CONCURRENT_REQUESTS", "LLAMA_ADAPTER_MAX_BODY_BYTES"):
+            patch.setenv(name, given[name])
+        held = memory_held(GatewaySettings())
+    number, unit = re.fullmatch(r"(\d+)(Mi|Gi)", container["resources"]["limits"]["memory"]).groups()  # type: ignore[union-attr]
+    assert held <= int(number) * {"Mi": 2**20, "Gi": 2**30}[unit]
 
 
 @pytest.mark.deploy

@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings
 
 from server.serving import _CLOSING_SECONDS
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
-from tests.deploy.deployment import ROOT, Object
+from tests.deploy.deployment import ROOT, Object, memory_held
 
 pytestmark = pytest.mark.deploy
 
@@ -81,8 +81,10 @@ def test_settings_load_and_fit_together(compose: Compose, monkeypatch: pytest.Mo
         assert "worker" in services[name]["networks"]["back"]["aliases"]
         assert gateway.worker_urls == (f"http://worker:{worker.port}",)
     assert set(gateway.expert_urls.values()) == {f"http://expert:{expert.port}"}
-    assert services["worker"]["deploy"]["resources"]["limits"]["cpus"] == 2
-    assert services["worker"]["environment"]["LLAMA_ADAPTER_NUM_THREADS"] == "2"
+    for name in ("worker", "worker-vllm-cpu"):
+        assert services[name]["deploy"]["resources"]["limits"]["cpus"] == 2
+        assert services[name]["environment"]["LLAMA_ADAPTER_NUM_THREADS"] == "2"
+    assert memory_held(gateway) <= int(services["gateway"]["deploy"]["resources"]["limits"]["memory"])
     assert gateway.api_keys == gateway.admin_keys == ()
     assert gateway.captions
 

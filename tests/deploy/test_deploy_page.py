@@ -11,6 +11,7 @@ import yaml
 
 from models.config import ModelConfig
 from models.kv_cache import KVCache
+from server.settings import GatewaySettings
 from tests.deploy.deployment import CHART, ROOT
 from tests.deploy.test_containers import DOCKERFILE, TARGETS
 
@@ -99,6 +100,21 @@ def test_the_sums_for_llama_7b() -> None:
     assert cache == 48 * 2**30
     assert f"{cache // per_token:,} tokens" in SIZES
     assert f"{cache // per_token:,} tokens" in (CHART / "values-a100.yaml").read_text()
+
+
+def test_the_sum_for_a_gateway() -> None:
+    def told(name: str) -> Any:
+        return yaml.safe_load((CHART / name).read_text())["gateway"]
+
+    given, laptop = told("values.yaml"), told("values-laptop.yaml")
+    most = given["settings"]["max_body_bytes"] // 2**20
+    memory = [one["resources"]["limits"]["memory"].removesuffix("Gi") for one in (given, laptop)]
+    requests = [one["settings"]["max_concurrent_requests"] for one in (given, laptop)]
+    assert f"allow {requests[0]} of {most} MiB in {memory[0]} GiB" in SIZES
+    assert f"`values-laptop.yaml` {requests[1]} in {memory[1]} GiB" in SIZES
+    bare = GatewaySettings()
+    of_defaults = bare.max_concurrent_requests * bare.max_body_bytes * 7 // 4
+    assert f"come to {of_defaults // 2**30} GiB" in SIZES
 
 
 def test_links_lead_somewhere() -> None:
