@@ -26,7 +26,7 @@ help:
 	@echo 'make lint    style, types, import directions, insecure code, known vulnerabilities'
 	@echo 'make bench   the engine beside its peers, the price of adapters, scheduling, training   [BENCHES=engine]'
 	@echo 'make bench-serve   tokens per second of the server at PORT        [ARGS="--models base"]'
-	@echo 'make image   build the container images                     [TARGETS="gateway worker" TORCH_INDEX=]'
+	@echo 'make image   build the container images for CPUs            [TARGETS="gateway worker-cuda" TORCH_INDEX=]'
 
 serve: .venv/.serve
 	$(BIN)/llama-adapter serve --host $(HOST) --port $(PORT) $(ARGS)

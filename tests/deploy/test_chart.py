@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import yaml
 from pydantic_settings import BaseSettings
+from torch.distributed import run as torchrun
 
 from server.processes import _EXPERT_DRAIN_SECONDS
 from server.serving import _CLOSING_SECONDS
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
 from tests.deploy.deployment import CHART, ROOT, VALUES, Object, Render, memory_held, run
+from tests.deploy.test_containers import last, stages
 
 SETTINGS: dict[str, type[BaseSettings]] = {
     "gateway": GatewaySettings,
@@ -297,6 +299,28 @@ def test_pods_of_one_worker_share_its_model(render: Render, monkeypatch: pytest.
 
 
 @pytest.mark.deploy
+def test_vllm_on_the_cpu(render: Render) -> None:
+    for nodes in (1, 2):
+        values = {"worker": {"vllm": {"enabled": True, "gpus": 0, "nodes": nodes}}}
+        [container] = pods(render(values))["worker"]["containers"]
+        assert int(environment(container)["LLAMA_ADAPTER_TENSOR_PARALLEL"]) == nodes
+        assert "nvidia.com/gpu" not in container["resources"]["limits"]
+
+
+@pytest.mark.deploy
+def test_unhealthy_pods_do_not_hold_up_a_drain(render: Render) -> None:
+    budgets = of_kind(render({}), "PodDisruptionBudget").values()
+    assert {component(one) for one in budgets} == {"gateway", "worker", "expert"}
+    assert {one["spec"].get("unhealthyPodEvictionPolicy") for one in budgets} == {"AlwaysAllow"}
+
+
+@pytest.mark.deploy
+def test_the_next_worker_is_replaced_when_the_new_address_is_known(render: Render) -> None:
+    [workers] = of_kind(render({}), "StatefulSet").values()
+    assert workers["spec"]["minReadySeconds"] >= 30, "for so long a cluster's DNS may keep an address"
+
+
+@pytest.mark.deploy
 def test_the_gateway_holds_what_it_admits(objects: list[Object], monkeypatch: pytest.MonkeyPatch) -> None:
     [container] = pods(objects)["gateway"]["containers"]
     given = environment(container)
@@ -306,6 +330,44 @@ def test_the_gateway_holds_what_it_admits(objects: list[Object], monkeypatch: py
         held = memory_held(GatewaySettings())
     number, unit = re.fullmatch(r"(\d+)(Mi|Gi)", container["resources"]["limits"]["memory"]).groups()  # type: ignore[union-attr]
     assert held <= int(number) * {"Mi": 2**20, "Gi": 2**30}[unit]
+
+
+LOOKUP = "lookup .apiVersion .kind .root.Release.Namespace .name"
+
+
+@pytest.mark.deploy
+@pytest.mark.parametrize(
+    ("values", "worker"), [("everything", "StatefulSet"), ("groups that scale", "LeaderWorkerSet")]
+)
+def test_scaling_begins_with_the_pods_that_run(
+    render: Render, tools: Path, tmp_path: Path, values: str, worker: str
+) -> None:
+    """A cluster's answers stand in for `lookup`, which has none where nothing but rendering is done."""
+    given = VALUES[values]
+    asked: Object = yaml.safe_load(given.read_text()) if isinstance(given, Path) else dict(given)
+    asked["gateway"] = asked.get("gateway", {}) | {"autoscaling": {"enabled": True}}
+    scaled = {"Deployment": "gateway", worker: "worker"}
+
+    def replicas(made: list[Object]) -> dict[str, Any]:
+        found = [thing for thing in made if thing["kind"] in scaled and component(thing) != "expert"]
+        return {thing["kind"]: thing["spec"].get("replicas") for thing in found}
+
+    assert replicas(render(asked)) == dict.fromkeys(scaled)
+    copy = tmp_path / "deploy"
+    shutil.copytree(ROOT / "deploy", copy)
+    helpers = copy / "helm" / "llama-adapter" / "templates" / "_helpers.tpl"
+    groups = {"LeaderWorkerSet": "leaderworkerset.x-k8s.io/v1"}
+    running = '(dict "spec" (dict "replicas" 3))'
+    live = " ".join(
+        f'"{groups.get(kind, "apps/v1")} {kind} llama-adapter llama-adapter-{part}" {running}'
+        for kind, part in scaled.items()
+    )
+    key = 'printf "%s %s %s %s" .apiVersion .kind .root.Release.Namespace .name'
+    assert LOOKUP in helpers.read_text()
+    helpers.write_text(helpers.read_text().replace(LOOKUP, f"get (dict {live}) ({key})"))
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(asked))
+    text = run(tools / "python", copy / "render.py", tmp_path / "values.yaml")
+    assert replicas([thing for thing in yaml.safe_load_all(text) if thing]) == dict.fromkeys(scaled, 3)
 
 
 @pytest.mark.deploy
@@ -343,6 +405,28 @@ def test_another_training_is_another_job(render: Render) -> None:
     others = [job("smollm2-caption"), job("smollm2-text", tag="next")]  # an upgrade could not change the Job
     assert one["metadata"]["name"] not in {other["metadata"]["name"] for other in others}
     assert pods([one])["train"]["containers"][0]["args"] == ["train", "smollm2-text", "resume=true"]
+
+
+@pytest.mark.deploy
+def test_training_uses_every_gpu_that_it_reserves(render: Render) -> None:
+    def container(gpu: Object) -> Object:
+        objects = render({"train": {"enabled": True, "runsClaim": "runs", "gpu": gpu, "saveSeconds": 90}})
+        [only] = pods(objects)["train"]["containers"]
+        return dict(only)
+
+    assert "command" not in container({"enabled": True})
+    assert "command" not in container({"enabled": False, "count": 2})
+    made = container({"enabled": True, "count": 2})
+    *entry, program = json.loads(last(stages()["train"], "ENTRYPOINT"))
+    command = made["command"]
+    assert command[: len(entry)] == entry
+    assert command[len(entry)] == "torchrun"
+    told = torchrun.get_args_parser().parse_args([*command[len(entry) + 1 :], *made["args"]])
+    assert told.standalone
+    assert told.no_python
+    assert int(told.nproc_per_node) == made["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert told.shutdown_timeout == 80, "before the grace period ends"
+    assert [told.training_script, *told.training_script_args] == [program, *made["args"]]
 
 
 @pytest.mark.deploy

@@ -60,6 +60,15 @@ def test_every_target_and_build_argument() -> None:
     assert first_cells(section("Images")) == {*TARGETS, *arguments} - {"SETUPTOOLS"}
 
 
+def test_the_images_that_are_built_unasked() -> None:
+    [targets] = re.findall(r"^TARGETS \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    [unasked] = re.findall(r"^`make image` builds .*?\.", section("Images"), re.MULTILINE)
+    others = re.findall(r'`make image TARGETS="(.*?)"`', section("Images"))
+    built = set(targets.split())
+    assert set(re.findall(r"`([\w-]+)`", unasked)) == built
+    assert {name for line in others for name in line.split()} == set(TARGETS) - built
+
+
 def test_every_variable_and_profile_of_compose() -> None:
     variables = set(re.findall(r"\$\{(\w+)", COMPOSE))
     profiles = set(re.findall(r"profiles: \[([\w-]+)\]", COMPOSE))

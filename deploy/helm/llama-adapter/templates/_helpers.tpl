@@ -100,6 +100,18 @@ livenessProbe:
   failureThreshold: 3
 {{- end }}
 
+{{/*
+How many; where something else scales them (scaled), as many as there are: were the number taken away, Kubernetes
+would first scale to one. Nothing at install. Of (root, apiVersion, kind, name, replicas, scaled)
+*/}}
+{{- define "llama-adapter.replicas" -}}
+{{- if not .scaled -}}
+replicas: {{ .replicas }}
+{{- else if lookup .apiVersion .kind .root.Release.Namespace .name -}}
+replicas: {{ (lookup .apiVersion .kind .root.Release.Namespace .name).spec.replicas }}
+{{- end -}}
+{{- end }}
+
 {{- define "llama-adapter.prestop" -}}
 lifecycle:
   preStop:

@@ -59,7 +59,7 @@ containers:
       - name: LLAMA_ADAPTER_ENGINE
         value: vllm
       - name: LLAMA_ADAPTER_TENSOR_PARALLEL
-        value: {{ mul $vllm.gpus $vllm.nodes | quote }}
+        value: {{ mul (max 1 $vllm.gpus) $vllm.nodes | quote }} {{- /* without GPUs a pod counts as one */}}
       {{- else if $gpus }}
       - name: LLAMA_ADAPTER_DEVICE
         value: cuda:0
