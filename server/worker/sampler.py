@@ -41,7 +41,9 @@ class SamplerState:
 
     def __post_init__(self) -> None:
         p = self.params
-        self.random = Random(p.seed)  # noqa: S311  (sampling is no cryptography)
+        # Python's generator takes a negative number for its absolute value.
+        seed = None if p.seed is None else p.seed % 2**64
+        self.random = Random(seed)  # noqa: S311  (sampling is no cryptography)
         if p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1:
             self._counts_V = torch.zeros(self.vocab_size)
             self._in_prompt_V = torch.zeros(self.vocab_size, dtype=torch.bool)

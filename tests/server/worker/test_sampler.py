@@ -52,6 +52,16 @@ def test_tokens_are_as_frequent_as_they_should_be(cut: dict[str, Any], spread: f
         assert got[token] / draws == pytest.approx(share, abs=5 * deviation + 1e-9)
 
 
+def test_a_negative_seed_is_one_of_its_own() -> None:
+    """Choices of one request have seeds in a row: -1, 0 and 1 must be three."""
+    seeds = [-(2**63), -2, -1, 0, 1, 2, 2**63 - 1]
+    logits_V = torch.zeros(VOCAB)
+    draws = [
+        tuple(sample(logits_V[None].clone(), [own])[0][0] for _ in range(4)) for own in map(state, seeds)
+    ]
+    assert len(set(draws)) == len(seeds)
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-46, 5e-324])
 def test_the_lowest_temperatures_take_the_best(temperature: float) -> None:
     logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2))
