@@ -86,14 +86,16 @@ class DecodeGraphs:
         if self._pool is None:
             compute()
             return
-        if key not in self._graphs:
+        graph = self._graphs.get(key)
+        if graph is None:
             # Graphs of shorter prompts read where those lay once.
             self._graphs = {k: g for k, g in self._graphs.items() if k.num_prompt_rows == key.num_prompt_rows}
             compute()  # compiles kernels and sets up libraries, which no recording may do
-            self._graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graphs[key], self._pool, capture_error_mode="thread_local"):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
                 compute()
-        self._graphs[key].replay()
+            self._graphs[key] = graph  # only now: one whose recording failed would be run for ever
+        graph.replay()
 
     def _upload(self, decodes: Sequence[Decode], num_rows: int) -> None:
         if self._uploaded is not None:
