@@ -17,6 +17,7 @@ from torch import Tensor
 from models.tokenizer import IncrementalDecoder, Tokenizer
 from models.uploads import upload
 from server.errors import InvalidRequest
+from server.worker.device import check_device
 from server.worker.draws import Ahead, Drawn, draw
 from server.worker.grammar import GrammarState
 from server.worker.messages import (
@@ -67,7 +68,12 @@ class StepLoop:
         return bool(self._requests)
 
     def add(self, prepared: Prepared, emit: Callable[[Event], None]) -> None:
-        """Queue a request. Raises `SequenceRejected` for one that can never run."""
+        """Queue a request. Raises `SequenceRejected` for one that can never run.
+
+        Whatever is raised, nothing of the request is left.
+        """
+        if prepared.request_id in self._requests:
+            raise SequenceRejected(f"a request {prepared.request_id!r} is running already; choose another id")
         params = prepared.sampling
         seq = TokenSequence(
             prepared.request_id,
@@ -77,29 +83,17 @@ class StepLoop:
             cache_key=prepared.cache_key,
             skip_prefix_lookup=params.prompt_logprobs is not None,
         )
-        self._queue(prepared, seq)
         if params.grammar is not None and params.grammar.tools:
             emit = ToolCallEvents(emit)
-        self._requests[prepared.request_id] = ActiveRequest(
-            prepared,
-            emit,
-            seq,
-            SamplerState(
-                params,
-                self.runner.base.config.vocab_size,
-                self._eos_ids,
-                prepared.token_ids,
-                prepared.grammar,
-            ),
-            OutputStream(
-                IncrementalDecoder(self._tokenizer, continuation=prepared.continues_text), prepared.stop
-            ),
-        )
+        vocab_size, prompt_ids = self.runner.base.config.vocab_size, prepared.token_ids
+        sampler = SamplerState(params, vocab_size, self._eos_ids, prompt_ids, prepared.grammar)
+        decoder = IncrementalDecoder(self._tokenizer, continuation=prepared.continues_text)
+        request = ActiveRequest(prepared, emit, seq, sampler, OutputStream(decoder, prepared.stop))
+        self._queue(prepared, seq)
+        self._requests[prepared.request_id] = request
 
     def _queue(self, prepared: Prepared, seq: TokenSequence) -> None:
         """To the scheduler, or first to those whose images are still to be encoded."""
-        if prepared.request_id in self._requests:
-            raise SequenceRejected(f"a request {prepared.request_id!r} is running already; choose another id")
         loaded, image = prepared.adapter, prepared.image
         if loaded is None or image is None or self.runner.has_seen(loaded, image):
             self._scheduler.add(seq)
@@ -120,7 +114,10 @@ class StepLoop:
         self._scheduler.forget(lambda key: isinstance(key, tuple) and key[0] == adapter_key)
 
     def step(self, deliver: Callable[[], None] = lambda: None) -> None:
-        """`deliver` is called within the step, once what was emitted need not wait for its end."""
+        """`deliver` is called within the step, once what was emitted need not wait for its end.
+
+        A failure ends the requests it concerns. One that lost the device is raised; nobody is told of it yet.
+        """
         if len(self._images):
             # What is read after an encoding would wait for it, and count its time as the step's.
             self._tell_rest()
@@ -162,6 +159,8 @@ class StepLoop:
         done, failed = self._images.work(seconds)
         for request_id in done:
             self._scheduler.add(self._requests[request_id].seq)
+        if failed:
+            check_device(self.runner.base.device)
         for request_id in failed:
             self._requests.pop(request_id).emit(_failure("The engine failed to encode this request's image."))
 
@@ -182,6 +181,7 @@ class StepLoop:
                 drawn = draw(self._tokenizer, sampling, logits_MV)
         except Exception:
             log.exception("a step failed; its %d requests end in an error", len(items))
+            check_device(self.runner.base.device)
             self._fail(batch, _FAILED)
             return
         self.num_steps += 1
@@ -224,6 +224,7 @@ class StepLoop:
             drawn = ahead.read()
         except Exception:
             log.exception("a step failed; its requests end in an error")
+            check_device(self.runner.base.device)
             self._lose(ahead.batch)
             return []
         self._observe(ahead.batch, ahead.began)
@@ -369,7 +370,10 @@ class StepLoop:
 
     def fail_all(self, status: int, message: str) -> None:
         """End every request with an error, such as at shutdown."""
-        self._tell_rest()
+        try:
+            self._tell_rest()
+        except Exception:
+            log.exception("what was not read yet is lost with the device")
         for request in list(self._requests.values()):
             request.emit(Failed(status, message, "server_error", "unavailable"))
             self.abort(request.seq.request_id)

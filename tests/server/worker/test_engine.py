@@ -305,6 +305,25 @@ async def test_a_request_that_the_step_thread_never_takes_ends_with_it(
         await asyncio.wait_for(late, 5)
 
 
+async def test_a_lost_device_makes_the_engine_unhealthy(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A step that failed for another reason does not."""
+    engine = build_engine(settings(folder))
+    monkeypatch.setattr(engine._step_loop.runner, "run", lambda *step: 1 / 0)
+    await engine.start()
+    assert (await collect(engine, chat("x")))[-1].status == 500
+    assert engine.healthy
+
+    def lose(device: torch.device) -> None:
+        raise RuntimeError("the context is gone")
+
+    monkeypatch.setattr("server.worker.step_loop.check_device", lose)
+    assert (await collect(engine, chat("x")))[-1].status == 503
+    assert not engine.healthy
+    with pytest.raises(Unavailable):
+        await collect(engine, chat("x"))
+    await engine.stop()
+
+
 async def test_adapters_come_and_go_while_others_run(engine: NativeEngine, folder: Path, tmp_path: Path):
     before = text_of(await collect(engine, chat("hello", "v1")))
     running = asyncio.create_task(collect(engine, chat("hello", "v1", id="long", max_tokens=300)))

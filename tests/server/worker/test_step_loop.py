@@ -650,6 +650,94 @@ def test_who_ends_while_a_token_is_unread_leaves_nothing(stops: bool):
     assert tokens_of(again) == without_eos(deployment.alone(request))[:1]
 
 
+class Lost(RuntimeError):
+    """What a GPU says whose context is gone."""
+
+
+def lose(device: torch.device) -> None:
+    raise Lost
+
+
+def break_down(monkeypatch: pytest.MonkeyPatch, loop: StepLoop, encoder: ToyEncoder, place: str) -> None:
+    """Whatever is done there fails from now on."""
+    match place:
+        case "step":
+            monkeypatch.setattr(loop.runner, "run", lambda *step: 1 / 0)
+        case "read":
+            monkeypatch.setattr(Choice, "read", lambda choice: 1 / 0)
+        case "encoding":
+            monkeypatch.setattr(encoder, "by_layers", lambda features, pixels: 1 / 0)
+
+
+@pytest.mark.parametrize("place", ["step", "read", "encoding"])
+def test_a_lost_device_ends_the_loop_and_everybody_is_told(monkeypatch: pytest.MonkeyPatch, place: str):
+    """Else every request fails from then on, on a worker that seems to be well."""
+    deployment = Deployment()
+    loop = deployment.loop(overlap=True)
+    events: dict[str, list] = {id: [] for id in "012"}
+    going_on = {"sampling": SamplingParams(temperature=0, ignore_eos=True), "max_tokens": 9, "adapter": None}
+    for i in range(2):
+        loop.add(deployment.request(i, random.Random(i), **going_on), events[str(i)].append)
+    loop.step()
+    sees, image = deployment.adapters[-1], ImageInput("x", torch.ones(3, 4, 4))
+    loop.add(deployment.request(2, random.Random(2), adapter=sees, image=image), events["2"].append)
+    break_down(monkeypatch, loop, deployment.encoder, place)
+    monkeypatch.setattr("server.worker.step_loop.check_device", lose)
+    with pytest.raises(Lost):
+        loop.step()
+    loop.fail_all(503, "gone")
+    assert [[e.status for e in own if isinstance(e, Failed)] for own in events.values()] == [[503]] * 3
+    assert not loop.has_work
+
+
+def test_everybody_is_told_of_the_end_though_tokens_cannot_be_read(monkeypatch: pytest.MonkeyPatch):
+    """The device may be lost when the worker is told to stop."""
+    deployment, events = Deployment(), []  # type: ignore[var-annotated]
+    loop = deployment.loop(overlap=True)
+    loop.add(deployment.request(0, random.Random(0), adapter=None, max_tokens=9), events.append)
+    loop.step()
+    break_down(monkeypatch, loop, deployment.encoder, "read")
+    monkeypatch.setattr("server.worker.step_loop.check_device", lose)
+    loop.fail_all(503, "gone")
+    assert events[-1].status == 503
+
+
+@pytest.mark.parametrize("place", ["step", "read", "encoding"])
+def test_after_a_failure_the_device_is_asked_once(monkeypatch: pytest.MonkeyPatch, place: str):
+    deployment, asked = Deployment(), []  # type: ignore[var-annotated]
+    loop = deployment.loop(overlap=True)
+    monkeypatch.setattr("server.worker.step_loop.check_device", asked.append)
+    sees, image = deployment.adapters[-1], ImageInput("x", torch.ones(3, 4, 4))
+    request = deployment.request(0, random.Random(0), adapter=sees, image=image, max_tokens=4)
+    assert isinstance(run(loop, [request])["0"][-1], Finished)
+    assert asked == []
+    other = replace(request, image=ImageInput("y", torch.zeros(3, 4, 4)))
+    with monkeypatch.context() as broken:
+        break_down(broken, loop, deployment.encoder, place)
+        assert run(loop, [other])["0"][-1].status == 500
+    assert asked == [deployment.base.device]
+    assert isinstance(run(loop, [request])["0"][-1], Finished)
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_request_that_cannot_be_set_up_leaves_nothing(monkeypatch: pytest.MonkeyPatch, sees: bool):
+    """Nor does it end the loop at its next step, with all who run."""
+    deployment = Deployment()
+    loop = deployment.loop()
+    adapter, image = None, None
+    if sees:
+        adapter, image = deployment.adapters[-1], ImageInput("x", torch.ones(3, 4, 4))
+    request = deployment.request(0, random.Random(0), adapter=adapter, image=image)
+    with monkeypatch.context() as broken:
+        broken.setattr("server.worker.step_loop.OutputStream", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.add(request, lambda event: None)
+    loop.check_integrity()
+    loop.step()
+    assert loop.stats().waiting == loop.stats().running == 0
+    assert tokens_of(run(loop, [request])["0"]) == without_eos(deployment.alone(request))
+
+
 def test_a_failing_encoder_fails_its_own_requests_and_leaves_no_stale_prompts(
     caplog: pytest.LogCaptureFixture,
 ):
