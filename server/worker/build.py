@@ -26,7 +26,7 @@ from server.worker.engine import NativeEngine
 from server.worker.engine_api import Engine
 from server.worker.frontend import Frontend
 from server.worker.grammar import GrammarCompiler
-from server.worker.messages import SamplingParams
+from server.worker.messages import Event, Failed, Finished, SamplingParams
 from server.worker.pace import Pace
 from server.worker.request import Prepared
 from server.worker.runner import Kernels, Runner
@@ -162,7 +162,10 @@ def _scheduler(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype
 
 
 def _warm_up(step_loop: StepLoop) -> None:
-    """One prompt and two decodes through every kernel: compiling them takes seconds the first time."""
+    """One prompt and two decodes through every kernel: compiling them takes seconds the first time.
+
+    Raises `StartupError` where they fail, for so would every request.
+    """
     prepared = Prepared(
         request_id="warm-up",
         token_ids=[0, 0, 0],
@@ -170,9 +173,14 @@ def _warm_up(step_loop: StepLoop) -> None:
         max_tokens=3,
         stop=(),
     )
-    step_loop.add(prepared, lambda event: None)
+    events: list[Event] = []
+    step_loop.add(prepared, events.append)
     while step_loop.has_work:
         step_loop.step()
+    last = events[-1]
+    assert isinstance(last, Finished | Failed)
+    if isinstance(last, Failed):
+        raise StartupError(f"the warm-up failed, as every request would: {last.message} The log says more.")
 
 
 def _device(settings: WorkerSettings) -> torch.device:

@@ -545,6 +545,12 @@ def test_start_up_names_what_is_wrong(folder: Path, tmp_path: Path):
         build_engine(settings(folder, adapters=(f"tiny={folder / 'adapters' / 'v1'}",)))
 
 
+def test_an_engine_whose_first_step_fails_does_not_start(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Runner, "run", lambda *step: 1 / 0)
+    with pytest.raises(StartupError, match="the warm-up failed, as every request would"):
+        build_engine(settings(folder))
+
+
 def test_an_adapter_for_another_base_is_refused(folder: Path, tmp_path: Path):
     from models.checkpoints.manifest import read_manifest
 
