@@ -77,7 +77,8 @@ def _add_inference_routes(app: FastAPI, engine: Engine, drain: Drain, max_bytes:
     async def generate(request: Request) -> Response:
         body = await _parse(request, read_generate_body, max_bytes)
         _refuse_unready(engine, drain)
-        return EventStream(engine.generate(body), metrics.observe(body.model), GenerationTrace(body), drain)
+        observer, trace = metrics.observe(body.model), GenerationTrace(body)
+        return EventStream(engine.generate(body), observer, trace, drain, lambda: engine.stats().steps)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Tokenized:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -17,12 +17,16 @@ from server.worker.tracing import GenerationTrace
 
 log = logging.getLogger(__name__)
 
+_QUIET_SECONDS = 10.0  # without a line; gateways wait 120 s for one (`worker_read_seconds`)
+
 
 class EventStream(Response):
     """Sends `events` as `application/x-ndjson`.
 
     An error before the first event is an HTTP status with the OpenAI error body, afterwards a `Failed`
-    line. Whatever ends the response, also a closed connection, closes the generator at once.
+    line. Whatever ends the response, also a closed connection, closes the generator at once. While there is
+    no event, empty lines say that the engine works on: a request may wait long for its turn, or for text
+    that can be shown.
     """
 
     media_type = "application/x-ndjson"
@@ -33,19 +37,24 @@ class EventStream(Response):
         observer: GenerationObserver,
         trace: GenerationTrace,
         drain: Drain,
+        steps: Callable[[], int],
     ) -> None:
+        """`steps` the engine has made so far."""
         super().__init__()
         del self.headers["content-length"]
         self._events = events
         self._observer = observer
         self._trace = trace
         self._drain = drain
+        self._steps = steps
         self._started = False
+        self._num_lines = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         produced = asyncio.create_task(self._produce(scope, receive, send))
         gone = asyncio.create_task(_disconnected(receive))
         expired = asyncio.create_task(self._drain.expired.wait())
+        works = asyncio.create_task(self._tell_that_it_works(send))
         try:
             await asyncio.wait({produced, gone, expired}, return_when=asyncio.FIRST_COMPLETED)
             if expired.done() and not (produced.done() or gone.done()):
@@ -53,7 +62,7 @@ class EventStream(Response):
                 error = Unavailable("The worker is shutting down.")
                 await self._fail(error, scope, receive, send)
         finally:
-            await _cancelled(produced, gone, expired)
+            await _cancelled(produced, gone, expired, works)
             await self._events.aclose()
             self._trace.close()
 
@@ -80,6 +89,15 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         line = EVENT.dump_json(event) + b"\n"
         await send({"type": "http.response.body", "body": line, "more_body": True})
+        self._num_lines += 1
+
+    async def _tell_that_it_works(self, send: Send) -> None:
+        """Only while the engine steps: silence is what tells the gateway of one that hangs."""
+        while True:
+            lines, steps = self._num_lines, self._steps()
+            await asyncio.sleep(_QUIET_SECONDS)
+            if lines and lines == self._num_lines and steps != self._steps():
+                await send({"type": "http.response.body", "body": b"\n", "more_body": True})
 
     async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._started:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 
+import pytest
+
 from server.errors import InvalidRequest, NotFound
 from server.settings import WorkerSettings
 from server.worker.app import create_app
@@ -38,11 +40,13 @@ from tests.server.gateway.test_image_loading import content, data_url
 
 class ScriptedEngine:
     healthy = True
+    is_busy = True  # it steps, whoever waits
 
     def __init__(self) -> None:
         self.held = [BASE, TEXT_ADAPTER, SEEING_ADAPTER]
         self.seen: list[GenerateRequest] = []
         self.aborted = asyncio.Event()
+        self.asked = 0
 
     async def start(self) -> None: ...
 
@@ -52,6 +56,9 @@ class ScriptedEngine:
         self.seen.append(request)
         if request.sampling.temperature == 2:
             raise InvalidRequest("The prompt is too long.", param="messages", code="context_length_exceeded")
+        if request.sampling.min_tokens:
+            yield Started(1)
+            await asyncio.sleep(1)
         if request.sampling.ignore_eos:
             try:
                 yield Started(1)
@@ -92,7 +99,8 @@ class ScriptedEngine:
         return asyncio.create_task(asyncio.sleep(0))
 
     def stats(self) -> EngineStats:
-        return STATS
+        self.asked += 1
+        return replace(STATS, steps=self.asked if self.is_busy else 0)
 
 
 async def before(launch: Launch, url: str) -> Stack:
@@ -141,6 +149,20 @@ async def test_a_closed_stream_reaches_the_engine(launch: Launch) -> None:
             async for _ in response.aiter_bytes():
                 break
         await asyncio.wait_for(engine.aborted.wait(), 2)
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+async def test_who_waits_longer_than_a_worker_may_be_silent(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, is_busy: bool
+) -> None:
+    """Is answered, if the engine steps meanwhile; one that does not is found out."""
+    monkeypatch.setattr("server.worker.streaming._QUIET_SECONDS", 0.05)
+    engine = ScriptedEngine()
+    engine.is_busy = is_busy
+    async with serving(create_app(engine, WorkerSettings())) as url:
+        gateway = await launch(worker_urls=(url,), worker_read_seconds=0.5)
+        answer = await gateway.chat(min_tokens=1)
+        assert answer.status_code == (200 if is_busy else 504)
 
 
 async def test_gates_are_passed_on(launch: Launch) -> None:

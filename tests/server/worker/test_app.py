@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ class ScriptedEngine:
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     requests: list[GenerateRequest] = field(default_factory=list)
     stopped: bool = False
+    steps: Iterator[int] = field(default_factory=lambda: itertools.repeat(7))
 
     async def start(self) -> None:
         for step in self.script:
@@ -116,7 +118,7 @@ class ScriptedEngine:
             adapters_loaded=4,
             adapters_hot=2,
             prompt_slots_used=5,
-            steps=7,
+            steps=next(self.steps),
         )
 
 
@@ -181,6 +183,48 @@ async def test_events_leave_as_they_come(tmp_path: Path) -> None:
         assert EVENT.validate_json(await anext(received)) == Delta("a")
         gate.set()
         assert EVENT.validate_json(await anext(received)) == FINISHED
+
+
+@pytest.mark.parametrize("moves", [True, False])
+async def test_empty_lines_come_while_nothing_else_does_and_the_engine_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: bool
+) -> None:
+    """A request that waits is told from one whose engine hangs, and is given up by nobody."""
+    monkeypatch.setattr("server.worker.streaming._QUIET_SECONDS", 0.02)
+    prepared, gate = asyncio.Event(), asyncio.Event()
+    engine = ScriptedEngine([prepared, Started(3), gate, FINISHED])
+    if moves:
+        engine.steps = itertools.count()
+    asyncio.get_running_loop().call_later(0.1, prepared.set)
+    async with (
+        served(engine, tmp_path) as worker,
+        worker.client.stream("POST", "/generate", content=body()) as response,
+    ):
+        received = response.aiter_lines()
+        assert EVENT.validate_json(await anext(received)) == Started(3)
+        if moves:
+            assert [await anext(received) for _ in range(2)] == ["", ""]
+        else:
+            await asyncio.sleep(0.1)
+        gate.set()
+        rest = [line async for line in received]
+        assert EVENT.validate_json(rest.pop()) == FINISHED
+        assert set(rest) <= ({""} if moves else set())
+
+
+async def test_no_empty_line_comes_before_the_first_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be a 200, and the request may be refused yet."""
+    monkeypatch.setattr("server.worker.streaming._QUIET_SECONDS", 0.01)
+    gate = asyncio.Event()
+    engine = ScriptedEngine([gate, InvalidRequest("too long")], steps=itertools.count())
+    async with served(engine, tmp_path) as worker:
+        asked = asyncio.create_task(worker.client.post("/generate", content=body()))
+        await engine.called.wait()
+        await asyncio.sleep(0.05)
+        gate.set()
+        assert (await asked).status_code == 400
 
 
 @pytest.mark.parametrize(
