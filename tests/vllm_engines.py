@@ -108,7 +108,8 @@ def text_of(events: list[Event]) -> str:
 
 def scores_of(events: list[Event]) -> list[tuple[int, float]]:
     found = [item for event in events if isinstance(event, Delta) for item in event.logprobs]
-    found += [item for event in events if isinstance(event, PromptScored) for item in event.logprobs[1:]]
+    scored = [item for event in events if isinstance(event, PromptScored) for item in event.logprobs]
+    found += [item for item in scored if item.logprob is not None]  # nothing precedes the first
     pairs = [(item.token_id, item.logprob) for item in found]
     return pairs + [(top.token_id, top.logprob) for item in found for top in item.top]  # type: ignore[return-value]
 

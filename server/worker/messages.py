@@ -6,7 +6,7 @@ classes is all that (de)serialises them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 _CONFIG = ConfigDict(extra="forbid")
 _PIECE = 2**20  # bytes of an image that are handed on at once
+_SCORES = 256  # tokens of a prompt whose log-probabilities are one line: 100 KB with five others beside each
 
 FinishReason = Literal["stop", "length", "abort", "tool_calls"]
 
@@ -171,10 +172,14 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """The prompt's log-probabilities, for requests that asked for `prompt_logprobs`."""
+    """The prompt's log-probabilities, for requests that asked for `prompt_logprobs`. A worker gives pieces.
+
+    `text` is the whole prompt's, in the last piece: of a part of its tokens it may be half a character.
+    """
 
     logprobs: tuple[TokenLogprob, ...]
     text: str
+    more: bool = False  # pieces follow
     type: Literal["prompt_scored"] = "prompt_scored"
 
 
@@ -336,6 +341,22 @@ def read_generate_body(body: bytes) -> GenerateRequest:
             raise ValueError("an image is shorter than its size says")
         images.append(body[start:position])
     return replace(request, images=tuple(images))
+
+
+def score_pieces(logprobs: Sequence[TokenLogprob], text: str | None) -> Iterator[PromptScored]:
+    """The next part of a prompt's, in lines that hold up neither side for long.
+
+    `text` is None where not all of the prompt is scored yet.
+    """
+    for start in range(0, len(logprobs), _SCORES):
+        end = start + _SCORES
+        last = text if end >= len(logprobs) else None
+        yield PromptScored(tuple(logprobs[start:end]), last or "", more=last is None)
+
+
+def join_scores(pieces: Sequence[PromptScored]) -> PromptScored:
+    """The whole prompt's, of all its pieces."""
+    return PromptScored(tuple(token for piece in pieces for token in piece.logprobs), pieces[-1].text)
 
 
 def _line(body: bytes, start: int) -> tuple[bytes, int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from server.worker.grammar import GrammarState
-from server.worker.messages import Event, SamplingParams, TokenLogprob
+from server.worker.messages import Event, SamplingParams
 from server.worker.output import OutputStream
 from server.worker.sampler import SamplerState
 from server.worker.sequence import Sequence
@@ -44,7 +44,7 @@ class ActiveRequest:
     seq: Sequence
     sampler: SamplerState
     output: OutputStream
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_scored: int = 0  # tokens of the prompt whose log-probabilities are told
     queued: bool = True
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.tokenizer import Tokenizer
-from server.worker.messages import PromptScored, SamplingParams, TokenLogprob, TopLogprob
+from server.worker.messages import SamplingParams, TokenLogprob, TopLogprob, score_pieces
 from server.worker.request import ActiveRequest
 from server.worker.sampler import log_probabilities
 
@@ -38,21 +38,25 @@ def describe(
 
 
 def score_prompt(tokenizer: Tokenizer, request: ActiveRequest, start: int, logits_TV: Tensor) -> bool:
-    """Log-probabilities of the prompt itself: row t of a chunk foretells position start + t + 1. False where
-    logits are not finite. The last chunk's are told, with all before."""
+    """Tell a chunk's log-probabilities of the prompt itself: row t foretells position start + t + 1. False
+    where logits are not finite."""
     seq, num_top = request.seq, request.prepared.sampling.prompt_logprobs
     assert num_top is not None
-    scored = request.prompt_logprobs
-    if not scored:
+    scored = []
+    if not request.num_scored:
         first = seq.token_ids[0]
         scored.append(TokenLogprob(first, tokenizer.token_text(first), None))
-    # After a preemption, what was scored already is computed once more and left alone here.
-    begin, end = max(start + 1, len(scored)), min(start + len(logits_TV) + 1, seq.num_prompt_tokens)
+    # After a preemption, what was told already is computed once more and left alone here.
+    begin = max(start + 1, request.num_scored + len(scored))
+    end = min(start + len(logits_TV) + 1, seq.num_prompt_tokens)
     if begin < end:
         rows = logits_TV[begin - start - 1 : end - start - 1]
         if not rows.amax(-1).isfinite().all():
             return False
         scored += describe(tokenizer, seq.token_ids[begin:end], rows.log_softmax(-1), num_top)
-    if len(scored) == seq.num_prompt_tokens:
-        request.emit(PromptScored(tuple(scored), tokenizer.decode(seq.token_ids[: seq.num_prompt_tokens])))
+    request.num_scored += len(scored)
+    ended = request.num_scored == seq.num_prompt_tokens
+    text = tokenizer.decode(seq.token_ids[: seq.num_prompt_tokens]) if ended else None
+    for piece in score_pieces(scored, text):
+        request.emit(piece)
     return True

@@ -287,7 +287,7 @@ class StepLoop:
 
     def _scores_prompt(self, request: ActiveRequest, item: ScheduledSequence) -> bool:
         wanted = request.prepared.sampling.prompt_logprobs is not None
-        return wanted and len(request.prompt_logprobs) < item.seq.num_prompt_tokens
+        return wanted and request.num_scored < item.seq.num_prompt_tokens
 
     def _select(
         self, asked: Sequence[ActiveRequest], items: Sequence[ScheduledSequence], logits_MV: Tensor

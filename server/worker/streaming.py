@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from server.errors import ApiError, ServerFailure, Unavailable
 from server.metrics import GenerationObserver
 from server.serving import Drain
-from server.worker.messages import EVENT, Event, Failed
+from server.worker.messages import EVENT, Event, Failed, PromptScored
 from server.worker.tracing import GenerationTrace
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ class EventStream(Response):
                 self._observer.see(event)
                 self._trace.see(event)
                 await self._write(event, send)
+                if isinstance(event, PromptScored):  # pieces take a millisecond each and come many at once
+                    await asyncio.sleep(0)
             if not self._started:
                 raise RuntimeError("the engine ended a request without an event")
         except ApiError as error:

@@ -36,7 +36,7 @@ class GenerationTrace:
                 self._begin("queue", self._ready_ns)
             case Scheduled():
                 self._begin("prefill", self._ready_ns + int(event.queued_seconds * 1e9))
-            case PromptScored() | Delta() if not self._decoding:
+            case PromptScored(more=False) | Delta() if not self._decoding:
                 self._decoding = True
                 self._begin("decode", time.time_ns())
             case Finished():

@@ -12,10 +12,10 @@ from server.worker.messages import (
     Failed,
     Finished,
     FinishReason,
-    PromptScored,
     TokenLogprob,
     TopLogprob,
     Usage,
+    score_pieces,
 )
 from server.worker.output import OutputStream
 from server.worker.request import Prepared
@@ -59,7 +59,8 @@ class Answer:
             for token, step in zip(ids[1:], steps[1:], strict=True)
             if step is not None
         ]
-        self._emit(PromptScored((first, *rest), self._tokenizer.decode(ids)))
+        for piece in score_pieces((first, *rest), self._tokenizer.decode(ids)):
+            self._emit(piece)
         return self._taken()
 
     def push(self, tokens: Sequence[int], steps: Sequence[Step] | None, cached_tokens: int) -> list[Event]:

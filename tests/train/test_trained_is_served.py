@@ -13,7 +13,7 @@ from models.checkpoints.native import load_adapter
 from models.vision.encoder import load_encoder
 from server.settings import WorkerSettings
 from server.worker.build import build_engine
-from server.worker.messages import GenerateRequest, PromptScored, SamplingParams, TokenPrompt
+from server.worker.messages import GenerateRequest, PromptScored, SamplingParams, TokenPrompt, join_scores
 from train.data.batches import make_passes
 from train.data.features import live_pixels
 from train.data.store import Store
@@ -66,7 +66,7 @@ async def served_logprobs(
         events = [event async for event in engine.generate(request)]
     finally:
         await engine.stop()
-    [scored] = [event for event in events if isinstance(event, PromptScored)]
+    scored = join_scores([event for event in events if isinstance(event, PromptScored)])
     return [token.logprob for token in scored.logprobs if token.logprob is not None]
 
 

@@ -26,9 +26,11 @@ from server.worker.messages import (
     GenerateRequest,
     LoadAdapterRequest,
     ModelInfo,
+    PromptScored,
     Tokenized,
     TokenizeRequest,
     generate_body,
+    join_scores,
 )
 
 _JSON = {"content-type": "application/json"}
@@ -76,8 +78,12 @@ class WorkerClient:
         await self._http.aclose()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """The request's events up to `Finished`; `Failed` is raised. Closing it aborts the request."""
+        """The request's events up to `Finished`; `Failed` is raised. Closing it aborts the request.
+
+        A prompt's log-probabilities are one event here, however many pieces they came in.
+        """
         finished = False
+        scores: list[PromptScored] = []
         try:
             async with self._stream(request) as response:
                 if response.status_code != 200:
@@ -87,6 +93,11 @@ class WorkerClient:
                     event = EVENT.validate_json(line)
                     _raise_if_failed(event)
                     finished = finished or isinstance(event, Finished)
+                    if isinstance(event, PromptScored):
+                        scores.append(event)
+                        if event.more:
+                            continue
+                        event = join_scores(scores)
                     yield event
         except httpx.HTTPError as error:
             if not finished:
@@ -170,13 +181,18 @@ async def _pieces(request: GenerateRequest) -> AsyncIterator[bytes]:
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Split at newlines alone; httpx's own lines would split at U+2028 inside a text too."""
-    rest = b""
+    """What is in the lines that have something in them.
+
+    Split at newlines alone; httpx's own lines would split at U+2028 inside a text too.
+    """
+    parts: list[bytes] = []  # of a line, joined once: what is long comes in many pieces
     async for piece in response.aiter_bytes():
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if line:
+        end, *lines = piece.split(b"\n")
+        parts.append(end)
+        for begin in lines:
+            if line := b"".join(parts):
                 yield line
+            parts = [begin]
 
 
 def _unreachable(error: httpx.HTTPError) -> ApiError:

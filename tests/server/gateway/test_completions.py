@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import pytest
 
 from server.worker.messages import (
     Delta,
@@ -17,6 +18,7 @@ from server.worker.messages import (
     TokenPrompt,
     TopLogprob,
     Usage,
+    score_pieces,
 )
 from tests.server.gateway.scripted import ScriptedWorker, Stack, story
 
@@ -139,6 +141,22 @@ async def test_echo_with_logprobs_scores_the_prompt(gateway: Stack, worker: Scri
     scored = [c["choices"][0]["logprobs"] for c in chunks[:-1] if c["choices"][0]["logprobs"]]
     assert [piece["text_offset"] for piece in scored] == [[0, 3, 7], [10]]
     assert "".join(c["choices"][0]["text"] for c in chunks[:-1]) == "The sky is blue"
+
+
+async def test_scores_in_pieces_are_answered_as_those_in_one(
+    gateway: Stack, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.worker.messages._SCORES", 2)
+    pieces = list(score_pieces(PROMPT.logprobs, PROMPT.text))
+    assert [len(piece.logprobs) for piece in pieces] == [2, 1]
+    fields = {"echo": True, "logprobs": 2, "max_tokens": 1}
+    answers = []
+    for scored in ([PROMPT], pieces):
+        worker.events = [Started(3), *scored, Delta(" blue", (4,), (BLUE,)), Finished("length", Usage(3, 1))]
+        whole = (await complete(gateway, **fields)).json()
+        chunks = await gateway.chunks("/v1/completions", prompt="x", **fields)
+        answers.append((whole["choices"], [chunk["choices"] for chunk in chunks[:-1]]))
+    assert answers[0] == answers[1]
 
 
 async def test_scoring_alone(gateway: Stack, worker: ScriptedWorker) -> None:

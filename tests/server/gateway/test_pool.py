@@ -355,6 +355,18 @@ async def test_a_worker_error_without_our_shape(launch: Launch, worker: Scripted
     assert response.json()["error"]["type"] == "server_error"
 
 
+class Response:
+    """A body in pieces; between two of them others have their turn."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = pieces
+
+    async def aiter_bytes(self):
+        for piece in self._pieces:
+            await asyncio.sleep(0)
+            yield piece
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\n"), min_size=1)),
@@ -362,10 +374,17 @@ async def test_a_worker_error_without_our_shape(launch: Launch, worker: Scripted
 )
 async def test_lines_are_split_at_newlines_alone(lines: list[str], size: int) -> None:
     raw = "".join(line + "\n" for line in lines).encode()
+    pieces = [raw[i : i + size] for i in range(0, len(raw), size)]
+    assert [line.decode() async for line in _lines(Response(pieces))] == lines  # type: ignore[arg-type]
 
-    class Response:
-        async def aiter_bytes(self):
-            for i in range(0, len(raw), size):
-                yield raw[i : i + size]
 
-    assert [line.decode() async for line in _lines(Response())] == lines  # type: ignore[arg-type]
+async def test_empty_lines_say_nothing() -> None:
+    response = Response([b"\n", b"a", b"\n\n", b"\nb\n", b"\n"])
+    assert [line async for line in _lines(response)] == [b"a", b"b"]  # type: ignore[arg-type]
+
+
+async def test_a_long_line_costs_no_more_than_its_length() -> None:
+    """Joined with each piece that comes, these 16 MB would be copied for half a minute."""
+    response = Response([b"x" * 2**12] * 2**12 + [b"\n"])
+    async with asyncio.timeout(5):
+        assert [len(line) async for line in _lines(response)] == [2**24]  # type: ignore[arg-type]

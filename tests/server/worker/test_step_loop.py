@@ -23,7 +23,15 @@ from models.adapter_config import (
 from models.attention import DenseAttend
 from models.llama import Llama
 from server.worker.blocks import BlockManager
-from server.worker.messages import Delta, Failed, Finished, PromptScored, SamplingParams, Scheduled
+from server.worker.messages import (
+    Delta,
+    Failed,
+    Finished,
+    PromptScored,
+    SamplingParams,
+    Scheduled,
+    join_scores,
+)
 from server.worker.pace import Pace
 from server.worker.request import Prepared
 from server.worker.runner import Runner, StepItem
@@ -213,6 +221,10 @@ def run(loop: StepLoop, requests: list[Prepared], arrivals: random.Random | None
         loop.step()
         loop.check_integrity()
     return events
+
+
+def scores_of(events: list) -> list[PromptScored]:
+    return [event for event in events if isinstance(event, PromptScored)]
 
 
 def tokens_of(events: list) -> list[int]:
@@ -776,7 +788,7 @@ def test_weights_that_are_not_finite_end_their_own_request_only():
     events = run(loop, requests)
     for i in ("0", "2", "3"):
         assert isinstance(events[i][-1], Failed)
-        assert not any(isinstance(event, PromptScored) for event in events[i])
+        assert scores_of(events[i]) == []
     assert isinstance(events["1"][-1], Finished)
     assert tokens_of(events["1"]) == without_eos(deployment.alone(requests[1]))
 
@@ -792,8 +804,12 @@ def test_prompt_logprobs_are_those_of_the_plain_pass(budget: int, overlap: bool)
     events = run(loop, requests)
     for request in requests:
         logprobs = deployment.logits(request, request.token_ids).log_softmax(-1)
-        (scored,) = [e for e in events[request.request_id] if isinstance(e, PromptScored)]
+        pieces = scores_of(events[request.request_id])
+        assert max(len(piece.logprobs) for piece in pieces) <= budget + 1  # the first token needs no row
+        assert [piece.more for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+        scored = join_scores(pieces)
         assert [item.token_id for item in scored.logprobs] == request.token_ids
+        assert scored.text == Bytes().decode(request.token_ids)
         assert scored.logprobs[0].logprob is None
         for position, item in enumerate(scored.logprobs[1:]):
             assert item.logprob == pytest.approx(logprobs[position, item.token_id].item(), abs=1e-5)
@@ -816,7 +832,7 @@ def test_bfloat16_batches_stay_near_the_plain_pass():
     events = run(loop, requests)
     for request in requests:
         logits = deployment.logits(request, request.token_ids)
-        (scored,) = [e for e in events[request.request_id] if isinstance(e, PromptScored)]
+        scored = join_scores(scores_of(events[request.request_id]))
         for position, item in enumerate(scored.logprobs[1:]):
             expected = logits[position].log_softmax(-1)[item.token_id].item()
             assert item.logprob == pytest.approx(expected, abs=0.02 * float(logits.max() - logits.min()))

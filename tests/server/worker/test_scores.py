@@ -1,0 +1,101 @@
+"""A prompt's log-probabilities travel in lines of bounded size, whichever engine has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from opentelemetry.trace import INVALID_SPAN
+
+from server.worker.messages import (
+    EVENT,
+    Finished,
+    GenerateRequest,
+    PromptScored,
+    SamplingParams,
+    Scheduled,
+    Started,
+    TextPrompt,
+    TokenLogprob,
+    Usage,
+    join_scores,
+    score_pieces,
+)
+from server.worker.request import Prepared
+from server.worker.tracing import GenerationTrace
+from server.worker.vllm_answer import Answer
+
+
+class Letters:
+    """A tokenizer whose tokens are code points."""
+
+    eos_ids = frozenset({1})
+    strips_leading_space = False
+
+    def token_bytes(self, id: int) -> bytes:
+        return chr(id).encode()
+
+    def token_text(self, id: int) -> str:
+        return chr(id)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+@dataclass
+class Logprob:
+    logprob: float
+    rank: int
+
+
+def scores(number: int) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(i, f"{i}", -float(i)) for i in range(number))
+
+
+@pytest.mark.parametrize("number", [0, 1, 255, 256, 257, 1000])
+def test_pieces_are_the_whole(number: int) -> None:
+    pieces = list(score_pieces(scores(number), "all of it"))
+    assert all(len(piece.logprobs) <= 256 for piece in pieces)
+    assert [piece.more for piece in pieces] == [True] * (len(pieces) - 1) + [False] * bool(pieces)
+    if pieces:
+        assert join_scores(pieces) == PromptScored(scores(number), "all of it")
+
+
+def test_what_comes_before_the_end_says_that_more_follows() -> None:
+    pieces = [*score_pieces(scores(300), None), *score_pieces(scores(10), "")]  # of special tokens alone
+    assert [(len(piece.logprobs), piece.more) for piece in pieces] == [(256, True), (44, True), (10, False)]
+    assert all(piece.text == "" for piece in pieces)
+
+
+def test_vllms_scores_come_in_pieces_too() -> None:
+    ids = [97 + i % 26 for i in range(600)]
+    params = SamplingParams(prompt_logprobs=1)
+    answer = Answer(Prepared("r", ids, params, max_tokens=0, stop=()), Letters())  # type: ignore[arg-type]
+    steps: list[Any] = [None, *({id: Logprob(-0.5, 1), 65: Logprob(-0.9, 2)} for id in ids[1:])]
+    pieces = answer.score_prompt(steps)
+    assert [len(piece.logprobs) for piece in pieces if isinstance(piece, PromptScored)] == [256, 256, 88]
+    assert max(len(EVENT.dump_json(piece)) for piece in pieces) < 2**16
+    whole = join_scores([piece for piece in pieces if isinstance(piece, PromptScored)])
+    assert whole.text == Letters().decode(ids)
+    assert [token.token_id for token in whole.logprobs] == ids
+    assert [token.logprob for token in whole.logprobs] == [None] + [-0.5] * 599
+    assert {len(token.top) for token in whole.logprobs[1:]} == {1}
+
+
+def test_the_prompt_is_filled_until_its_last_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    class Watched:
+        def start_span(self, name: str, *_: Any, **__: Any) -> Any:
+            begun.append(name)
+            return INVALID_SPAN
+
+    monkeypatch.setattr("server.worker.tracing.tracer", Watched)
+    trace = GenerationTrace(GenerateRequest("r", "base", TextPrompt("x")))
+    first, last = score_pieces(scores(300), "x")
+    seen = []
+    for event in (Started(300), Scheduled(0.1), first, last, Finished("length", Usage(300, 0))):
+        trace.see(event)
+        seen.append(begun[-1])
+    assert seen == ["queue", "prefill", "prefill", "decode", "decode"]
