@@ -119,7 +119,7 @@ class GatewaySettings(ImageLimits):
     drain_seconds: float = Field(30.0, ge=0, description="what runs may take this long after SIGTERM")
     worker_poll_seconds: float = Field(1.0, gt=0, description="between two looks at a worker's readiness")
     worker_connect_seconds: float = Field(3.0, gt=0, description="to connect to a worker")
-    worker_read_seconds: float = Field(120.0, gt=0, description="between two events of a worker")
+    worker_read_seconds: float = Field(120.0, gt=0, description="between two lines of a worker")
     worker_lost_seconds: float = Field(
         10.0, gt=0, description="of silence, until a worker that cannot be connected to is lost"
     )

@@ -259,6 +259,7 @@ class StepLoop:
         self._scheduler.check_integrity()
         self.runner.adapter_slots.check_integrity()
         self.runner.prompt_slots.check_integrity()
+        self.runner.sight.check_integrity()
         assert self._scheduler.num_sequences + len(self._images) == len(self._requests), "a request is lost"
 
     def _tell_scheduled(self, requests: Sequence[ActiveRequest]) -> None:
