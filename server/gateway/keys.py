@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0  # between two looks at the keys file
 _MAX_FILE_BYTES = 2**22
+_ANYONE = "anonymous"  # who has no key
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def digest(key: str) -> bytes:
 
 
 class KeyRing:
-    """Knows the keys of `settings`. Raises `StartupError` for a keys file that cannot be used."""
+    """Knows the keys of `settings`. Raises `StartupError` for ones that cannot be used."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._default = Quota.of(settings.key_requests, settings.key_tokens, settings.key_concurrency)
@@ -85,11 +86,12 @@ class KeyRing:
         ]
         self._path = settings.keys_file
         self._version = _version(self._path)
-        self._listed = read_keys(self._path, self._default) if self._path else []
+        _refuse_doubles("api_keys and admin_keys", self._given)
+        self._listed = self._read(self._path) if self._path else []
         self._watching: asyncio.Task[None] | None = None
         # An empty keys file closes the service; it does not open it to all.
         self.required = bool(settings.api_keys) or self._path is not None
-        self.anyone = Caller("anonymous", self._default)
+        self.anyone = Caller(_ANYONE, self._default)
 
     async def start(self) -> None:
         """Begin to look after the keys file."""
@@ -117,11 +119,16 @@ class KeyRing:
             return
         self._version = version
         try:
-            self._listed = read_keys(self._path, self._default)
+            self._listed = self._read(self._path)
         except StartupError as error:
             log.error("the keys file is not used; the keys before it stay", extra={"cause": str(error)})
         else:
             log.info("the keys file was read", extra={"keys": len(self._listed)})
+
+    def _read(self, path: Path) -> list[Key]:
+        listed = read_keys(path, self._default)
+        _refuse_doubles(f"{path}, with api_keys and admin_keys", [*self._given, *listed])
+        return listed
 
     async def _watch(self, path: Path) -> None:
         while True:
@@ -151,8 +158,9 @@ def read_keys(path: Path, default: Quota) -> list[Key]:
         raise StartupError(f"{path}: is not TOML: {error}") from None
     except ValidationError as error:
         raise StartupError(f"{path}: {_sentence(error)}") from None
-    _refuse_doubles(path, entries)
-    return [Key(entry.digest(), _caller(name, entry, default)) for name, entry in entries.items()]
+    keys = [Key(entry.digest(), _caller(name, entry, default)) for name, entry in entries.items()]
+    _refuse_doubles(str(path), keys)
+    return keys
 
 
 def _sentence(error: ValidationError) -> str:
@@ -161,12 +169,18 @@ def _sentence(error: ValidationError) -> str:
     return f"{place}: {fault['msg']}; see docs/operations.md for what a key's table may hold"
 
 
-def _refuse_doubles(path: Path, entries: dict[str, _Entry]) -> None:
-    names: dict[bytes, str] = {}
-    for name, entry in entries.items():
-        other = names.setdefault(entry.digest(), name)
+def _refuse_doubles(source: str, keys: Iterable[Key]) -> None:
+    """One key would have the first one's rights and limits, and one name would share its counters."""
+    names = {_ANYONE}
+    owners: dict[bytes, str] = {}
+    for key in keys:
+        name = key.caller.name
+        if name in names:
+            raise StartupError(f"{source}: {name} is the name of another caller; call the table otherwise")
+        names.add(name)
+        other = owners.setdefault(key.digest, name)
         if other != name:
-            raise StartupError(f"{path}: {other} and {name} have the same key; give each its own")
+            raise StartupError(f"{source}: {other} and {name} have the same key; give each its own")
 
 
 def _caller(name: str, entry: _Entry, default: Quota) -> Caller:

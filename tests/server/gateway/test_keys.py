@@ -153,6 +153,39 @@ def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, r
     assert said.startswith(f"{path}: ")
 
 
+def test_one_key_is_one_callers(tmp_path: Path) -> None:
+    """Else the first one's limits and rights would be silently those of all."""
+    for settings in (
+        {"api_keys": (SECRET, "other", SECRET)},
+        {"api_keys": (SECRET,), "admin_keys": (SECRET,)},
+        {"admin_keys": (SECRET,), "keys_file": write(tmp_path / "keys.toml", f'[alice]\nkey = "{SECRET}"')},
+        {"api_keys": (SECRET,), "keys_file": tmp_path / "keys.toml"},
+    ):
+        with pytest.raises(StartupError, match="have the same key; give each its own") as caught:
+            ring(**settings)
+        assert SECRET not in str(caught.value)
+    assert ring(api_keys=("other",), keys_file=tmp_path / "keys.toml").find(SECRET.encode())
+
+
+@pytest.mark.parametrize("name", ["key-1", "admin-1", "anonymous"])
+def test_a_name_is_one_callers(tmp_path: Path, name: str) -> None:
+    """What is counted is counted by name."""
+    path = write(tmp_path / "keys.toml", f'[{name}]\nkey = "its own"')
+    with pytest.raises(StartupError, match=f"{name} is the name of another caller"):
+        ring(api_keys=("one",), admin_keys=("root",), keys_file=path)
+
+
+def test_a_change_that_takes_anothers_key_or_name_leaves_the_keys_before_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "keys.toml", '[a]\nkey = "first"')
+    known = ring(api_keys=("given",), keys_file=path)
+    for bad in ('[a]\nkey = "given"\nadmin = true', '[key-1]\nkey = "second"'):
+        write(path, bad)
+        known.reload()
+        assert known.find(b"first")
+        assert known.find(b"second") is None
+        assert not known.has_admin
+
+
 def test_an_empty_keys_file_closes_the_service(tmp_path: Path) -> None:
     assert ring(keys_file=write(tmp_path / "keys.toml", "")).required
     assert not ring().required
