@@ -1,6 +1,7 @@
 """Hostile image bytes: every one is either a bounded RGB image or an `ImageError` that names its limit."""
 
 import struct
+import time
 import zlib
 from io import BytesIO
 
@@ -32,10 +33,6 @@ def quadrants(width: int = 48, height: int = 32) -> Image.Image:
 
 def png_claiming(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header promises `width`×`height` pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -162,6 +159,75 @@ def test_a_truncated_file_is_corrupt_and_not_half_a_picture() -> None:
     with pytest.raises(ImageError) as refused:
         decode_image(data[: len(data) // 2])
     assert refused.value.limit == "data"
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def endless(kind: str) -> bytes:
+    """A file of up to 20 MB with more metadata than pixels, on which Pillow by itself works for long."""
+    picture, photo = encode(quadrants()), encode(quadrants(), "JPEG")
+    profile = chunk(b"iCCP", b"name\0\0" + zlib.compress(bytes(2**20 - 8), 9))
+    segment = b"\xff\xe1" + struct.pack(">H", 400) + b"Exif\0\0" + bytes(392)
+    match kind:
+        case "comments":
+            return photo[:2] + b"\xff\xfe\0\2" * 5_000_000 + photo[2:]
+        case "exif":
+            return photo[:2] + segment * 40_000 + photo[2:]
+        case "profiles":
+            return picture[:33] + profile * 18_000 + picture[33:]
+        case "profiles after the pixels":
+            return picture[:-12] + profile * 18_000 + picture[-12:]
+    return picture[:-12] + chunk(b"teSt", b"") * 1_600_000 + picture[-12:]
+
+
+@pytest.mark.parametrize(
+    "kind", ["comments", "exif", "profiles", "profiles after the pixels", "chunks after the pixels"]
+)
+def test_metadata_without_an_end(kind: str) -> None:
+    data = endless(kind)
+    begun = time.thread_time()
+    with pytest.raises(ImageError, match="more metadata than is read") as refused:
+        decode_image(data)
+    assert time.thread_time() - begun < 1.5
+    assert refused.value.limit == "data"
+
+
+@READS_ON
+def test_of_endless_exif_the_orientation_is_not_sought() -> None:
+    """WebP's is read in one piece, of any size: here an orientation of two million numbers."""
+    numbers = b"\1\0\0\0\3\0\0\0" * 2_000_000
+    exif = b"Exif\0\0II*\0\x08\0\0\0\1\0" + struct.pack("<HHLLL", 0x0112, 5, 2_000_000, 26, 0) + numbers
+    data = encode(quadrants(), "WEBP", exif=exif)
+    begun = time.thread_time()
+    assert decode_image(data).size == (48, 32)
+    assert time.thread_time() - begun < 0.5
+
+
+@pytest.mark.parametrize(
+    ("fmt", "options"),
+    [
+        ("PNG", {"compress_level": 1}),
+        ("JPEG", {"quality": 100, "subsampling": 0}),
+        ("JPEG", {"quality": 95, "progressive": True, "icc_profile": bytes(2**21), "comment": b"c" * 60_000}),
+        ("GIF", {}),
+        ("WEBP", {"quality": 80, "method": 0}),
+    ],
+)
+def test_large_pictures_are_within_what_is_read(fmt: str, options: dict[str, object]) -> None:
+    noise = Image.effect_noise((1200, 1200), 90).convert("RGB")
+    assert decode_image(encode(noise, fmt, **options)).size == (1200, 1200)
+
+
+def test_a_png_of_the_largest_size_in_small_chunks() -> None:
+    """20 MiB in pieces of 1 KiB; encoders make them of 8 KiB and more."""
+    pixels = zlib.compress(bytes(1 + 7000 * 3) * 950, 0)
+    header = struct.pack(">IIBBBBB", 7000, 950, 8, 2, 0, 0, 0)
+    pieces = [chunk(b"IDAT", pixels[i : i + 1024]) for i in range(0, len(pixels), 1024)]
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(pieces) + chunk(b"IEND", b"")
+    assert 19 * 2**20 < len(data) < 20 * 2**20
+    assert decode_image(data).size == (7000, 950)
 
 
 def samples() -> list[bytes]:
