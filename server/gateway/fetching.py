@@ -11,13 +11,14 @@ import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 
 import httpx
 
 from server.errors import InvalidRequest
+from server.gateway.limiter import Shares
 from server.settings import ImageLimits
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -32,21 +33,49 @@ _METADATA = tuple(  # of clouds; those that no other rule covers, also for `imag
 _HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]{0,252})")
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_ADDRESSES = 4  # of one host, tried in turn
-_LOOKUPS = 32  # names that are looked up at once; one without an answer takes its thread some ten seconds
+# Of names that are looked up, and of images that are fetched: all at once, and of one caller. Whoever names a
+# host can have it say nothing for long, and shall hold up nobody else by that.
+_LOOKUPS = _FETCHES = (128, 32)
+_READERS = 4  # images that are unpacked and looked at, at once
 
 
 class FetchRefused(InvalidRequest):
     """An image's URL is against the rules, or its host did not deliver."""
 
 
-async def resolve(threads: Executor, host: str, port: int) -> list[str]:
+class Allowance:
+    """How many bytes the images that are fetched for one request may have together."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._left = limit
+
+    def take(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise InvalidRequest(
+                f"The images to fetch are over {self._limit} bytes together (max_body_bytes).",
+                code="image_too_large",
+            )
+
+
+async def resolve(threads: Executor, shares: Shares, host: str, port: int) -> list[str]:
     """The system's resolver, on one of `threads`. Raises `OSError` for an unknown name.
 
-    Not the loop's own few threads: whoever names a host may have its name servers take their time, and the
-    names of workers and experts are looked up there.
+    Not the loop's own few threads: the names of workers and experts are looked up there. A lookup cannot be
+    broken off, so its place in `shares` is taken until its thread is done, also where nobody waits for it
+    any more: ten seconds and longer, if the name servers of its host say nothing.
     """
-    lookup = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    infos = await asyncio.get_running_loop().run_in_executor(threads, lookup)
+    give_back = await shares.take()
+    loop = asyncio.get_running_loop()
+    lookup = threads.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+
+    def ended(_: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and nobody waits for a place
+            loop.call_soon_threadsafe(give_back)
+
+    lookup.add_done_callback(ended)
+    infos = await asyncio.wrap_future(lookup)
     return list(dict.fromkeys(str(info[4][0]) for info in infos))
 
 
@@ -86,8 +115,11 @@ class ImageFetcher:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._limits = limits
-        self._threads = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="image-host")
-        self._resolver = resolver or partial(resolve, self._threads)
+        self._places = Shares(*_FETCHES)
+        self._threads = ThreadPoolExecutor(_LOOKUPS[0], thread_name_prefix="image-host")
+        self._resolver = resolver or partial(resolve, self._threads, Shares(*_LOOKUPS))
+        # For who reads the images. Work that is cancelled keeps its thread until it is done.
+        self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="image")
         # The bare transport: no cookies, proxies, netrc or redirects of httpx's own. No connection is
         # kept, since one that was opened for a host must not serve another at the same address.
         self._transport = transport or httpx.AsyncHTTPTransport(
@@ -96,25 +128,30 @@ class ImageFetcher:
         self._allowed_hosts = {host.lower().rstrip(".") for host in limits.image_allowed_hosts}
 
     async def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self.readers):
+            threads.shutdown(wait=False, cancel_futures=True)
         await self._transport.aclose()
 
-    async def fetch(self, url: str) -> bytes:
-        """The body behind `url`. Raises `FetchRefused`, whose message says which limit."""
+    async def fetch(self, url: str, allowance: Allowance | None = None) -> bytes:
+        """The body behind `url`, within `allowance` too. Raises `InvalidRequest`, which says which limit."""
+        parsed = _parse(url)
+        give_back = await self._places.take()
         try:
             async with asyncio.timeout(self._limits.image_total_seconds):
-                return await self._follow(_parse(url))
+                return await self._follow(parsed, allowance or Allowance(self._limits.max_image_bytes))
         except TimeoutError:
             raise FetchRefused(
                 f"The image did not arrive within {self._limits.image_total_seconds:g} s.",
                 code="image_fetch_timeout",
             ) from None
+        finally:
+            give_back()
 
-    async def _follow(self, url: httpx.URL) -> bytes:
+    async def _follow(self, url: httpx.URL, allowance: Allowance) -> bytes:
         for _ in range(self._limits.image_max_redirects + 1):
             async with self._get(url, await self._checked_addresses(url)) as response:
                 if response.status_code not in _REDIRECTS:
-                    return await self._body(response)
+                    return await self._body(response, allowance)
                 url = _redirected(url, response.headers.get("location", ""))
         raise FetchRefused(
             f"The image's URL redirects more than {self._limits.image_max_redirects} times.",
@@ -184,7 +221,7 @@ class ImageFetcher:
             },
         )
 
-    async def _body(self, response: httpx.Response) -> bytes:
+    async def _body(self, response: httpx.Response, allowance: Allowance) -> bytes:
         limit = self._limits.max_image_bytes
         if response.status_code != 200:
             raise _failed(f"answered with status {response.status_code}")
@@ -201,6 +238,7 @@ class ImageFetcher:
             body += piece
             if len(body) > limit:
                 raise too_large
+            allowance.take(len(piece))
         return bytes(body)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import binascii
 import hashlib
 from base64 import b64decode
@@ -10,21 +11,21 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TypeVar
 
-import anyio
-import anyio.to_thread
 from PIL import Image as PillowImage
 from PIL import UnidentifiedImageError
 
 from server.errors import InvalidRequest
-from server.gateway.fetching import ImageFetcher
+from server.gateway.fetching import Allowance, ImageFetcher
 from server.gateway.tasks import all_or_none
-from server.settings import ImageLimits
+from server.settings import GatewaySettings
 from server.tracing import span
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _MAX_SIDE = 65_535  # JPEG's own; what decodes a PNG of millions of rows stands still meanwhile
+_METADATA_READS = 10_000  # before the pixels; of real pictures some hundred
+_METADATA_BYTES = 2**22
 _BASE64_PIECE = 4 * 2**18  # decoded piecewise, since a piece holds the interpreter
-_THREADS = 4
+_DATA_HEADER = 256  # characters before a data URL's comma
 
 Given = TypeVar("Given", str, bytes)
 
@@ -37,11 +38,50 @@ class Image:
     sha256: str
 
 
+class ExcessiveMetadata(OSError):
+    """A file from which Pillow would read on and on."""
+
+
+class MeteredFile(BytesIO):
+    """An image file for Pillow, whose readers of metadata know no end: what they read is counted.
+
+    Each segment or chunk takes a few small reads; a file may hold millions, and they work in Python on
+    every one. Reading all at once, as for WebP, costs a copy and is free. `server.gateway.images` and
+    `models.vision.images` have the same class, since neither may import the other.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.allow(_METADATA_READS, _METADATA_BYTES)
+
+    def allow(self, reads: int, size: int) -> None:
+        """From now on, so many reads of so many bytes together."""
+        self._reads = reads
+        self._left = size
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        if size is not None and size >= 0:
+            self._reads -= 1
+            self._left -= _cost(data)
+            if self._reads < 0 or self._left < 0:
+                raise ExcessiveMetadata("there is more metadata than is read")
+        return data
+
+
+def _cost(data: bytes) -> int:
+    """What Pillow makes of a read, reckoned in bytes that it merely keeps."""
+    if data.startswith(b"Exif\0\0"):
+        return 16 * len(data)  # taken apart number by number, and each segment copies those before it
+    if data.endswith(b"iCCP"):
+        return 2**20  # the profile in the chunk that begins here, unpacked
+    return len(data)
+
+
 class ImageLoader:
-    def __init__(self, limits: ImageLimits, fetcher: ImageFetcher) -> None:
+    def __init__(self, limits: GatewaySettings, fetcher: ImageFetcher) -> None:
         self._limits = limits
         self._fetcher = fetcher
-        self._threads = anyio.CapacityLimiter(_THREADS)
 
     async def load(self, urls: Sequence[tuple[str, str]]) -> tuple[Image, ...]:
         """The images behind `(param, url)` pairs, in order.
@@ -54,32 +94,39 @@ class ImageLoader:
                 param="messages",
                 code="too_many_images",
             )
-        return tuple(await all_or_none(self._load(param, url) for param, url in urls))
+        allowance = Allowance(self._limits.max_body_bytes)
+        keys = [number if _is_inline(url) else url for number, (_, url) in enumerate(urls)]
+        firsts: dict[int | str, tuple[str, str]] = {}  # what is named twice is fetched once
+        for key, named in zip(keys, urls, strict=True):
+            firsts.setdefault(key, named)
+        loaded = await all_or_none(self._load(param, url, allowance) for param, url in firsts.values())
+        images = dict(zip(firsts, loaded, strict=True))
+        return tuple(images[key] for key in keys)
 
-    async def _load(self, param: str, url: str) -> Image:
-        inline = url[:5].lower() == "data:"
+    async def _load(self, param: str, url: str, allowance: Allowance) -> Image:
+        inline = _is_inline(url)
         try:
             with span("image", source="data" if inline else "fetch"):
                 if inline:
                     return await self._in_thread(self._from_data_url, url)
-                return await self._in_thread(self._checked, await self._fetcher.fetch(url))
+                return await self._in_thread(self._checked, await self._fetcher.fetch(url, allowance))
         except InvalidRequest as error:
             error.param = param
             raise
 
     async def _in_thread(self, work: Callable[[Given], Image], given: Given) -> Image:
-        return await anyio.to_thread.run_sync(work, given, limiter=self._threads)
+        return await asyncio.get_running_loop().run_in_executor(self._fetcher.readers, work, given)
 
     def _from_data_url(self, url: str) -> Image:
-        header, comma, payload = url.partition(",")
-        kind, *options = header[5:].lower().split(";")
-        if not comma or "base64" not in options or not kind.startswith("image/"):
+        comma = url.find(",", 0, _DATA_HEADER)
+        kind, *options = url[5 : max(comma, 0)].lower().split(";")
+        if "base64" not in options or not kind.startswith("image/"):
             raise InvalidRequest(
                 "A data URL must look like data:image/png;base64,….", code="invalid_image_url"
             )
-        if len(payload) * 3 // 4 > self._limits.max_image_bytes + 2:
+        if (len(url) - comma - 1) * 3 // 4 > self._limits.max_image_bytes + 2:
             raise self._too_large()
-        return self._checked(_decode_base64(payload))
+        return self._checked(_decode_base64(url[comma + 1 :]))
 
     def _checked(self, data: bytes) -> Image:
         if len(data) > self._limits.max_image_bytes:
@@ -97,10 +144,14 @@ class ImageLoader:
     def _size(self, data: bytes) -> tuple[int, int]:
         """Width and height that the file's header declares; nothing is decoded."""
         try:
-            with PillowImage.open(BytesIO(data), formats=_FORMATS) as header:
+            with PillowImage.open(MeteredFile(data), formats=_FORMATS) as header:
                 return header.size
         except (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning):
             raise self._too_many_pixels("far more") from None
+        except ExcessiveMetadata:
+            raise InvalidRequest(
+                "The image has more metadata than is read; send it without.", code="invalid_image"
+            ) from None
         except (
             UnidentifiedImageError,
             OSError,
@@ -127,6 +178,10 @@ class ImageLoader:
             f"The image has {size} pixels; {self._limits.max_image_pixels} are allowed (max_image_pixels).",
             code="image_too_large",
         )
+
+
+def _is_inline(url: str) -> bool:
+    return url[:5].lower() == "data:"
 
 
 def _decode_base64(text: str) -> bytes:

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import ssl
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
@@ -23,7 +23,11 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from server.errors import InvalidRequest
+from server.gateway import fetching
 from server.gateway.fetching import FetchRefused, ImageFetcher, is_allowed_address, resolve
+from server.gateway.keys import Caller
+from server.gateway.limiter import Limiter, Shares
+from server.gateway.rates import Quota
 from server.settings import ImageLimits
 from tests.server.gateway.scripted import picture, serving
 
@@ -387,32 +391,74 @@ async def test_tls_is_checked_against_the_name(
 
 async def test_the_systems_resolver() -> None:
     with ThreadPoolExecutor() as threads:
-        assert set(await resolve(threads, "localhost", 80)) <= {"127.0.0.1", "::1"}
+        assert set(await resolve(threads, Shares(1, 1), "localhost", 80)) <= {"127.0.0.1", "::1"}
         with pytest.raises(socket.gaierror):
-            await resolve(threads, "no-such-name.invalid", 80)
+            await resolve(threads, Shares(1, 1), "no-such-name.invalid", 80)
     assert issubclass(FetchRefused, InvalidRequest)
 
 
-async def test_names_that_nobody_answers_for_hold_up_no_other_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of workers and experts, say, whose connections begin with one."""
+@pytest.fixture
+def silence(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of `.example` that were looked up; nobody answers for them."""
     answered = threading.Event()
     system = socket.getaddrinfo
+    asked: list[str] = []
 
     def slow(host: str, *rest: Any, **more: Any) -> Any:
         if host.endswith(".example"):
+            asked.append(host)
             answered.wait(30)
-        return system(host, *rest, **more)
+        return system("127.0.0.1" if host == "quick.test" else host, *rest, **more)
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
-    fetcher = ImageFetcher(ImageLimits(image_total_seconds=0.3))
-    try:
-        fetches = [fetcher.fetch(f"http://slow-{i}.example/") for i in range(40)]
-        outcomes = asyncio.gather(*fetches, return_exceptions=True)
-        await asyncio.sleep(0.1)
-        async with asyncio.timeout(5):
-            assert await asyncio.get_running_loop().getaddrinfo("127.0.0.1", 80)
-            codes = [outcome.code for outcome in await outcomes if isinstance(outcome, FetchRefused)]
-        assert codes == ["image_fetch_timeout"] * 40
-    finally:
-        answered.set()
+    yield asked
+    answered.set()
+
+
+async def codes(fetcher: ImageFetcher, count: int) -> list[str | None]:
+    fetches = [fetcher.fetch(f"http://slow-{i}.example/") for i in range(count)]
+    outcomes = await asyncio.gather(*fetches, return_exceptions=True)
+    return [outcome.code for outcome in outcomes if isinstance(outcome, FetchRefused)]
+
+
+async def test_names_that_nobody_answers_for_hold_up_no_other_lookup(silence: list[str]) -> None:
+    """Of workers and experts, say, whose connections begin with one."""
+    fetcher = ImageFetcher(ImageLimits(image_total_seconds=0.2))
+    fetches = asyncio.create_task(codes(fetcher, 40))
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(5):
+        assert await asyncio.get_running_loop().getaddrinfo("127.0.0.1", 80)
+        assert await fetches == ["image_fetch_timeout"] * 40
+    await fetcher.close()
+
+
+async def test_names_that_nobody_answers_for_hold_up_no_other_caller(
+    host: tuple[ImageHost, str], silence: list[str]
+) -> None:
+    limiter = Limiter("memory://")
+    fetcher = ImageFetcher(ImageLimits(image_total_seconds=0.2, image_allow_private=True))
+    async with limiter.admitted(Caller("mallory", Quota()), {}):
+        for _ in range(2):  # threads of the first are still there in the second
+            assert await codes(fetcher, 40) == ["image_fetch_timeout"] * 40
+    assert len(silence) == 32
+    async with limiter.admitted(Caller("alice", Quota()), {}):
+        assert await fetcher.fetch(f"http://quick.test:{httpx.URL(host[1]).port}/image") == picture()
+    await fetcher.close()
+
+
+async def test_a_lookups_place_is_free_when_it_has_ended(
+    host: tuple[ImageHost, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def system(name: str, port: int, **_: Any) -> list[Any]:
+        if name == "unknown.test":
+            raise socket.gaierror
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(fetching, "_LOOKUPS", (1, 1))
+    fetcher = local()
+    monkeypatch.setattr(fetching.socket, "getaddrinfo", system)
+    for _ in range(3):
+        with pytest.raises(FetchRefused, match="cannot be resolved"):
+            await fetcher.fetch("http://unknown.test/")
+        assert await fetcher.fetch(f"http://known.test:{httpx.URL(host[1]).port}/image") == picture()
     await fetcher.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import struct
 import time
 import tracemalloc
@@ -14,10 +15,12 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
+from models.vision import images as decoding
 from server.errors import InvalidRequest
+from server.gateway import images as checking
 from server.gateway.fetching import ImageFetcher
 from server.gateway.images import ImageLoader
-from server.settings import ImageLimits
+from server.settings import GatewaySettings
 from tests.server.gateway.scripted import picture
 from tests.server.gateway.test_image_loading import data_url
 
@@ -55,7 +58,7 @@ def gif(side: int) -> bytes:
 
 
 def loader(**limits: float | bool) -> ImageLoader:
-    allowed = ImageLimits(image_allow_private=True, **limits)  # type: ignore[arg-type]
+    allowed = GatewaySettings(image_allow_private=True, **limits)  # type: ignore[arg-type]
     return ImageLoader(allowed, ImageFetcher(allowed))
 
 
@@ -106,6 +109,82 @@ async def test_bombs_in_a_pngs_texts(text: bytes) -> None:
     tracemalloc.stop()
     assert code in (None, "invalid_image", "image_too_large")
     assert peak < 30 * MIB
+
+
+def segment(marker: int, data: bytes) -> bytes:
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+def with_segments(segments: bytes) -> bytes:
+    data = picture("JPEG")
+    return data[:2] + segments + data[2:]
+
+
+def with_comment(blocks: bytes) -> bytes:
+    data = picture("GIF")
+    at = 13 + ((3 << ((data[10] & 7) + 1)) if data[10] & 0x80 else 0)  # behind the palette
+    return data[:at] + b"\x21\xfe" + blocks + b"\0" + data[at:]
+
+
+def numbers(count: int) -> bytes:
+    """EXIF, in which the orientation and what tells the resolution are lists of so many fractions."""
+    tags = (0x0112, 0x011A, 0x0128)
+    start = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHLL", tag, 5, count // 3, start) for tag in tags)
+    head = b"II*\0" + struct.pack("<LH", 8, len(tags)) + entries + bytes(4)
+    return head + b"\1\0\0\0\3\0\0\0" * count
+
+
+def exif_segments(data: bytes) -> bytes:
+    pieces = [data[i : i + 65_000] for i in range(0, len(data), 65_000)]
+    return b"".join(segment(0xE1, b"Exif\0\0" + piece) for piece in pieces)
+
+
+PROFILE = chunk(b"iCCP", b"name\0\0" + zlib.compress(bytes(MIB - 8), 9))
+ENDLESS = {  # each up to 20 MiB, which Pillow by itself works on for seconds or minutes
+    "exif": lambda: with_segments(segment(0xE1, b"Exif\0\0xx") * 1_500_000),
+    "exif of some size": lambda: with_segments(segment(0xE1, b"Exif\0\0" + bytes(390)) * 50_000),
+    "comments": lambda: with_segments(segment(0xFE, b"") * 5_000_000),
+    "fill": lambda: with_segments(b"\xff" * 20_000_000),
+    "chunks": lambda: png(8, chunk(b"teSt", b"") * 1_600_000),
+    "profiles": lambda: png(8, PROFILE * 18_000),
+    "fractions": lambda: with_segments(exif_segments(numbers(2_500_000))),
+    "few fractions": lambda: with_segments(exif_segments(numbers(400_000))),
+    "gif": lambda: with_comment((b"\xff" + bytes(255)) * 80_000),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+async def test_metadata_without_an_end(kind: str) -> None:
+    data = ENDLESS[kind]()
+    assert len(data) <= 20 * MIB
+    begun = time.thread_time()
+    with pytest.raises(InvalidRequest, match="more metadata than is read") as caught:
+        loader()._checked(data)
+    assert time.thread_time() - begun < 0.5
+    assert (caught.value.status, caught.value.code) == (400, "invalid_image")
+
+
+@pytest.mark.parametrize("part", ["_METADATA_READS", "_METADATA_BYTES", "MeteredFile", "_cost"])
+def test_who_decodes_is_as_careful_as_who_checks(part: str) -> None:
+    """Neither may import the other, so both have the same lines."""
+    ours, theirs = getattr(checking, part), getattr(decoding, part)
+    if isinstance(ours, int):
+        assert ours == theirs
+    else:
+        assert inspect.getsource(ours) == inspect.getsource(theirs)
+
+
+async def test_metadata_as_editors_write_it_is_read() -> None:
+    picture = BytesIO()
+    exif = Image.Exif()
+    exif[0x010F] = "x" * 60_000
+    Image.new("RGB", (8, 8)).save(
+        picture, "JPEG", exif=exif, icc_profile=bytes(2 * MIB), comment=b"c" * 60_000
+    )
+    data = picture.getvalue()
+    [image] = await loader().load([("p", data_url(data))])
+    assert image.data == data
 
 
 @asynccontextmanager

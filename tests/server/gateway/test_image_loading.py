@@ -8,8 +8,11 @@ import hashlib
 import json
 import random
 import struct
+import threading
 import time
 import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio.to_thread
@@ -19,9 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
+from server.gateway import fetching
 from server.gateway.fetching import ImageFetcher
 from server.gateway.images import Image, ImageLoader
-from server.settings import ImageLimits
+from server.settings import GatewaySettings
 from tests.server.gateway.scripted import Launch, ScriptedExpert, ScriptedWorker, Stack, picture, serving
 
 
@@ -30,7 +34,7 @@ def data_url(data: bytes, kind: str = "image/png") -> str:
 
 
 def loader(**limits: Any) -> ImageLoader:
-    allowed = ImageLimits(**limits)
+    allowed = GatewaySettings(**limits)
     return ImageLoader(allowed, ImageFetcher(allowed))
 
 
@@ -75,6 +79,8 @@ async def test_every_format(kind: str) -> None:
         ("data:image/png;base64,AAA", "invalid_image_url"),
         ("data:image/png;base64,A*AA", "invalid_image_url"),
         ("data:image/png;base64,ÄÄÄÄ", "invalid_image_url"),
+        ("data:image/png" + ";" * 1000 + ";base64," + "A" * 8, "invalid_image_url"),
+        ("data:" + ";" * 2**20, "invalid_image_url"),
         ("data:image/png;base64,", "invalid_image"),
         (data_url(b"not an image"), "invalid_image"),
         (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"), "invalid_image"),
@@ -137,6 +143,37 @@ async def test_a_large_file_is_decoded_piecewise_to_the_same_bytes() -> None:
     assert (await load(data_url(data))).data == data
 
 
+async def test_threads_are_few_though_what_they_work_for_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    running = 0
+    peak = 0
+    go_on = threading.Event()
+
+    def slow(self: ImageLoader, data: bytes) -> tuple[int, int]:
+        nonlocal running, peak
+        running += 1
+        peak = max(peak, running)
+        go_on.wait(10)
+        running -= 1
+        return 1, 1
+
+    monkeypatch.setattr(ImageLoader, "_size", slow)
+    fetcher = ImageFetcher(GatewaySettings())
+    busy = ImageLoader(GatewaySettings(), fetcher)
+    for _ in range(3):
+        tasks = [asyncio.create_task(busy.load([("p", data_url(picture()))])) for _ in range(4)]
+        await asyncio.sleep(0.02)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert peak == 4
+    begun = time.monotonic()
+    await fetcher.close()  # waits for no thread
+    assert time.monotonic() - begun < 1
+    go_on.set()
+
+
 def content(*urls: str) -> list[dict[str, Any]]:
     parts = [{"type": "image_url", "image_url": {"url": url, "detail": "high"}} for url in urls]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}]
@@ -188,6 +225,55 @@ async def test_an_image_from_another_host(launch: Launch, worker: ScriptedWorker
         response = await gateway.chat(model="org/sees", messages=content(f"{url}/x.webp"))
         assert response.status_code == 200, response.text
     assert worker.requests[0].images == (picture("WEBP"),)
+
+
+@asynccontextmanager
+async def counting_host(size: int, seconds: float = 0) -> AsyncIterator[tuple[str, list[str], list[int]]]:
+    """Pictures of `size` bytes: the host's URL, the paths asked for, and how many at once each time."""
+    paths: list[str] = []
+    running: list[int] = []
+    now = 0
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal now
+        now += 1
+        paths.append(scope["path"])
+        running.append(now)
+        await asyncio.sleep(seconds)
+        now -= 1
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": picture().ljust(size, b"x")})
+
+    async with serving(answer, lifespan="off") as url:
+        yield url, paths, running
+
+
+async def test_an_image_that_is_named_twice_is_fetched_once() -> None:
+    async with counting_host(500) as (url, paths, _):
+        named = [("a", f"{url}/1"), ("b", data_url(picture())), ("c", f"{url}/2"), ("d", f"{url}/1")]
+        first, second, third, again = await loader(image_allow_private=True).load(named)
+        assert sorted(paths) == ["/1", "/2"]
+        assert (first, second.data, third) == (again, picture(), first)
+
+
+async def test_the_images_of_one_request_have_a_limit_together() -> None:
+    async with counting_host(500) as (url, _, _):
+        limited = loader(image_allow_private=True, max_body_bytes=1499)
+        two = [("p", f"{url}/{number}") for number in range(2)]
+        for _ in range(2):  # each request has its own
+            assert len(await limited.load(two)) == 2
+        with pytest.raises(InvalidRequest, match=r"1499 bytes together \(max_body_bytes\)") as caught:
+            await limited.load([*two, ("p", f"{url}/2")])
+        assert (caught.value.status, caught.value.code) == (400, "image_too_large")
+
+
+async def test_fetches_at_once_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "_FETCHES", (3, 3))
+    async with counting_host(500, seconds=0.05) as (url, _, running):
+        few = loader(image_allow_private=True)
+        requests = [[("p", f"{url}/{n}") for n in range(4)] for _ in range(2)]
+        await asyncio.gather(*[few.load(named) for named in requests])
+        assert (len(running), max(running)) == (8, 3)
 
 
 async def test_large_images_are_not_worked_on_by_the_event_loop(launch: Launch) -> None:
