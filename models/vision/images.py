@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal
@@ -13,6 +14,10 @@ MAX_SIDE = 65_535  # JPEG's own; a PNG of one column has a memory block a row, w
 _METADATA_READS = 10_000  # before the pixels; of real pictures some hundred
 _METADATA_BYTES = 2**22
 _PIXEL_READS = 100_000  # a PNG of 20 MiB in chunks of 1 KiB takes 61,440; those of libpng have 8 KiB
+_MAX_SCANS = (
+    64  # of a progressive JPEG; encoders make some ten, and each of sixty bytes passes over all pixels
+)
+_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # marker, length, components
 _MAX_EXIF = 2**18  # bytes searched for the orientation; a camera's have 64 KiB at most
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation → what turns the stored picture upright (EXIF 2.32, table 6).
@@ -102,6 +107,8 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
         file = MeteredFile(data)
         with Image.open(file, formats=FORMATS) as image:
             _check_size(image, limits)
+            if image.format in ("JPEG", "MPO") and len(_SCAN.findall(data)) > _MAX_SCANS:
+                raise ImageError("data", f"The JPEG has over {_MAX_SCANS} scans; save it with fewer.")
             file.allow(_PIXEL_READS, len(data) + _METADATA_BYTES)
             image.load()
             return _rgb(_upright(image))

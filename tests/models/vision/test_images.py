@@ -194,6 +194,19 @@ def test_metadata_without_an_end(kind: str) -> None:
     assert refused.value.limit == "data"
 
 
+def test_scans_without_an_end() -> None:
+    """Sixty bytes each, which take as long as there are pixels: for a file of 20 MB it would be hours."""
+    data = encode(Image.new("L", (1000, 1000), 9), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    few = data[:-2] + last * 50 + data[-2:]
+    assert decode_image(few).size == (1000, 1000)
+    begun = time.thread_time()
+    with pytest.raises(ImageError, match="over 64 scans") as refused:
+        decode_image(data[:-2] + last * 5_000 + data[-2:])
+    assert time.thread_time() - begun < 0.5
+    assert refused.value.limit == "data"
+
+
 @READS_ON
 def test_of_endless_exif_the_orientation_is_not_sought() -> None:
     """WebP's is read in one piece, of any size: here an orientation of two million numbers."""
