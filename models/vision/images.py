@@ -14,9 +14,7 @@ MAX_SIDE = 65_535  # JPEG's own; a PNG of one column has a memory block a row, w
 _METADATA_READS = 10_000  # before the pixels; of real pictures some hundred
 _METADATA_BYTES = 2**22
 _PIXEL_READS = 100_000  # a PNG of 20 MiB in chunks of 1 KiB takes 61,440; those of libpng have 8 KiB
-_MAX_SCANS = (
-    64  # of a progressive JPEG; encoders make some ten, and each of sixty bytes passes over all pixels
-)
+_MAX_SCANS = 64  # of a progressive JPEG: encoders make ten; one of sixty bytes passes over all pixels
 _SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # marker, length, components
 _MAX_EXIF = 2**18  # bytes searched for the orientation; a camera's have 64 KiB at most
 _ORIENTATION_TAG = 0x0112
