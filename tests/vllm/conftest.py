@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Without those that are set below, which processes of a parallel run inherit.
+_GIVEN = {name for name in os.environ if not name.startswith("VLLM_")}
+
 # Read when vLLM is imported. One process; no binding of threads to cores, which others may use.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -45,6 +48,12 @@ else:
         folder = tmp_path_factory.mktemp("models")
         write_models(folder)
         return folder
+
+    @pytest.fixture
+    def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+        """As it came: what engines of other tests wrote into this process's would mislead other processes."""
+        for name in os.environ.keys() - _GIVEN:
+            monkeypatch.delenv(name)
 
     @pytest.fixture(autouse=True)
     def _no_engine_left() -> Iterator[None]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from service import Service, serving, until
 from tiny_base import write_adapter, write_tiny_base
@@ -73,10 +72,8 @@ def answers(service: Service, *models: str) -> list[str]:
     return said
 
 
-def test_two_machines_answer_as_one_and_end_together(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As it comes: what engines of other tests wrote into this process's environment would mislead these two.
-    for name in os.environ.keys() - psutil.Process().environ().keys():
-        monkeypatch.delenv(name)
+@pytest.mark.usefixtures("environment")
+def test_two_machines_answer_as_one_and_end_together(files: Path) -> None:
     served = (
         *("--experts", "", "--admin-key", "admin"),
         *("--adapter-dir", str(files / "adapters"), "--adapter-root", str(files / "root")),
