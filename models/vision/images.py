@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 
+from models.vision.metered_file import METADATA_BYTES, MeteredFile
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_SIDE = 65_535  # JPEG's own; a PNG of one column has a memory block a row, which takes Pillow seconds
-_METADATA_READS = 10_000  # before the pixels; of real pictures some hundred
-_METADATA_BYTES = 2**22
 _PIXEL_READS = 100_000  # a PNG of 20 MiB in chunks of 1 KiB takes 61,440; those of libpng have 8 KiB
 _MAX_SCANS = 64  # of a progressive JPEG: encoders make ten; one of sixty bytes passes over all pixels
 _SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # marker, length, components
@@ -51,46 +50,6 @@ class ImageLimits:
 DEFAULT_LIMITS = ImageLimits()
 
 
-class ExcessiveMetadata(OSError):
-    """A file from which Pillow would read on and on."""
-
-
-class MeteredFile(BytesIO):
-    """An image file for Pillow, whose readers of metadata know no end: what they read is counted.
-
-    Each segment or chunk takes a few small reads; a file may hold millions, and they work in Python on
-    every one. Reading all at once, as for WebP, costs a copy and is free. `server.gateway.images` and
-    `models.vision.images` have the same class, since neither may import the other.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.allow(_METADATA_READS, _METADATA_BYTES)
-
-    def allow(self, reads: int, size: int) -> None:
-        """From now on, so many reads of so many bytes together."""
-        self._reads = reads
-        self._left = size
-
-    def read(self, size: int | None = -1) -> bytes:
-        data = super().read(size)
-        if size is not None and size >= 0:
-            self._reads -= 1
-            self._left -= _cost(data)
-            if self._reads < 0 or self._left < 0:
-                raise ExcessiveMetadata("there is more metadata than is read")
-        return data
-
-
-def _cost(data: bytes) -> int:
-    """What Pillow makes of a read, reckoned in bytes that it merely keeps."""
-    if data.startswith(b"Exif\0\0"):
-        return 16 * len(data)  # taken apart number by number, and each segment copies those before it
-    if data.endswith(b"iCCP"):
-        return 2**20  # the profile in the chunk that begins here, unpacked
-    return len(data)
-
-
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Decode PNG, JPEG, WebP or GIF (of an animation the first frame) to an RGB image.
 
@@ -107,7 +66,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
             _check_size(image, limits)
             if image.format in ("JPEG", "MPO") and len(_SCAN.findall(data)) > _MAX_SCANS:
                 raise ImageError("data", f"The JPEG has over {_MAX_SCANS} scans; save it with fewer.")
-            file.allow(_PIXEL_READS, len(data) + _METADATA_BYTES)
+            file.allow(_PIXEL_READS, len(data) + METADATA_BYTES)
             image.load()
             return _rgb(_upright(image))
     except ImageError:

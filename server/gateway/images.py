@@ -8,12 +8,12 @@ import hashlib
 from base64 import b64decode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import TypeVar
 
 from PIL import Image as PillowImage
 from PIL import UnidentifiedImageError
 
+from models.vision.metered_file import ExcessiveMetadata, MeteredFile
 from server.errors import InvalidRequest
 from server.gateway.fetching import Allowance, ImageFetcher
 from server.gateway.tasks import all_or_none
@@ -22,8 +22,6 @@ from server.tracing import span
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _MAX_SIDE = 65_535  # JPEG's own; what decodes a PNG of millions of rows stands still meanwhile
-_METADATA_READS = 10_000  # before the pixels; of real pictures some hundred
-_METADATA_BYTES = 2**22
 _BASE64_PIECE = 4 * 2**18  # decoded piecewise, since a piece holds the interpreter
 _DATA_HEADER = 256  # characters before a data URL's comma
 
@@ -36,46 +34,6 @@ class Image:
 
     data: bytes
     sha256: str
-
-
-class ExcessiveMetadata(OSError):
-    """A file from which Pillow would read on and on."""
-
-
-class MeteredFile(BytesIO):
-    """An image file for Pillow, whose readers of metadata know no end: what they read is counted.
-
-    Each segment or chunk takes a few small reads; a file may hold millions, and they work in Python on
-    every one. Reading all at once, as for WebP, costs a copy and is free. `server.gateway.images` and
-    `models.vision.images` have the same class, since neither may import the other.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.allow(_METADATA_READS, _METADATA_BYTES)
-
-    def allow(self, reads: int, size: int) -> None:
-        """From now on, so many reads of so many bytes together."""
-        self._reads = reads
-        self._left = size
-
-    def read(self, size: int | None = -1) -> bytes:
-        data = super().read(size)
-        if size is not None and size >= 0:
-            self._reads -= 1
-            self._left -= _cost(data)
-            if self._reads < 0 or self._left < 0:
-                raise ExcessiveMetadata("there is more metadata than is read")
-        return data
-
-
-def _cost(data: bytes) -> int:
-    """What Pillow makes of a read, reckoned in bytes that it merely keeps."""
-    if data.startswith(b"Exif\0\0"):
-        return 16 * len(data)  # taken apart number by number, and each segment copies those before it
-    if data.endswith(b"iCCP"):
-        return 2**20  # the profile in the chunk that begins here, unpacked
-    return len(data)
 
 
 class ImageLoader:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import struct
 import time
 import tracemalloc
@@ -15,9 +14,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from models.vision import images as decoding
 from server.errors import InvalidRequest
-from server.gateway import images as checking
 from server.gateway.fetching import ImageFetcher
 from server.gateway.images import ImageLoader
 from server.settings import GatewaySettings
@@ -163,16 +160,6 @@ async def test_metadata_without_an_end(kind: str) -> None:
         loader()._checked(data)
     assert time.thread_time() - begun < 0.5
     assert (caught.value.status, caught.value.code) == (400, "invalid_image")
-
-
-@pytest.mark.parametrize("part", ["_METADATA_READS", "_METADATA_BYTES", "MeteredFile", "_cost"])
-def test_who_decodes_is_as_careful_as_who_checks(part: str) -> None:
-    """Neither may import the other, so both have the same lines."""
-    ours, theirs = getattr(checking, part), getattr(decoding, part)
-    if isinstance(ours, int):
-        assert ours == theirs
-    else:
-        assert inspect.getsource(ours) == inspect.getsource(theirs)
 
 
 async def test_metadata_as_editors_write_it_is_read() -> None:
