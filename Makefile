@@ -33,8 +33,9 @@ serve: .venv/.serve
 
 # The fast ones first: what they find needs no waiting for the rest. One thread for each process, and for the
 # services that it starts: several pools of threads on the same cores wait for each other. What a file has
-# started serves all its tests, so files stay whole there.
+# started serves all its tests, so files stay whole there. Last, what threads share is tried with all of them.
 TESTS ?= tests
+WITH_THREADS := tests/server/worker/test_fused_steps.py tests/models/test_smollm2.py
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 PARALLEL := $(ONE_THREAD) $(BIN)/pytest --numprocesses auto
 test: .venv/.dev clients chromium $(DEPLOY)/.ready
@@ -42,6 +43,7 @@ test: .venv/.dev clients chromium $(DEPLOY)/.ready
 	$(PARALLEL) $(TESTS) -m "long and $(BARE)" $(UNLESS_NONE)
 	$(BIN)/llama-adapter pull smollm2-135m
 	PAGE_SCREENSHOTS=build/screenshots $(PARALLEL) --dist loadfile $(TESTS) -m "not ($(BARE))" $(UNLESS_NONE)
+	$(if $(filter tests,$(TESTS)),$(BIN)/pytest $(WITH_THREADS))
 	$(if $(filter tests,$(TESTS)),@$(MAKE) --no-print-directory test-paddle)
 
 # PaddleOCR's OpenCV excludes RapidOCR's, so its tests run in a place of their own.
