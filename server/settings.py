@@ -6,6 +6,7 @@ names with `__`), else from the default here. A bad value stops start-up with a 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -33,6 +34,16 @@ def _check_address(url: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_check_address)]  # of a worker or an expert
+
+
+def _check_origin(origin: str) -> str:
+    # Browsers send it so, and it is compared as text: any other spelling would never match.
+    if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+", origin):
+        raise PydanticCustomError("origin", "should be like https://app.example, in small letters, or *")
+    return origin
+
+
+Origin = Annotated[str, AfterValidator(_check_origin)]  # of a browser's page
 
 
 def default_cache_dir() -> Path:
@@ -115,7 +126,9 @@ class GatewaySettings(ImageLimits):
     max_n: int = Field(8, ge=1, description="choices in one request")
     max_prompts: int = Field(128, ge=1, description="prompts in one plain completion")
     page: bool = Field(True, description="serve a page at / to try the service on")
-    cors_origins: tuple[str, ...] = Field((), description="origins whose pages may call; empty: none")
+    cors_origins: tuple[Origin, ...] = Field(
+        (), description="origins whose pages may call, such as https://app.example, or *; empty: none"
+    )
     drain_seconds: float = Field(30.0, ge=0, description="what runs may take this long after SIGTERM")
     worker_poll_seconds: float = Field(1.0, gt=0, description="between two looks at a worker's readiness")
     worker_connect_seconds: float = Field(3.0, gt=0, description="to connect to a worker")

@@ -101,6 +101,15 @@ def test_an_address_without_its_scheme_stops_the_start(url: str) -> None:
         assert repr(url) in str(error.value)
 
 
+@pytest.mark.parametrize("origin", ["https://a.example/", "https://A.example", "a.example", "https://", ""])
+def test_an_origin_that_no_browser_sends_stops_the_start(origin: str) -> None:
+    good = ["https://a.example", "http://localhost:3000", "app://obsidian.md", "null", "*"]
+    assert load(GatewaySettings, {"cors_origins": good}).cors_origins == tuple(good)
+    with pytest.raises(StartupError, match=r"--cors-origin.*should be like https://app.example") as error:
+        load(GatewaySettings, {"cors_origins": [*good, origin]})
+    assert repr(origin) in str(error.value)
+
+
 def write_manifests(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).mkdir(parents=True)
