@@ -163,13 +163,17 @@ class Pipeline:
         Nothing is yielded before a worker has accepted every choice. Raises `ApiError` at whatever point
         something fails; closing the generator aborts every choice.
         """
-        async with (
-            self._limiter.spending(caller, job.estimated_tokens) as spending,
-            aclosing(self._events(job)) as events,
-        ):
-            async for index, event in events:
-                spending.see(index, event, counts_prompt=index % job.choices_per_prompt == 0)
-                yield index, event
+        try:
+            async with (
+                self._limiter.spending(caller, job.estimated_tokens) as spending,
+                aclosing(self._events(job)) as events,
+            ):
+                async for index, event in events:
+                    spending.see(index, event, counts_prompt=index % job.choices_per_prompt == 0)
+                    yield index, event
+        except InvalidRequest as error:
+            _tell_of_readings(error, job.reports or ())
+            raise
 
     async def _events(self, job: Job) -> AsyncGenerator[tuple[int, Event], None]:
         async with AsyncExitStack() as stack:
@@ -186,6 +190,16 @@ class Pipeline:
             async for index, event in rest:
                 observers[index].see(event)
                 yield index, event
+
+
+def _tell_of_readings(error: InvalidRequest, reports: Sequence[ExpertReport]) -> None:
+    """Whoever sent one line and a picture cannot know otherwise what made the prompt too long."""
+    read = sum(len(item.text) for item in context_items(reports))
+    if error.code == "context_length_exceeded" and read:
+        error.message += (
+            f" {read} characters of the prompt are what experts read in the images; name fewer in "
+            "`experts`, or none by []."
+        )
 
 
 def _estimate(prompt: Prompt) -> int:

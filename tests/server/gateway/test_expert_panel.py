@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from experts.contract import BadImage, ExpertError, Reading
+from server.errors import InvalidRequest
 from server.worker.messages import ContextItem
 from tests.server.gateway.scripted import Launch, ScriptedExpert, ScriptedWorker, Stack, picture
 from tests.server.gateway.test_image_loading import content, data_url
@@ -75,6 +76,23 @@ async def test_without_images_nobody_is_asked(launch: Launch, worker: ScriptedWo
     assert "experts" not in (await gateway.chat()).json()
     assert (await gateway.chat(experts=["ocr"])).json()["experts"] == []
     assert expert.seen == []
+
+
+async def test_a_prompt_that_readings_make_too_long_is_not_blamed_on_the_caller_alone(
+    launch: Launch, worker: ScriptedWorker
+) -> None:
+    said = "This model's maximum context length is 8 tokens: too long."
+    worker.refusal = InvalidRequest(said, param="messages", code="context_length_exceeded")
+    gateway = await launch(worker, experts={"ocr": ScriptedExpert("ocr", "x" * 4321)})
+    for stream in (False, True):
+        answer = await gateway.chat(messages=content(PICTURE), stream=stream)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+        assert error["message"].startswith(said)
+        assert "4321 characters" in error["message"]
+        assert "`experts`" in error["message"]
+    for fields in ({}, {"messages": content(PICTURE), "experts": []}):
+        assert (await gateway.chat(**fields)).json()["error"]["message"] == said
 
 
 async def test_every_image_is_read_and_told_apart(launch: Launch, worker: ScriptedWorker) -> None:
