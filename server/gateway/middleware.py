@@ -198,7 +198,10 @@ async def refuse_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path[:200]}"
     if error.status_code == 404:
-        refusal: ApiError = NotFound(f"There is no route {where}.")
+        refusal: ApiError = NotFound(
+            f"There is no route {where}. Of OpenAI's API this server has /v1/chat/completions, "
+            "/v1/completions and /v1/models; GET /openapi.json lists all of its routes."
+        )
     elif error.status_code == 405:
         refusal = MethodNotAllowed(f"{where}: this method is not allowed here.")
     else:

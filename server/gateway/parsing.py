@@ -10,6 +10,7 @@ from typing import TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from starlette.datastructures import Headers
 
 from server.errors import InvalidRequest, SlowBody, TooLarge, UnsupportedMedia
 from server.gateway.body import INCONSISTENT, Body
@@ -61,11 +62,7 @@ async def _read_in_time(request: Request, settings: GatewaySettings) -> bytes:
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise UnsupportedMedia(
-            f"The body must be JSON; send `Content-Type: application/json`, not {kind[:100]!r}."
-        )
+    _refuse_media(request.headers)
     too_large = TooLarge(f"The body is over {max_bytes} bytes; send less, or images as URLs.")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > max_bytes:
@@ -76,6 +73,20 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise too_large
     return bytes(body)
+
+
+def _refuse_media(headers: Headers) -> None:
+    """Raise `UnsupportedMedia` for what is not plain JSON."""
+    kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise UnsupportedMedia(
+            f"The body must be JSON; send `Content-Type: application/json`, not {kind[:100]!r}."
+        )
+    coding = headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        raise UnsupportedMedia(
+            f"The body must not be compressed; send it without `Content-Encoding: {coding[:100]}`."
+        )
 
 
 def _refuse_crowded(raw: bytes, most: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
 import logging
 import socket
@@ -62,6 +63,28 @@ async def test_errors_have_one_shape_on_every_route(launch: Launch, worker: Scri
     for path in ("/v1", "/v1/nothing", "/docs", "/redoc", "/v1/chat/completions/%ff%00"):
         assert_error(await http.get(path), 404, "not_found")
     assert_error(await http.get("/v1/models/nothing"), 404, "model_not_found")
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/chat/completions"])
+async def test_a_route_of_openais_that_is_not_here_tells_which_are(gateway: Stack, path: str) -> None:
+    error = assert_error(
+        await gateway.http.post(path, json={"model": "base", "input": "Hi"}), 404, "not_found"
+    )
+    assert f"POST {path}" in error["message"]
+    assert "/v1/chat/completions" in error["message"]
+
+
+async def test_a_compressed_body_is_told_from_a_damaged_one(gateway: Stack, worker: ScriptedWorker) -> None:
+    body = json.dumps({"model": "base", "prompt": "Hi"}).encode()
+    headers = {"content-type": "application/json"}
+    for coding, sent in (("gzip", gzip.compress(body)), ("BR", b"x"), ("gzip, identity", b"x")):
+        answer = await gateway.http.post(
+            "/v1/completions", content=sent, headers=headers | {"content-encoding": coding}
+        )
+        assert coding.lower() in assert_error(answer, 415, "unsupported_media_type")["message"]
+    assert worker.requests == []
+    plain = headers | {"content-encoding": "identity"}
+    assert (await gateway.http.post("/v1/completions", content=body, headers=plain)).status_code == 200
 
 
 async def test_our_own_bug_is_a_500_that_tells_nothing(
