@@ -53,7 +53,7 @@ class _Generation(Body):
     max_tokens: Count | None = None
     min_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -99,10 +99,13 @@ class _Generation(Body):
             )
             if (value := getattr(self, name)) is not None
         }  # fmt: skip
+        top_k = max(self.top_k or 0, 0)
+        if self.top_p == 0:  # no probability at all holds the likeliest token still
+            given["top_p"], top_k = 1.0, 1
         return SamplingParams(
             **given,
             max_tokens=self.limit,
-            top_k=max(self.top_k or 0, 0),
+            top_k=top_k,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -126,7 +129,8 @@ class RefusalPart(Body):
 
 class ImageUrl(Body):
     url: str = Field(min_length=1)
-    detail: Literal["auto", "low", "high"] | None = None  # experts and encoders choose their own size
+    # Has no effect: experts and encoders choose their own size.
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class ImagePart(Body):
@@ -209,6 +213,7 @@ class ChatRequest(_Generation):
         "modalities": (None, ["text"]),
         "audio": (None,),
         "web_search_options": (None,),
+        "moderation": (None,),
         "best_of": (None, 1),
     }
 

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsStreaming as CompletionParams
 
 from server.errors import ApiError
 from server.gateway.app import create_app
@@ -69,6 +71,16 @@ def test_every_field(schema: type[Body]) -> None:
     source = "".join(SOURCES.values())
     for name in set(schema.model_fields) - UNREAD:
         assert re.search(rf"\.{name}\b|\"{name}\",", source), f"{name} is accepted and never read"
+
+
+@pytest.mark.parametrize(
+    ("schema", "params"), [(ChatRequest, ChatParams), (CompletionRequest, CompletionParams)]
+)
+def test_every_parameter_of_the_stock_client(schema: type[Body], params: type) -> None:
+    """None of them is forgotten: what is neither honoured nor refused is said to have no effect."""
+    unread = params.__annotations__.keys() - schema.model_fields.keys() - schema.UNSUPPORTED.keys()
+    silent = REFERENCE[REFERENCE.index("none has an effect here") :].partition("\n")[0]
+    assert {name for name in unread if f"`{name}`" not in silent} == set()
 
 
 def test_every_error_code() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types.chat.chat_completion_content_part_image_param import ImageURL
 
 from server.errors import InvalidRequest
 from server.gateway.body import Body
@@ -70,7 +71,7 @@ def image(url: Any) -> dict[str, Any]:
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "0.5"}, "temperature"),
         ({"temperature": True}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"min_p": 1.5}, "min_p"),
         ({"seed": 2**63}, "seed"),
@@ -129,6 +130,11 @@ def image(url: Any) -> dict[str, Any]:
             "response_format.json_schema.schema",
         ),
         ({"modalities": ["audio"]}, "modalities"),
+        ({"moderation": {"model": "m", "policy": {"input": {"mode": "block"}}}}, "moderation"),
+        (
+            {"messages": [{"role": "user", "content": [image({"url": "x", "detail": "huge"})]}]},
+            "messages[0].content[0].image_url.detail",
+        ),
         ({"best_of": 4}, "best_of"),
     ],
 )  # fmt: skip
@@ -157,6 +163,18 @@ def test_a_mistake_names_its_field(fields: dict[str, Any], param: str) -> None:
 )
 def test_what_asks_for_nothing_special_is_accepted(fields: dict[str, Any]) -> None:
     chat(**fields)
+
+
+@pytest.mark.parametrize("top_k", [None, -1, 0, 1, 40])
+def test_a_top_p_of_0_leaves_the_likeliest_token(top_k: int | None) -> None:
+    sampling = chat(top_p=0, top_k=top_k).sampling()
+    assert (sampling.top_p, sampling.top_k) == (1.0, 1)
+
+
+@pytest.mark.parametrize("detail", get_args(get_type_hints(ImageURL)["detail"]))
+def test_every_detail_that_the_stock_client_knows_is_accepted(detail: str) -> None:
+    part = image({"url": "https://a.example/b.png", "detail": detail})
+    assert chat(messages=[{"role": "user", "content": [part]}]).image_urls
 
 
 @pytest.mark.parametrize(
