@@ -21,7 +21,9 @@ from server.worker.messages import SamplingParams
 # Rows that cut off their tail (top-k, top-p) sort this many candidates first, and the whole
 # vocabulary only where these do not hold enough probability.
 CANDIDATES = 512
-_COLDEST = torch.finfo(torch.float32).tiny  # a lower temperature would be 0, and 0 / 0 no probability
+# What is less may be 0 in float32: 0 / 0 for a temperature, and for top-p no token at all.
+_LEAST = torch.finfo(torch.float32).tiny
+_MOST = torch.finfo(torch.float32).max
 
 
 @dataclass(slots=True)
@@ -80,7 +82,7 @@ class SamplerState:
             penalised_V = torch.where(
                 logits_V > 0, logits_V / p.repetition_penalty, logits_V * p.repetition_penalty
             )
-            torch.where(seen_V, penalised_V, logits_V, out=logits_V)
+            torch.where(seen_V, penalised_V.clamp(max=_MOST), logits_V, out=logits_V)
             logits_V -= p.frequency_penalty * counts_V + p.presence_penalty * (counts_V > 0)
         if self._bias is not None:
             ids, values = (upload(x, logits_V.device) for x in self._bias)
@@ -176,7 +178,7 @@ def _draw(logits_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return upload(values, logits_MV.device)[:, None]
 
-    temperature_M1 = column([max(state.params.temperature, _COLDEST) for state in states])
+    temperature_M1 = column([max(state.params.temperature, _LEAST) for state in states])
     uniform_M1 = column([state.random.random() for state in states])
     min_p_M1 = column([state.params.min_p for state in states])
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
@@ -191,7 +193,7 @@ def _draw(logits_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
         whole = upload(sorted({*range(len(states))} - {*cut}), logits_MV.device)
         tokens_M[whole] = _invert(_at_least(probs_MV[whole], min_p_M1[whole]), uniform_M1[whole])
     top_k_M1 = column([float(states[m].params.top_k or probs_MV.shape[-1]) for m in cut])
-    top_p_M1 = column([states[m].params.top_p for m in cut])
+    top_p_M1 = column([max(states[m].params.top_p, _LEAST) for m in cut])
     rows = upload(cut, logits_MV.device)
     cut_MV, uniform_M1, min_p_M1 = probs_MV[rows], uniform_M1[rows], min_p_M1[rows]
     may_lack = any(not 0 < states[m].params.top_k <= CANDIDATES for m in cut)
@@ -229,7 +231,9 @@ def _draw_cut(
     tokens_M = draw(probs_MW, ids_MW, slice(None))
     if not may_lack:
         return tokens_M
-    lacking_M = ((probs_MW.sum(-1, keepdim=True) < top_p_M1) & (top_k_M1 > W)).flatten()
+    # Top-p is of the sum of the k best, which must all be there.
+    enough_M1 = (top_k_M1 <= W) | ((top_k_M1 >= V) & (probs_MW.sum(-1, keepdim=True) >= top_p_M1))
+    lacking_M = ~enough_M1.flatten()
     if lacking_M.any():
         tokens_M[lacking_M] = draw(*probs_MV[lacking_M].sort(-1, descending=True), lacking_M)
     return tokens_M

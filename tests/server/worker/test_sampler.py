@@ -70,6 +70,28 @@ def test_the_lowest_temperatures_take_the_best(temperature: float) -> None:
     assert tokens == [int(logits_V.argmax())] * 2
 
 
+@pytest.mark.parametrize("top_p", [1e-30, 1e-46, 5e-324])
+def test_the_lowest_top_p_takes_the_best(top_p: float) -> None:
+    logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2))
+    tokens, _ = sample(logits_V.repeat(5, 1), [state(seed, top_p=top_p) for seed in range(5)])
+    assert tokens == [int(logits_V.argmax())] * 5
+
+
+def test_top_p_is_of_the_k_best_however_many_they_are() -> None:
+    cut = {"top_k": CANDIDATES + 100, "top_p": 0.5}
+    logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)) * 0.3
+    wanted = plainly(logits_V, SamplingParams(**cut))
+    tokens, _ = sample(logits_V.repeat(8000, 1), [state(seed, **cut) for seed in range(8000)])
+    assert set(tokens) == wanted.keys()
+
+
+def test_the_lowest_repetition_penalty_repeats() -> None:
+    logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2))
+    logits_V[0] = 1.0  # of the prompt
+    for changes in ({}, {"top_p": 0.5}, {"temperature": 0}):
+        assert sample(logits_V[None].clone(), [state(0, repetition_penalty=1e-46, **changes)]) == ([0], [True])
+
+
 def plainly(logits_V: torch.Tensor, params: SamplingParams) -> dict[int, float]:
     """The probabilities after temperature, top-k, top-p and min-p, token by token."""
     probs = (logits_V.double() / params.temperature).softmax(-1).tolist()
