@@ -29,7 +29,7 @@ from server.worker.messages import (
     TokenPrompt,
 )
 from server.worker.request import Prepared
-from server.worker.scheduler import SequenceRejected
+from server.worker.scheduler import SequenceRejected, SequenceTooLong
 from server.worker.sight import ImageInput, LoadedAdapter
 
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
@@ -89,11 +89,13 @@ class Frontend:
         params = request.sampling
         room = self._room.max_sequence_len - len(token_ids)
         max_tokens = max(room, 1) if params.max_tokens is None else params.max_tokens
+        param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
         try:
             self._room.check_fits(len(token_ids), max_tokens)
-        except SequenceRejected as error:
-            param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+        except SequenceTooLong as error:
             raise self._too_long(str(error), param) from None
+        except SequenceRejected as error:
+            raise InvalidRequest(f"{param}: {error}.", param=param) from None
         self._check_bias(params.logit_bias)
         return Prepared(
             request_id=request.request_id,

@@ -198,6 +198,14 @@ async def test_what_cannot_be_answered_is_refused_before_the_first_event(
     assert text_of(await collect(engine, chat("still here?")))
 
 
+async def test_an_empty_prompt_is_not_called_too_long(engine: NativeEngine):
+    """Clients shorten what they send where they read that code."""
+    for prompt in (TokenPrompt(()), TextPrompt("", add_special_tokens=False)):
+        with pytest.raises(InvalidRequest, match="prompt: .* at least one token") as refused:
+            await collect(engine, GenerateRequest("r", "tiny", prompt, SamplingParams(max_tokens=4)))
+        assert (refused.value.param, refused.value.code) == ("prompt", None)
+
+
 async def test_a_text_that_cannot_fit_is_not_rendered_first(folder: Path, tmp_path: Path):
     shutil.copytree(folder / "tiny", tmp_path / "tiny")
     (tmp_path / "tiny" / "chat_template.jinja").write_text("{{ raise_exception('it was rendered') }}")
