@@ -96,7 +96,8 @@ class NativeEngine(EngineBase):
 
         ended = False
         try:
-            await self._ask(add)
+            async with asyncio.timeout_at(deadline):
+                await self._ask(add)
             while not ended:
                 async with asyncio.timeout_at(deadline):
                     event = await events.get()

@@ -114,7 +114,8 @@ class EngineBase(ABC):
         self._requests += 1
         self._users[model.key] += 1
         try:
-            prepared = await self._prepare(lambda: self._frontend.prepare(model, request))
+            async with asyncio.timeout_at(deadline):
+                prepared = await self._prepare(lambda: self._frontend.prepare(model, request))
             yield Started(len(prepared.token_ids))
             async with aclosing(self._events(prepared, deadline)) as events:
                 async for event in events:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -249,6 +250,24 @@ async def test_the_deadline_ends_a_request(engine: NativeEngine):
     with pytest.raises(Timeout):
         await collect(engine, chat("go on", max_tokens=450, timeout_seconds=0.05))
     await settle(engine)
+
+
+@pytest.mark.parametrize("busy", ["preparing", "steps"])
+async def test_the_deadline_ends_a_request_that_waits_for_a_thread(engine: NativeEngine, busy: str):
+    go_on = threading.Event()
+    if busy == "preparing":
+        for _ in range(2):
+            engine._preparing.submit(go_on.wait, 10)
+    else:
+        engine._inbox.put(lambda: go_on.wait(10))
+    began = time.monotonic()
+    with pytest.raises(Timeout):
+        await collect(engine, chat("x", timeout_seconds=0.1))
+    assert time.monotonic() - began < 5
+    go_on.set()
+    assert text_of(await collect(engine, chat("x")))  # its id is free
+    await settle(engine)
+    engine._step_loop.check_integrity()
 
 
 async def test_a_full_engine_says_so(folder: Path):
