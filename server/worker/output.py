@@ -62,8 +62,11 @@ class OutputStream:
     All that it costs grows with the answer's length alone, however much is held back.
     """
 
-    def __init__(self, decoder: TextDecoder, stop: Sequence[str]) -> None:
+    def __init__(self, decoder: TextDecoder, stop: Sequence[str], min_tokens: int = 0) -> None:
+        """The text of the first `min_tokens` tokens is shown whatever it is."""
         self._decoder = decoder
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
         self._stops = [_Stop(text) for text in stop if text]
         self._held = ""
         self._num_shown = 0  # characters
@@ -72,6 +75,7 @@ class OutputStream:
 
     def push(self, token_id: int, logprob: TokenLogprob | None = None) -> Delta | None:
         """The next token. None where there is nothing to show yet; sets `stopped` on a stop string."""
+        self._num_tokens += 1
         self._pending.append(_Pending(self._num_shown + len(self._held), token_id, logprob))
         cut = self._read(self._decoder.push([token_id]))
         if cut is not None:
@@ -90,6 +94,8 @@ class OutputStream:
         """Hold more text; where in what is held a stop string begins, the first one."""
         before = len(self._held)
         self._held += text
+        if self._num_tokens <= self._min_tokens:
+            return None
         ends = [(stop.find(text), stop) for stop in self._stops]
         return min((before + end - len(stop.text) for end, stop in ends if end is not None), default=None)
 

@@ -88,7 +88,8 @@ class StepLoop:
         vocab_size, prompt_ids = self.runner.base.config.vocab_size, prepared.token_ids
         sampler = SamplerState(params, vocab_size, self._eos_ids, prompt_ids, prepared.grammar)
         decoder = IncrementalDecoder(self._tokenizer, continuation=prepared.continues_text)
-        request = ActiveRequest(prepared, emit, seq, sampler, OutputStream(decoder, prepared.stop))
+        output = OutputStream(decoder, prepared.stop, params.min_tokens)
+        request = ActiveRequest(prepared, emit, seq, sampler, output)
         self._queue(prepared, seq)
         self._requests[prepared.request_id] = request
 

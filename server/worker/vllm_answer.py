@@ -43,7 +43,7 @@ class Answer:
         self._prepared = prepared
         self._tokenizer = tokenizer
         decoder = IncrementalDecoder(tokenizer, continuation=prepared.continues_text)
-        self._output = OutputStream(decoder, prepared.stop)
+        self._output = OutputStream(decoder, prepared.stop, prepared.sampling.min_tokens)
         self._generated = 0
         self._events: list[Event] = []
         grammar = prepared.sampling.grammar

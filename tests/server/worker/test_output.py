@@ -94,6 +94,24 @@ def test_when_text_is_shown(pieces: list[str], stop: list[str], expected: list[s
     assert [delta.text for delta in deltas if delta.text] == expected
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "expected", "ended"),
+    [(0, "", True), (1, "a", True), (2, "ab", True), (3, "aba", True), (4, "abab", False), (9, "abab", False)],
+)
+def test_no_stop_string_ends_the_first_tokens(min_tokens: int, expected: str, ended: bool) -> None:
+    """Nor one that begins in them."""
+    output = OutputStream(Decoder([b"a", b"b"] * 2), ["ab", "b"], min_tokens)
+    deltas = []
+    for id in range(4):
+        deltas.append(output.push(id))
+        if output.stopped:
+            break
+    else:
+        deltas.append(output.finish())
+    assert "".join(delta.text for delta in deltas if delta) == expected
+    assert output.stopped is ended
+
+
 def test_a_character_comes_whole() -> None:
     raw = "a😀b".encode()
     deltas, _ = shown([raw[:2], raw[2:4], raw[4:]], [])

@@ -30,6 +30,7 @@ from server.worker.messages import (
     PromptScored,
     SamplingParams,
     Scheduled,
+    Usage,
     join_scores,
 )
 from server.worker.pace import Pace
@@ -266,6 +267,17 @@ def test_tokens_equal_those_of_the_request_alone(name: str, pool: str):
     assert stats.running == stats.waiting == 0
     assert (stats.preemptions > 0) == ("preempting" in pool)
     assert (stats.prefix_cache_hits > 0) == (pool != "no prefix cache")
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_neither_an_end_token_nor_a_stop_string_ends_the_first_tokens(overlap: bool):
+    deployment = Deployment()
+    for token, stop in ((1, ()), (50, (chr(50),))):
+        params = SamplingParams(temperature=0, min_tokens=3, logit_bias={token: 100.0})
+        request = deployment.request(0, random.Random(0), sampling=params, stop=stop, max_tokens=9)
+        events = run(deployment.loop(overlap=overlap), [request])["0"]
+        assert len(tokens_of(events)) == 3
+        assert events[-1] == Finished("stop", Usage(len(request.token_ids), 4))
 
 
 def test_an_image_is_encoded_once():
