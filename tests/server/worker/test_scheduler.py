@@ -2,7 +2,8 @@
 
 The simulated model keeps, per slot of the KV cache, what was written there: the cache key and all
 tokens up to that position. A step first writes, then reads every position before and in the step, so
-that any wrong block, stale prefix or double use shows as a difference.
+that any wrong block, stale prefix or double use shows as a difference. Like a device it may know tokens
+that the scheduler has not been told yet.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from server.worker.blocks import BlockManager
+from server.worker.pace import Pace
 from server.worker.scheduler import Batch, Scheduler, SequenceRejected, SequenceTooLong
-from server.worker.sequence import Sequence, SequenceStatus
+from server.worker.sequence import UNKNOWN, Sequence, SequenceStatus
 
 EOS = 0
 VOCABULARY = 12
@@ -31,9 +33,13 @@ class SimulatedModel:
         self.block_size = block_size
         self.slots: dict[int, tuple[Hashable, tuple[int, ...]]] = {}
         self.identity: dict[Sequence, Hashable] = {}  # what a sequence's keys and values depend on
+        self.unread: dict[Sequence, int] = {}  # what stands in the place of an `UNKNOWN`
+
+    def tokens(self, seq: Sequence) -> list[int]:
+        return [*seq.token_ids[:-1], self.unread[seq]] if seq in self.unread else seq.token_ids
 
     def next_token(self, seq: Sequence) -> int:
-        return zlib.crc32(repr((self.identity[seq], seq.token_ids)).encode()) % VOCABULARY
+        return zlib.crc32(repr((self.identity[seq], self.tokens(seq))).encode()) % VOCABULARY
 
     def run(self, batch: Batch) -> dict[str, int]:
         written: set[int] = set()
@@ -52,7 +58,7 @@ class SimulatedModel:
         return seq.block_table[position // self.block_size] * self.block_size + position % self.block_size
 
     def _context(self, seq: Sequence, position: int) -> tuple[Hashable, tuple[int, ...]]:
-        return self.identity[seq], tuple(seq.token_ids[: position + 1])
+        return self.identity[seq], tuple(self.tokens(seq)[: position + 1])
 
 
 def scheduler(
@@ -65,6 +71,7 @@ def scheduler(
     max_model_len: int = 1000,
     max_prefill_chunk: int | None = None,
     max_adapters: int | None = None,
+    pace: Pace | None = None,
 ) -> Scheduler:
     return Scheduler(
         BlockManager(num_blocks, block_size, caching),
@@ -73,6 +80,7 @@ def scheduler(
         max_model_len=max_model_len,
         max_prefill_chunk=max_prefill_chunk,
         max_adapters=max_adapters,
+        pace=pace,
     )
 
 
@@ -85,9 +93,9 @@ def plan(batch: Batch) -> list[tuple[str, int, int, bool]]:
     return [(item.seq.request_id, item.start, item.num_tokens, item.samples) for item in batch.sequences]
 
 
-def step(sched: Scheduler, token: int = 1) -> list[tuple[str, int, int, bool]]:
+def step(sched: Scheduler, token: int = 1, spent: float = 0.0) -> list[tuple[str, int, int, bool]]:
     """One step that samples `token` everywhere; ends what is complete."""
-    batch = sched.schedule()
+    batch = sched.schedule(spent)
     planned = plan(batch)
     sched.postprocess(batch, {item.seq.request_id: token for item in batch.sequences if item.samples})
     for item in batch.sequences:
@@ -145,6 +153,40 @@ def test_max_prefill_chunk_bounds_steps_that_decode_and_only_those() -> None:
     sched.add(sequence("c", 5))
     assert step(sched) == [("a", 8, 1, True), ("b", 0, 3, False)]
     assert step(sched) == [("a", 9, 1, True), ("b", 3, 2, True), ("c", 0, 1, False)]
+
+
+def test_the_pace_bounds_steps_that_decode_and_only_those() -> None:
+    pace = Pace(stretch=2, least=2)
+    pace.observe(1, 0, 0.010)
+    pace.observe(0, 100, 0.100)  # 1 ms a token: ten beside a decode
+    sched = scheduler(max_num_batched_tokens=32, pace=pace)
+    sched.add(sequence("a", 20, max_tokens=9))
+    assert step(sched) == [("a", 0, 20, True)]
+    sched.add(sequence("b", 40))
+    assert step(sched) == [("a", 20, 1, True), ("b", 0, 10, False)]
+    assert step(sched, spent=0.0055) == [("a", 21, 1, True), ("b", 10, 4, False)]
+    assert step(sched, spent=1.0) == [("a", 22, 1, True), ("b", 14, 2, False)]
+    sched.abort("a")
+    assert step(sched) == [("b", 16, 24, True)]
+
+
+def test_what_was_preempted_with_an_unread_token_waits_until_it_is_read() -> None:
+    """Its tokens are to be computed again, and a chunk has no place for one that only the device knows."""
+    sched = scheduler(num_blocks=5, block_size=2, caching=False)
+    old, young = sequence("old", 3, 5), sequence("young", 3, 5)
+    for seq in (old, young):
+        sched.add(seq)
+    for _ in range(2):  # until each lacks a block for its next token, and there is one
+        step(sched)
+    old.token_ids[-1] = young.token_ids[-1] = UNKNOWN
+    batch = sched.schedule()
+    assert plan(batch) == [("old", 4, 1, True)]
+    old.token_ids[-1] = 7
+    sched.postprocess(batch, {"old": UNKNOWN})
+    sched.abort("old")
+    assert sched.schedule().sequences == ()
+    young.token_ids[-1] = 7
+    assert step(sched) == [("young", 0, 5, True)]
 
 
 def test_adapters_take_turns_and_keep_order_within() -> None:
@@ -405,7 +447,10 @@ def test_running_decodes_never_wait_for_prompts(
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random requests, aborts, failures and forgetting on tiny pools, checked by the simulated model."""
+    """Random requests, aborts, failures and forgetting on tiny pools, checked by the simulated model.
+
+    A step's tokens are told with its end, or read when the next step runs already.
+    """
 
     @initialize(
         num_blocks=st.integers(4, 12),
@@ -467,14 +512,14 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.sched.add(seq)
                 self.live[name] = seq
 
-    @rule(halves=st.integers(1, 20))
-    def steps(self, halves: int) -> None:
+    @rule(halves=st.integers(1, 20), ahead=st.booleans())
+    def steps(self, halves: int, ahead: bool) -> None:
         """Half a step plans and runs, or takes the result: whatever comes next may come in between."""
         for _ in range(halves):
             if self.pending is None:
                 self.begin()
             else:
-                self.end()
+                self.end(ahead)
             self.sched.check_integrity()
 
     def begin(self) -> None:
@@ -483,22 +528,37 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.check_batch(batch, had_work)
         self.pending = batch, self.model.run(batch)
 
-    def end(self) -> None:
+    def end(self, ahead: bool) -> None:
         assert self.pending is not None
         batch, tokens = self.pending
         self.pending = None
-        self.sched.postprocess(batch, tokens)
+        self.read()
+        self.sched.postprocess(batch, dict.fromkeys(tokens, UNKNOWN) if ahead else tokens)
         for item in batch.sequences:
-            seq = item.seq
-            if seq.request_id not in self.live:
+            if self.live.get(item.seq.request_id) is not item.seq:
                 continue
-            if seq.is_complete or (item.samples and seq.token_ids[-1] == EOS):
-                self.sched.finish(seq.request_id)
-                self.ended.append(self.live.pop(seq.request_id))
+            if ahead and item.samples:
+                self.model.unread[item.seq] = tokens[item.seq.request_id]
+            elif item.seq.is_complete or (item.samples and item.seq.token_ids[-1] == EOS):
+                self.finish(item.seq)
+
+    def read(self) -> None:
+        """What the step before has left unread; whoever ends with it may be in the next step already."""
+        unread, self.model.unread = self.model.unread, {}
+        for seq, token in unread.items():
+            assert seq.token_ids[-1] == UNKNOWN
+            seq.token_ids[-1] = token
+            if self.live.get(seq.request_id) is seq and (token == EOS or seq.has_all_tokens):
+                self.finish(seq)
+
+    def finish(self, seq: Sequence) -> None:
+        self.sched.finish(seq.request_id)
+        self.ended.append(self.live.pop(seq.request_id))
 
     @rule()
     def fail(self) -> None:
         if self.pending is not None:
+            self.read()
             self.sched.discard(self.pending[0])
             self.pending = None
 
@@ -516,7 +576,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_batch(self, batch: Batch, had_work: bool) -> None:
         sched, items = self.sched, batch.sequences
-        assert bool(items) == had_work, "there is work, but nothing moves"
+        assert bool(items) <= had_work
+        assert items or not had_work or self.model.unread, "there is work, but nothing moves"
         assert batch.num_tokens <= sched.max_num_batched_tokens
         assert len(items) <= sched.max_num_seqs
         assert len({item.seq.request_id for item in items}) == len(items)
@@ -532,6 +593,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert item.start == item.seq.num_computed_tokens
             at_end = item.start + item.num_tokens == len(item.seq)
             assert item.samples == (at_end and item.seq.max_tokens > 0)
+            assert not (at_end and item.seq.waits_to_be_read) or item.num_tokens == 1, "an unread prompt"
 
     @invariant()
     def nothing_is_lost(self) -> None:
@@ -543,7 +605,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "sched"):
             return
         enough = sum(2 * (len(seq) + seq.max_tokens) for seq in self.live.values()) + 1
-        self.steps(2 * enough + (self.pending is not None))
+        event(f"tokens unread: {bool(self.model.unread)}")
+        self.steps(2 * (enough + bool(self.model.unread)) + (self.pending is not None), ahead=False)
         assert not self.sched.has_work, "a request starves"
         event(f"preempted: {self.sched.num_preemptions > 0}")
         event(f"found in the cache: {self.sched.blocks.stats.prefix_hits > 0}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Generator
 from dataclasses import replace
 
@@ -644,6 +645,48 @@ def test_tokens_that_cannot_be_read_end_their_requests_only(
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_a_step_begins_when_the_one_before_it_is_done(monkeypatch: pytest.MonkeyPatch):
+    """It is given to the device while that computes another; only the device takes time here."""
+    deployment, pace = Deployment(), Pace()
+    loop = deployment.loop(overlap=True, pace=pace)
+    now = 0.0
+
+    def read(choice: Choice, read=Choice.read) -> tuple[list[int], list[bool]]:
+        nonlocal now
+        now += 1.0
+        return read(choice)
+
+    monkeypatch.setattr(Choice, "read", read)
+    monkeypatch.setattr("server.worker.step_loop.time.perf_counter", lambda: now)
+    told: list[tuple[int, int, float]] = []
+    pace.observe = lambda *step: told.append(step)  # type: ignore[method-assign]
+    sampling = SamplingParams(temperature=0, ignore_eos=True)
+    request = deployment.request(0, random.Random(0), adapter=None, sampling=sampling, max_tokens=5)
+    run(loop, [request])
+    told = [step for step in told if step[:2] != (0, 0)]  # where tokens are read and nothing is computed
+    assert told == [(0, len(request.token_ids), 1.0)] + [(1, 0, 1.0)] * 4
+
+
+def test_time_that_images_take_is_taken_off_the_prompts(monkeypatch: pytest.MonkeyPatch):
+    """Else a step would be as long as both may be."""
+    deployment, pace = Deployment(), Pace(stretch=1.0)
+    loop = deployment.loop(pace=pace)
+    pace.observe(1, 0, 0.001)
+    loop.add(deployment.request(0, random.Random(0), adapter=None, max_tokens=6), lambda event: None)
+    loop.step()
+    told: list[float] = []
+
+    def prompt_tokens(num_decodes: int, spent: float) -> int:
+        told.append(spent)
+        return 1
+
+    monkeypatch.setattr(pace, "prompt_tokens", prompt_tokens)
+    monkeypatch.setattr(loop, "_encode_images", lambda: time.sleep(0.02))
+    loop.step()
+    assert len(told) == 1
+    assert told[0] >= 0.02
+
+
 @pytest.mark.parametrize("stops", [False, True], ids=["leaves", "ends"])
 def test_who_ends_while_a_token_is_unread_leaves_nothing(stops: bool):
     """The next step may be an hour from now; that hour is no step's time."""
@@ -832,6 +875,30 @@ def test_prompt_logprobs_are_those_of_the_plain_pass(budget: int, overlap: bool)
         if first:
             assert first[0].logprob == pytest.approx(logprobs[-1].max().item(), abs=1e-5)
             assert len(first[0].top) == 3
+
+
+def test_a_prompt_that_is_preempted_halfway_is_scored_once():
+    """Computed again from its beginning, it tells the rest of its scores alone."""
+    deployment = Deployment()
+    loop = deployment.loop(num_blocks=8, budget=6, seqs=2)
+    tokens = random.Random(0).choices(range(2, 97), k=28)
+    plain = deployment.request(0, random.Random(0), adapter=None)
+    grows = replace(
+        plain,
+        token_ids=tokens[:4],
+        max_tokens=12,
+        sampling=SamplingParams(temperature=0, ignore_eos=True),
+    )
+    scores = SamplingParams(temperature=0, prompt_logprobs=1)
+    scored = replace(plain, request_id="1", token_ids=tokens[4:], max_tokens=0, sampling=scores)
+    events = run(loop, [grows, scored])
+    assert loop.stats().preemptions == 1
+    assert len(scores_of(events["1"])) > 2
+    told = join_scores(scores_of(events["1"])).logprobs
+    assert [item.token_id for item in told] == scored.token_ids
+    logprobs = deployment.logits(scored, scored.token_ids).log_softmax(-1)
+    wanted = [logprobs[i, token].item() for i, token in enumerate(scored.token_ids[1:])]
+    assert [item.logprob for item in told[1:]] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_bfloat16_batches_stay_near_the_plain_pass():
