@@ -153,3 +153,22 @@ def test_what_changes_logits_is_heeded(changes: dict[str, object]):
     expected = {"logit_bias": 9, "repetition_penalty": 2, "min_tokens": 9}[next(iter(changes))]
     assert sample(rows, [own])[0] == [expected]
     assert own.takes_best is ("min_tokens" in changes)
+
+
+def test_penalties_are_those_of_their_formulas():
+    """Repetition divides what is above zero and multiplies what is below, of prompt and answer alike. The
+    others are taken off the answer's own tokens: frequency for each time, presence once."""
+    params = SamplingParams(repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25)
+    own = SamplerState(params, 6, (5,), [0, 1])
+    for token in (1, 2, 2):
+        own.take(token)
+    row_V = torch.tensor([4.0, -4.0, 4.0, -4.0, 4.0, 0.0])
+    own.adjust(row_V)
+    assert row_V.tolist() == [2.0, -8.0 - 0.75, 2.0 - 1.25, -4.0, 4.0, 0.0]
+
+
+def test_an_answer_may_end_once_it_has_its_least_tokens():
+    own = greedy(min_tokens=2, logit_bias={9: 0.0})  # with a bias none is simply the best
+    rows = torch.zeros(1, VOCAB)
+    rows[0, 2], rows[0, 9] = 3.0, 2.0
+    assert [sample(rows.clone(), [own])[0][0] for _ in range(3)] == [9, 9, 2]
