@@ -191,6 +191,16 @@ async def test_an_adapter_is_loaded_everywhere_or_nowhere(launch: Launch) -> Non
     assert "new" not in [info.id for info in good.models]
 
 
+async def test_a_new_version_that_one_refuses_takes_no_old_one_away(launch: Launch) -> None:
+    good, bad = ScriptedWorker(), ScriptedWorker(loading_refusal=InvalidRequest("no room", param="path"))
+    gateway = await launch(good, bad, admin_keys=("root",))
+    gateway.http.headers["authorization"] = "Bearer root"
+    assert_error(await gateway.http.post("/v1/adapters", json={"id": "alpaca", "path": "newer"}), 400)
+    for worker in (good, bad):
+        assert "alpaca" in [info.id for info in worker.models]
+    assert (await gateway.chat(model="alpaca")).status_code == 200
+
+
 async def test_models(gateway: Stack) -> None:
     body = (await gateway.http.get("/v1/models")).json()
     assert body["object"] == "list"

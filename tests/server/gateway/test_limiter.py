@@ -368,6 +368,18 @@ async def test_tokens_over_the_wire(launch: Launch) -> None:
     assert_limited(await gateway.chat(max_tokens=1))
 
 
+async def test_a_prompt_is_charged_once_for_all_its_choices(launch: Launch) -> None:
+    gateway = await launch(
+        ScriptedWorker(events=story("a", "b", "c", prompt_tokens=20)), key_tokens="1000/hour"
+    )
+    assert (await gateway.chat(n=3, max_tokens=5)).status_code == 200
+    prompts = {"model": "base", "prompt": [[1, 2], [3, 4]], "n": 2, "max_tokens": 5}
+    two = await gateway.http.post("/v1/completions", json=prompts)
+    assert (two.status_code, two.headers["x-ratelimit-remaining-tokens"]) == (200, str(1000 - 20 - 9))
+    left = (await gateway.chat(max_tokens=5)).headers["x-ratelimit-remaining-tokens"]
+    assert int(left) == 1000 - 20 - 9 - 2 * 20 - 12
+
+
 async def test_a_client_that_leaves_pays_for_what_it_got(launch: Launch, worker: ScriptedWorker) -> None:
     async def endless(_: GenerateRequest):
         yield Started(50)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest, NotFound, RateLimited, ServerFailure, Unavailable, model_not_found
+from server.gateway.clients.pool import Worker
 from server.gateway.clients.workers import _lines
-from server.worker.messages import Delta, Scheduled, Started
+from server.worker.messages import Delta, EngineStats, ModelInfo, Scheduled, Started
 from tests.server.gateway.scripted import (
     BASE,
     STATS,
@@ -56,6 +58,28 @@ async def test_requests_under_way_count_at_once(launch: Launch) -> None:
     go_on.set()
     await asyncio.gather(*running)
     assert max(len(worker.requests) for worker in workers) <= 4  # 1.25 times the mean, in whole requests
+
+
+async def test_a_poll_counts_our_own_requests_once() -> None:
+    """The worker reports them too, beside those that others have sent it."""
+
+    class Client:
+        url = "http://worker"
+
+        async def ready(self, _: float) -> bool:
+            return True
+
+        async def models(self, _: float) -> list[ModelInfo]:
+            return [BASE]
+
+        async def stats(self, _: float) -> EngineStats:
+            return replace(STATS, running=4, waiting=1)
+
+    worker = Worker(Client())  # type: ignore[arg-type]
+    with worker.counted(), worker.counted():
+        await worker.poll(1.0)
+        assert worker.load == 5
+    assert worker.load == 3
 
 
 async def test_requests_that_begin_alike_meet(launch: Launch) -> None:
