@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,45 @@ from server.worker.build import build_engine
 from server.worker.engine import NativeEngine
 from tests.server.gateway.scripted import serving, until
 
-STEP_SECONDS = 0.15  # a step of a large base; the tiny one's would be over before any message arrives
+STEP_SECONDS = 0.05  # else all answers would be over before any message arrives
+
+
+class Steps:
+    """Counts the sequences of each step; holds one, however long a message takes on a busy machine."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+        self._free, self._begun = threading.Event(), threading.Event()
+        self._free.set()
+        self.sizes: list[int] = []
+
+    def __call__(self, items: Any, *rest: Any) -> Any:
+        time.sleep(STEP_SECONDS)
+        self.sizes.append(len(items))
+        if not self._free.is_set():
+            self._begun.set()
+        assert self._free.wait(30)
+        return self._run(items, *rest)
+
+    async def hold(self) -> None:
+        """Returns once a step is under way that will not end."""
+        self._free.clear()
+        assert await asyncio.to_thread(self._begun.wait, 30)
+
+    def release(self) -> None:
+        self._begun.clear()
+        self._free.set()
 
 
 @dataclass
 class Stack:
     engine: NativeEngine
     http: httpx.AsyncClient
+    steps: Steps
+
+    async def told_to_abort(self, number: int = 1) -> None:
+        """So many requests, in the midst of a step."""
+        await until(lambda: self.engine._inbox.qsize() == number)
 
     @asynccontextmanager
     async def stream(self, text: str, **fields: Any) -> AsyncIterator[httpx.Response]:
@@ -53,61 +86,63 @@ async def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     write_tiny_base(tmp_path / "tiny")
     settings = WorkerSettings(base=str(tmp_path / "tiny"), dtype="float32", kv_cache_mib=1)
     engine = build_engine(settings)
-    run = engine._step_loop.runner.run
-
-    def slowly(*arguments: Any) -> Any:
-        time.sleep(STEP_SECONDS)
-        return run(*arguments)
-
-    monkeypatch.setattr(engine._step_loop.runner, "run", slowly)
+    steps = Steps(engine._step_loop.runner.run)
+    monkeypatch.setattr(engine._step_loop.runner, "run", steps)
     async with AsyncExitStack() as stack:
         worker = await stack.enter_async_context(serving(create_worker_app(engine, settings)))
         app = create_app(GatewaySettings(worker_urls=(worker,)), {})
         url = await stack.enter_async_context(serving(app))
         http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=30, trust_env=False))
-        yield Stack(engine, http)
+        yield Stack(engine, http, steps)
         engine._step_loop.check_integrity()
 
 
 async def test_a_stream_that_is_left_frees_its_blocks_within_one_step(stack: Stack) -> None:
     """Counted beside a stream that goes on, so that there are steps to count."""
-    stats = stack.engine.stats
+    stats, steps = stack.engine.stats, stack.steps
     async with stack.stream("stay"):
         alone = stats().kv_blocks_used
         async with stack.stream("leave " * 40):
             assert stats().running == 2
             assert stats().kv_blocks_used > alone + 5
-            left_at = stats().steps
-        await until(lambda: stats().running == 1)
+            await steps.hold()
+            held = len(steps.sizes)
+        await stack.told_to_abort()
+        steps.release()
+        await until(lambda: len(steps.sizes) >= held + 4)
         # The step that ran when the client left, whose blocks are still written to, and none after it.
-        assert stats().steps - left_at <= 1
-        assert stats().kv_blocks_used <= alone + 2  # the other has grown
-        await until(lambda: stats().steps >= left_at + 4)
+        assert steps.sizes[held - 1] == 2
+        assert set(steps.sizes[held:]) == {1}
         assert stats().running == 1
+        assert stats().kv_blocks_used <= alone + 5  # the other has grown
     await until(lambda: stats().kv_blocks_used == 0)
 
 
 async def test_a_waiting_client_that_leaves_costs_no_step(stack: Stack) -> None:
     """An answer in one piece: nothing is sent until the end, and still the client's leaving is seen."""
-    stats = stack.engine.stats
+    stats, steps = stack.engine.stats, stack.steps
     body = {"model": "tiny", "prompt": "tell " * 40, "max_tokens": 200, "ignore_eos": True}
     asking = asyncio.create_task(stack.http.post("/v1/completions", json=body))
     await until(lambda: stats().running == 1 and stats().steps > 2)
-    left_at = stats().steps
+    await steps.hold()
+    held = len(steps.sizes)
     asking.cancel()
+    await stack.told_to_abort()
+    steps.release()
     await until(lambda: stats().running == 0)
-    assert stats().steps - left_at <= 1
     assert stats().kv_blocks_used == 0
-    steps = stats().steps
     await asyncio.sleep(3 * STEP_SECONDS)
-    assert stats().steps == steps  # it rests
+    assert len(steps.sizes) == held  # it rests
 
 
 async def test_every_choice_of_a_request_ends_with_its_client(stack: Stack) -> None:
-    stats = stack.engine.stats
+    stats, steps = stack.engine.stats, stack.steps
     async with stack.stream("choose", n=4):
         await until(lambda: stats().running == 4)
-        left_at = stats().steps
+        await steps.hold()
+        held = len(steps.sizes)
+    await stack.told_to_abort(4)
+    steps.release()
     await until(lambda: stats().running == 0)
-    assert stats().steps - left_at <= 1
+    assert len(steps.sizes) == held
     assert stats().kv_blocks_used == 0

@@ -411,9 +411,10 @@ async def test_dead_engine_fails_liveness_and_readiness(tmp_path: Path) -> None:
 
 async def test_drain_finishes_what_runs_and_admits_nothing_new(tmp_path: Path) -> None:
     gate = asyncio.Event()
-    async with served(ScriptedEngine([Started(3), gate, FINISHED]), tmp_path) as worker:
+    engine = ScriptedEngine([Started(3), gate, FINISHED])
+    async with served(engine, tmp_path) as worker:
         running = asyncio.create_task(worker.client.post("/generate", content=body()))
-        await asyncio.sleep(0.1)
+        await asyncio.wait_for(engine.called.wait(), 5)
         worker.drain.ask()
         refused = await worker.client.post("/generate", content=body())
         assert refused.status_code == 503
@@ -429,10 +430,11 @@ async def test_drain_finishes_what_runs_and_admits_nothing_new(tmp_path: Path) -
 async def test_drain_past_its_deadline_ends_in_a_failed_line(tmp_path: Path) -> None:
     engine = ScriptedEngine([Started(3), asyncio.Event()])
     async with served(engine, tmp_path, drain_seconds=0.2) as worker:
-        running = asyncio.create_task(worker.client.post("/generate", content=body()))
-        await asyncio.sleep(0.1)
-        worker.drain.ask()
-        last = (await lines(await running))[-1]
+        async with worker.client.stream("POST", "/generate", content=body()) as response:
+            received = response.aiter_lines()
+            assert EVENT.validate_json(await anext(received)) == Started(3)
+            worker.drain.ask()
+            [last] = [EVENT.validate_json(line) async for line in received]
         assert isinstance(last, Failed)
         assert last.status == 503
         assert engine.closed.is_set()
