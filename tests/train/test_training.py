@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_files import text_recipe, write_recipe
+from train_files import text_recipe, write_lines, write_recipe
 
 from models.checkpoints.manifest import read_manifest
 from models.checkpoints.native import load_unchecked
@@ -220,6 +220,43 @@ def test_lower_precision_learns_too(recipe: str, tmp_path: Path, dtype: str):
     losses = [line["held_out"]["instruct"] for line in read_log(tmp_path / "run") if "held_out" in line]
     assert losses[-1] < 0.97 * losses[0]
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run" / "adapter").values())
+
+
+def test_gradients_are_clipped_and_their_norm_is_told(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An optimizer that divides by their size would hide both."""
+    norms: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *rest: Any) -> Any:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(grads)))
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    for name, clip in (("plain", "null"), ("clipped", "0.001")):
+        train(recipe, [f"output={tmp_path / name}", "optimizer.max_steps=3", f"optimizer.clip={clip}"])
+    plain, clipped = (
+        [line["gradient_norm"] for line in read_log(tmp_path / name) if "loss" in line]
+        for name in ("plain", "clipped")
+    )
+    assert min(plain + clipped) > 0.002
+    assert norms == pytest.approx(plain + [0.001] * 3, rel=1e-3)
+
+
+def test_a_gradient_is_of_the_mean_over_its_targets(tiny: Path, tmp_path: Path):
+    """Of the same row so many times as of it once."""
+    row = {"instruction": "Say it.", "input": "", "output": "copper"}
+    rows = write_lines(tmp_path / "same.jsonl", [row] * 8)
+    recipe = write_recipe(tmp_path / "r.yaml", text_recipe(tiny, tmp_path / "run", rows))
+    told = []
+    for size in (1, 8):
+        own = [f"output={tmp_path / str(size)}", f"optimizer.batch_size={size}", "optimizer.max_steps=1"]
+        train(recipe, [*own, "data.instruct.holdout=0"])
+        told.append(next(line for line in read_log(tmp_path / str(size)) if "loss" in line))
+    once, often = ((line["loss"], line["gradient_norm"]) for line in told)
+    assert often == pytest.approx(once, rel=1e-4)
 
 
 def test_nothing_to_hold_out_and_no_prompts(recipe: str, tmp_path: Path):
