@@ -52,7 +52,7 @@ test-paddle: .venv-paddle/.ready
 
 # vLLM pins half of Python's packages, so its tests run in a place of their own. One thread, and one process
 # where they do not ask for more. Then what clients and operators are promised of any engine.
-OF_ANY_ENGINE := tests/clients tests/server/test_constrained_answers.py tests/server/test_disconnects.py
+OF_ANY_ENGINE := tests/clients tests/server/test_constrained_answers.py
 test-vllm: .venv/.dev $(VLLM)/.ready
 	$(VLLM)/bin/llama-adapter pull smollm2-135m
 	$(ONE_THREAD) $(VLLM)/bin/pytest --numprocesses auto --dist loadfile --confcutdir tests/vllm \
