@@ -20,7 +20,6 @@ from models.vision.preprocess import Color, center_crop, to_pixels
 
 NAME = "efficientnet-lite0"
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-NUM_CLASSES = 1000
 
 # The model was trained on the central 224 of 256 and on (x - 127) / 128 of 8-bit values.
 IMAGE_SIZE = 224

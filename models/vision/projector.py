@@ -142,13 +142,6 @@ def build_projector(config: VisionConfig, dims: FeatureDims, hidden_size: int) -
             return QueryBlocks(config, hidden_size)
 
 
-def projector_shapes(config: VisionConfig, dims: FeatureDims, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in the projector's state dict, without allocating one."""
-    with torch.device("meta"):
-        projector = build_projector(config, dims, hidden_size)
-    return {key: tuple(tensor.shape) for key, tensor in projector.state_dict().items()}
-
-
 def _check(config: VisionConfig) -> None:
     if config.projector == "query_blocks":
         if config.num_blocks < 1 or config.num_heads < 1 or config.hidden_size % config.num_heads:

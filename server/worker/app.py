@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from server.errors import ApiError, InvalidRequest, ServerFailure, TooLarge, Unavailable, from_wire
+from server.metrics import CONTENT_TYPE
 from server.serving import Drain
 from server.settings import WorkerSettings
 from server.tracing import TELEMETRY
@@ -90,7 +91,7 @@ def _add_inference_routes(app: FastAPI, engine: Engine, drain: Drain, max_bytes:
 
     @app.get("/metrics")
     async def scrape() -> Response:
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
 def _add_adapter_routes(app: FastAPI, engine: Engine, adapters: RunTimeAdapters, max_bytes: int) -> None:

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from server.errors import Unavailable
 from server.gateway.openapi import REFUSED, Health, documented
 from server.gateway.state import GatewayDep
+from server.metrics import CONTENT_TYPE
 
 router = APIRouter()
 
@@ -41,7 +42,7 @@ async def ready(gateway: GatewayDep) -> Response:
     responses={"default": REFUSED},
 )
 async def metrics(gateway: GatewayDep) -> Response:
-    return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(gateway.metrics.render(), media_type=CONTENT_TYPE)
 
 
 @router.get("/openapi.json", include_in_schema=False)

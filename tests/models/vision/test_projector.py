@@ -8,8 +8,8 @@ import torch
 
 from models.adapter_config import VisionConfig
 from models.errors import ModelError
-from models.vision.encoder import EncoderDims
-from models.vision.projector import build_projector, projector_shapes
+from models.vision.encoder import EncoderDims, FeatureDims
+from models.vision.projector import build_projector
 
 DIMS = EncoderDims(token_dim=6, num_tokens=5, global_dim=9)
 WIDTHS = {"global": 9, "tokens": 6}
@@ -109,6 +109,13 @@ def test_query_blocks(features: str) -> None:
         x = x + linear(gelu(linear(layer_norm(x, block, "norm2"), block, "mlp.fc1")), block, "mlp.fc2")
     expected = layer_norm(linear(x[:, :3], w, "output_proj"), w, "output_norm")
     np.testing.assert_allclose(projector(tokens).detach(), expected, rtol=1e-9, atol=1e-12)
+
+
+def projector_shapes(config: VisionConfig, dims: FeatureDims, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Of every tensor in the state dict, without allocating one."""
+    with torch.device("meta"):
+        projector = build_projector(config, dims, hidden_size)
+    return {key: tuple(tensor.shape) for key, tensor in projector.state_dict().items()}
 
 
 def test_the_released_multimodal_adapters_shapes() -> None:
