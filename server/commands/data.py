@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from server.commands.installed import installed
+
 app = typer.Typer()
 
 
@@ -32,7 +34,8 @@ def data(
     from rich.console import Console
     from rich.progress import Progress
 
-    from train.datasets.make import make_data
+    with installed("worker,train"):
+        from train.datasets.make import make_data
 
     with Progress(console=Console(stderr=True)) as progress:
         told = make_data(folder, progress, openclipart_deb, emoji_tgz, gsm8k)

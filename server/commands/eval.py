@@ -21,7 +21,6 @@ from server.commands.eval_common import (
     NoExperts,
     Split,
     cache_dir,
-    installed,
     learnt_rows,
     report,
     settings_of,
@@ -29,6 +28,7 @@ from server.commands.eval_common import (
     tell,
     wanted_rows,
 )
+from server.commands.installed import installed
 from server.options import settings_options
 from server.serving import StartupError
 from server.settings import EvaluationSettings
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from train.evaluation.results import Result
     from train.evaluation.samples import Wanted
     from train.recipe import SourceRecipe
+
+_EXTRAS = "worker,train,eval"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -95,7 +97,7 @@ def captions(
     settings = settings_of(given)
     if classifier and nearest:
         raise StartupError("--classifier and --nearest are two captioners; give one of them.")
-    with installed(), ExitStack() as stack:
+    with installed(_EXTRAS), ExitStack() as stack:
         from train.evaluation.captions import asked, evaluate_captions, read_pictures, shuffled
 
         source = source_of(data, columns, format=format, images=images, bad_rows=bad_rows)
@@ -164,7 +166,7 @@ def loss(
     prompts (/v1/completions with echo and logprobs) and to serve a base with --base's tokenizer.
     """
     settings = settings_of(given)
-    with installed():
+    with installed(_EXTRAS):
         from server.commands.evaluated import DEFAULT_BASE, check_choice, evaluated
         from train.evaluation.loss import LossData, endpoint_loss, folder_loss
 
@@ -206,7 +208,7 @@ def scienceqa(
     no choice is wrong; `unread` counts those.
     """
     settings = settings_of(given)
-    with installed():
+    with installed(_EXTRAS):
         from train.evaluation.scienceqa import evaluate_scienceqa, read_problems
 
         source = source_of(data, format="scienceqa", images=images, split=split or None)
@@ -235,7 +237,7 @@ def pope(
     POPE's own evaluation; `unread` counts those.
     """
     settings = settings_of(given)
-    with installed():
+    with installed(_EXTRAS):
         from train.evaluation.pope import evaluate_pope, read_questions
 
         questions = read_questions(data, images, settings.limit)
@@ -261,7 +263,7 @@ def mme(
     of each subtask. An answer that says neither yes nor no is wrong; `unread` counts those.
     """
     settings = settings_of(given)
-    with installed():
+    with installed(_EXTRAS):
         from train.evaluation.mme import evaluate_mme, read_subtasks
 
         questions = read_subtasks(folder, images, settings.limit)

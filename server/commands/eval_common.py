@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -44,19 +43,6 @@ def settings_of(given: dict[str, Any]) -> EvaluationSettings:
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
             raise StartupError(f"{file}: no file can be written there; make its folder, or name another.")
     return settings
-
-
-@contextmanager
-def installed() -> Iterator[None]:
-    """Say what to install where a package is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("train", "models", "server"):
-            raise
-        raise StartupError(
-            f"{error.name} is not installed; install llama-adapter-server[worker,train,eval]."
-        ) from error
 
 
 def source_of(data: Sequence[Path], columns: str | None = None, **fields: Any) -> SourceRecipe:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from server.commands.installed import installed
 from server.options import load
-from server.serving import StartupError
 from server.settings import WorkerSettings
 
 app = typer.Typer()
@@ -29,7 +27,7 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter by a recipe. SIGTERM and Ctrl-C save; resume=true goes on."""
-    with _installed():
+    with installed("worker,train"):
         from train.main import train as run
     run(recipe, overrides or (), load(WorkerSettings, {}).cache_dir)
 
@@ -61,19 +59,6 @@ def study(
 
     What is trained already is not trained again. SIGTERM and Ctrl-C save; the same command goes on.
     """
-    with _installed():
+    with installed("worker,train"):
         from train.run_study import run_study
     run_study(name, overrides or (), output, load(WorkerSettings, {}).cache_dir)
-
-
-@contextmanager
-def _installed() -> Iterator[None]:
-    """For the import of what trains."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("train", "models"):
-            raise
-        raise StartupError(
-            f"{error.name} is not installed; install llama-adapter-server[worker,train]."
-        ) from error
