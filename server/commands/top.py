@@ -33,7 +33,10 @@ def top(
     interval: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="print one frame and end")] = False,
     api_key: Annotated[
-        str, typer.Option(help="where the gateway asks for one", envvar="OPENAI_API_KEY")
+        str,
+        typer.Option(
+            help="where the gateway asks for one", envvar=["LLAMA_ADAPTER_API_KEY", "OPENAI_API_KEY"]
+        ),
     ] = "",
 ) -> None:
     """Watch a gateway: queues, batches, caches, adapters, tokens per second. Ctrl-C ends it."""
@@ -93,7 +96,7 @@ def _look(client: httpx.Client) -> Reading:
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise StartupError(f"no gateway answers at {client.base_url} ({error}); give its URL.") from error
     if response.status_code in (401, 403):
-        raise StartupError(f"{client.base_url} asks for a key; give --api-key or set OPENAI_API_KEY.")
+        raise StartupError(f"{client.base_url} asks for a key; give --api-key or set LLAMA_ADAPTER_API_KEY.")
     if response.status_code != 200:
         raise StartupError(f"{client.base_url}metrics answers {response.status_code}; is it a gateway?")
     try:

@@ -108,3 +108,17 @@ def test_what_is_no_gateway_is_said_to_be_none(
 def test_an_address_where_nobody_answers(wrong: str) -> None:
     result = CliRunner().invoke(app, ["top", wrong, "--once"])
     assert isinstance(result.exception, StartupError), result.output
+
+
+@pytest.mark.parametrize("variable", ["LLAMA_ADAPTER_API_KEY", "OPENAI_API_KEY"])
+def test_the_key_comes_from_the_environment_too(
+    url: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service's own variable, as `llama-adapter eval` reads it, before that of OpenAI's clients."""
+    sent: list[str | None] = []
+    monkeypatch.setattr(Scripted, "answers", (401, ""))
+    monkeypatch.setattr(Scripted, "log_message", lambda self, *_: sent.append(self.headers["authorization"]))
+    monkeypatch.setenv("OPENAI_API_KEY", "another's")
+    monkeypatch.setenv(variable, "ours")
+    CliRunner().invoke(app, ["top", url, "--once"])
+    assert sent == ["Bearer ours"]
