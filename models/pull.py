@@ -71,7 +71,9 @@ def pull(name: str, cache_dir: Path, progress: Progress | None = None) -> Path:
     Raises PullError, which says what to do.
     """
     if name not in MODELS:
-        raise PullError(f"{name!r} is not a known model; known: {', '.join(MODELS)}")
+        raise PullError(
+            f"{name!r} is not a known model; known: {', '.join(MODELS)}. Any other base is given by its path"
+        )
     target = cache_dir / name
     if target.is_dir():
         return target
