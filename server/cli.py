@@ -27,7 +27,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut long options off
     pretty_exceptions_enable=False,
     help="OpenAI-compatible inference for LLaMA-Adapter models: one frozen base, many tiny adapters.\n\n"
-    "Every option can come from the environment instead: --kv-cache-mib is LLAMA_ADAPTER_KV_CACHE_MIB.",
+    "Every setting of serve, gateway, worker and expert can come from the environment instead: "
+    "--kv-cache-mib is LLAMA_ADAPTER_KV_CACHE_MIB. An option that may be repeated is JSON there, under the "
+    "name that its help tells.",
 )
 app.add_typer(adapter_commands)
 app.add_typer(data_command)
@@ -35,6 +37,23 @@ app.add_typer(train_command)
 app.add_typer(eval_commands, name="eval")
 app.add_typer(top_command)
 app.add_typer(plan_command)
+
+
+def _tell_versions(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    *,
+    versions: Annotated[
+        bool, typer.Option("--version", help="as the command does", is_eager=True, callback=_tell_versions)
+    ] = False,
+) -> None:
+    """What comes before a command."""
+
 
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
@@ -79,12 +98,11 @@ def serve(
     from server.processes import run_service
     from server.supervisor import ServiceSettings
 
-    # The experts read their images beside a worker that has all cores; theirs are set by the supervisor.
-    for_experts = {**given, "num_threads": None}
     settings = ServiceSettings(
         load(GatewaySettings, given),
         load(WorkerSettings, given),
-        load(ExpertSettings, for_experts),
+        # They read beside a worker that has all cores: the supervisor says how many threads they have.
+        load(ExpertSettings, given).model_copy(update={"num_threads": 0}),
         tuple(name.strip() for name in experts.split(",") if name.strip()),
         workers,
     )

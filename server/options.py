@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsError
 
 from server.serving import StartupError
+from server.settings import ENV_PREFIX
 
 _FLAGS = {
     "adapters": "--adapter",
@@ -78,7 +79,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     word = flag(name)
     option = typer.Option(
         f"{word}/--no-{word.removeprefix('--')}" if field.annotation is bool else word,
-        help=f"{field.description} {_default(field)}".strip(),
+        help=f"{field.description} {_default(name, field)}".strip(),
         show_default=False,
         metavar="<str>" if _plain_type(field) == list[str] else None,
     )
@@ -106,10 +107,11 @@ def _value(field: FieldInfo, value: Any) -> Any:
     return {name: rest for name, _, rest in pairs}
 
 
-def _default(field: FieldInfo) -> str:
+def _default(name: str, field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
     if default is None or default in ((), {}):
-        return "(may be repeated)" if _plain_type(field) == list[str] else ""
+        variable = ENV_PREFIX + name.upper()  # seldom the option's name: --api-key is of `api_keys`
+        return f"(may be repeated; JSON in {variable})" if _plain_type(field) == list[str] else ""
     if isinstance(default, SecretStr):
         return f"[{default.get_secret_value()}]"  # a default is no secret
     return f"[{'on' if default else 'off'}]" if isinstance(default, bool) else f"[{default}]"
@@ -117,7 +119,7 @@ def _default(field: FieldInfo) -> str:
 
 def _sentence(fields: Mapping[str, FieldInfo], fault: dict[str, Any]) -> str:
     place = [str(part) for part in fault["loc"]] or ["settings"]
-    names = f"{flag(place[0])} (or LLAMA_ADAPTER_{place[0].upper()})"
+    names = f"{flag(place[0])} (or {ENV_PREFIX}{place[0].upper()})"
     given = "" if _is_secret(fields.get(place[0])) else f", not {fault['input']!r}"
     return f"{names}: {fault['msg']}{given}."
 

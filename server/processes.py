@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import uvloop
 from starlette.types import ASGIApp
 
 from experts.contract import Expert
+from server.precautions import openness, unknown_variables
 from server.serving import Drain, StartupError, bind, drain_on_signals, serve_app
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
 from server.shipped import with_folders, without_adapters
 from server.supervisor import ServiceSettings, serve
 from server.telemetry import RequestScope, configure_logging, outgoing_headers
 from server.tracing import TELEMETRY, configure_tracing
+
+log = logging.getLogger(__name__)
 
 _EXPERT_DRAIN_SECONDS = 5.0
 
@@ -32,9 +36,12 @@ _EXPERT_DRAIN_SECONDS = 5.0
 _WORKER_SPINS = 1000
 
 ANNOUNCED = "llama-adapter serves "  # and the address: what the service prints when it is ready
+_MODELS_TOLD = 8
 
 _READY = """
 {announced}{url}
+
+models: {models}
 
 {page}  curl {url}/v1/chat/completions -H 'content-type: application/json' {key}\\
     -d '{{"model": "{model}", "max_tokens": 32, "messages": [{{"role": "user", "content": "Say hello."}}]}}'
@@ -44,15 +51,15 @@ _READY = """
 def run_service(settings: ServiceSettings) -> None:
     """Gateway, worker and experts on this machine; see `server.supervisor`. Raises `StartupError`."""
     _refuse_several_machines(settings)
-    configure_logging(settings.gateway.log_level)
-    configure_tracing("llama-adapter-gateway")
+    _begin("gateway", settings.gateway)
     settings = dataclasses.replace(settings, worker=with_folders(settings.worker))
     _fetch_base(settings.worker)
 
-    def announce(url: str, model: str) -> None:
-        key = "-H 'authorization: Bearer YOUR_KEY' " if settings.gateway.api_keys else ""
+    def announce(url: str, models: Sequence[str]) -> None:
+        key = "-H 'authorization: Bearer YOUR_KEY' " if settings.gateway.asks_for_keys else ""
         page = "  (open it in a browser to try it)\n\n" if settings.gateway.page else ""
-        print(_READY.format(announced=ANNOUNCED, url=url, page=page, model=model, key=key), flush=True)
+        told = {"url": url, "page": page, "models": _told(models), "model": models[0], "key": key}
+        print(_READY.format(announced=ANNOUNCED, **told), flush=True)
 
     _run(serve(settings, announce))
 
@@ -64,8 +71,7 @@ def run_gateway(settings: GatewaySettings) -> None:
     from server.gateway.app import create_app
     from server.gateway.clients.pool import WorkerPool
 
-    configure_logging(settings.log_level)
-    configure_tracing("llama-adapter-gateway")
+    _begin("gateway", settings)
     urls = settings.expert_urls
     experts: dict[str, Expert] = {
         name: HttpExpert(name, url, headers=outgoing_headers) for name, url in urls.items()
@@ -83,8 +89,7 @@ def run_worker(settings: WorkerSettings) -> None:
 
     Where machine 0 of several has the engine, this one computes for it, and has no routes.
     """
-    configure_logging(settings.log_level)
-    configure_tracing("llama-adapter-worker")
+    _begin("worker", settings)
     prepare_torch(settings.num_threads)
     if settings.node_rank:
         from server.worker.build import follow
@@ -103,8 +108,7 @@ def run_worker(settings: WorkerSettings) -> None:
 
 def run_experts(names: tuple[str, ...], settings: ExpertSettings) -> None:
     """The named experts behind the routes of `experts.app`. Raises `StartupError`."""
-    configure_logging(settings.log_level)
-    configure_tracing("llama-adapter-experts")
+    _begin("experts", settings)
     prepare_torch(settings.num_threads, spins=0)
     from experts.app import create_app
     from experts.contract import ExpertError
@@ -139,6 +143,21 @@ def pull_base(name: str, cache_dir: Path) -> Path:
 
     with Progress(console=Console(stderr=True)) as progress:
         return pull(name, cache_dir, progress)
+
+
+def _told(models: Sequence[str]) -> str:
+    more = len(models) - _MODELS_TOLD
+    return ", ".join(models[:_MODELS_TOLD]) + (f" and {more} more" if more > 0 else "")
+
+
+def _begin(name: str, settings: GatewaySettings | WorkerSettings | ExpertSettings) -> None:
+    """Logs, traces, and what is to be said of the settings. Raises `StartupError`."""
+    configure_logging(settings.log_level)
+    configure_tracing(f"llama-adapter-{name}")
+    for sentence in unknown_variables(os.environ):
+        log.warning(sentence)
+    if isinstance(settings, GatewaySettings) and (open_to_all := openness(settings)):
+        log.warning(open_to_all)
 
 
 def _refuse_several_machines(settings: ServiceSettings) -> None:

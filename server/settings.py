@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 KIB = 1024
 MIB = 1024 * 1024
+ENV_PREFIX = "LLAMA_ADAPTER_"
 RATE = r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$"  # such as 60/minute
 
 Secret = Annotated[SecretStr, Field(min_length=1)]
@@ -53,8 +54,19 @@ def default_cache_dir() -> Path:
 
 class _Settings(BaseSettings):
     model_config = SettingsConfigDict(
-        env_prefix="LLAMA_ADAPTER_", env_nested_delimiter="__", extra="ignore", frozen=True
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="ignore", frozen=True
     )
+
+    @field_validator("*")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        """`~` is the home also where no shell saw it: in a file of variables, after `--option=`."""
+        if not isinstance(value, Path):
+            return value
+        try:
+            return value.expanduser()
+        except RuntimeError:
+            raise PydanticCustomError("home", "should begin with the home of somebody who has one") from None
 
 
 class ImageLimits(_Settings):
@@ -137,6 +149,11 @@ class GatewaySettings(ImageLimits):
         10.0, gt=0, description="of silence, until a worker that cannot be connected to is lost"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process")
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether callers need a key; an empty keys file closes the service, it does not open it to all."""
+        return bool(self.api_keys) or self.keys_file is not None
 
 
 class WorkerSettings(_Settings):

@@ -24,12 +24,11 @@ from server.child import Child, ChildSpec
 from server.gateway.app import create_app
 from server.gateway.clients.pool import WorkerPool
 from server.serving import Drain, bind, drain_on_signals, serve_app
-from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
+from server.settings import ENV_PREFIX, ExpertSettings, GatewaySettings, WorkerSettings
 from server.shipped import adapter_ids
 from server.telemetry import outgoing_headers
 
 _COMMAND = (sys.executable, "-m", "server.cli")
-_ENV_PREFIX = "LLAMA_ADAPTER_"
 _READY_SECONDS = 0.1
 
 
@@ -46,10 +45,10 @@ class ServiceSettings:
 
 def settings_environment(settings: BaseSettings) -> dict[str, str]:
     """The environment from which a child loads exactly `settings`, whatever ours says."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_ENV_PREFIX)}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     given = settings.model_dump(mode="json", exclude_none=True)
     return inherited | {
-        _ENV_PREFIX + name.upper(): value if isinstance(value, str) else json.dumps(value)
+        ENV_PREFIX + name.upper(): value if isinstance(value, str) else json.dumps(value)
         for name, value in given.items()
     }
 
@@ -92,11 +91,11 @@ def _worker_spec(settings: ServiceSettings, folder: Path, index: int) -> ChildSp
     )
 
 
-async def serve(settings: ServiceSettings, announce: Callable[[str, str], None]) -> None:
+async def serve(settings: ServiceSettings, announce: Callable[[str, Sequence[str]], None]) -> None:
     """Run everything until SIGTERM or SIGINT.
 
-    `announce` gets the URL and the base's id once a request can be answered. Raises `StartupError`,
-    with a child's own words, if anything fails before that.
+    `announce` gets the URL and the models' ids, the base's first, once a request can be answered. Raises
+    `StartupError`, with a child's own words, if anything fails before that.
     """
     drain = Drain()
     drain_on_signals(drain)
@@ -149,14 +148,13 @@ async def _run(serving: asyncio.Task[None], children: Sequence[Child], drain: Dr
 
 
 async def _announce_when_ready(
-    children: Sequence[Child], pool: WorkerPool, url: str, announce: Callable[[str, str], None]
+    children: Sequence[Child], pool: WorkerPool, url: str, announce: Callable[[str, Sequence[str]], None]
 ) -> None:
     for child in children:
         await child.ready.wait()
     while not pool.all_ready:  # noqa: ASYNC110 - it polls them itself
         await asyncio.sleep(_READY_SECONDS)
-    base, *_ = pool.models()
-    announce(url, base.id)
+    announce(url, [model.id for model in pool.models()])
 
 
 def _url(host: str, port: int) -> str:

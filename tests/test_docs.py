@@ -9,14 +9,18 @@ import json
 import re
 import shlex
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from doc_pages import PAGES, ROOT, Reader, blocks, commands
 from typer.testing import CliRunner
 
 from server.cli import app
+from server.precautions import unknown_variables
+from server.settings import EvaluationSettings
 from train.recipe import load_recipe
 from train.study import load_study
 
@@ -37,6 +41,7 @@ ELSEWHERE = {"adapters.md": "tests/server/commands/test_adapters_guide.py"}
 
 RUN = [page for page in PAGES if page.name not in ELSEWHERE]
 CARDS = sorted((ROOT / "models" / "shipped").glob("*/README.md"))
+NOTES = sorted(path for path in ROOT.glob("*.md") if path.name != "README.md")
 
 
 def is_static(command: str) -> bool:
@@ -158,6 +163,28 @@ def options_of(*names: str) -> set[str]:
     return set(re.findall(r"--[a-z-]+", done.output))
 
 
+def every_command() -> Iterator[tuple[str, ...]]:
+    """The words that come after `llama-adapter`."""
+    yield ()
+    for name, command in typer.main.get_command(app).commands.items():
+        yield from [(name, sub) for sub in getattr(command, "commands", ())] or [(name,)]
+
+
+# Options of other programs that pages name by themselves, without the command they belong to.
+OTHERS = {"--mount"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_options_and_variables_that_a_page_names_are_there(page: Path) -> None:
+    text = page.read_text()
+    options = set(re.findall(r"`(--[a-z][a-z0-9-]*)", text)) - OTHERS
+    ours = set().union(*(options_of(*names) for names in every_command()))
+    assert options - ours == set()
+    variables = set(re.findall(r"LLAMA_ADAPTER_[A-Z_]+", text))
+    known = {f"LLAMA_ADAPTER_{name.upper()}" for name in EvaluationSettings.model_fields}
+    assert [*unknown_variables(dict.fromkeys(variables - known, ""))] == []
+
+
 def slugs(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -165,7 +192,7 @@ def slugs(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *CARDS, ROOT / "bench" / "RESULTS.md"], ids=str)
+@pytest.mark.parametrize("page", [*PAGES, *CARDS, *NOTES, ROOT / "bench" / "RESULTS.md"], ids=str)
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     broken = []

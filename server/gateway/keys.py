@@ -89,8 +89,7 @@ class KeyRing:
         _refuse_doubles("api_keys and admin_keys", self._given)
         self._listed = self._read(self._path) if self._path else []
         self._watching: asyncio.Task[None] | None = None
-        # An empty keys file closes the service; it does not open it to all.
-        self.required = bool(settings.api_keys) or self._path is not None
+        self.required = settings.asks_for_keys
         self.anyone = Caller(_ANYONE, self._default)
 
     async def start(self) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import pytest
 from pydantic_settings import BaseSettings
@@ -44,6 +45,9 @@ def test_help_has_every_setting_with_its_default(
     for name, field in settings.model_fields.items():
         assert field.description, f"{settings.__name__}.{name} has no description"
         assert (f"{flag(name)} " in text) == (name not in hidden), name
+    for name, field in settings.model_fields.items():
+        if name not in hidden and get_origin(field.annotation) in (tuple, dict):
+            assert f"JSON in LLAMA_ADAPTER_{name.upper()})" in text, "the option is called otherwise"
     assert "Example" in text
     assert "--supervised" not in text
 
@@ -71,6 +75,43 @@ def test_serve_hands_the_options_to_their_settings(monkeypatch: pytest.MonkeyPat
     assert service.gateway.max_image_bytes == service.expert.max_image_bytes == 77
     assert (service.worker.num_threads, service.expert.num_threads) == (2, 0)
     assert service.experts == ("ocr",)
+
+
+def test_threads_of_the_worker_are_not_those_of_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ServiceSettings] = []
+    monkeypatch.setattr(processes, "run_service", seen.append)
+    monkeypatch.setenv("LLAMA_ADAPTER_NUM_THREADS", "16")
+    assert CliRunner().invoke(cli.app, ["serve"]).exit_code == 0
+    assert (seen[0].worker.num_threads, seen[0].expert.num_threads) == (16, 0)
+
+
+@pytest.mark.parametrize("keys", [{"api_keys": ("sk-one",)}, {"keys_file": Path("keys.toml")}, {}])
+def test_the_first_words_tell_models_and_a_request_with_the_key_it_needs(
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def serve(settings: ServiceSettings, announce: Callable[[str, list[str]], None]) -> None:
+        announce("http://127.0.0.1:8000", ["tiny", *(f"adapter-{number}" for number in range(10))])
+
+    monkeypatch.setattr(processes, "serve", serve)
+    monkeypatch.setattr(processes, "_begin", lambda name, settings: None)
+    monkeypatch.setattr(processes, "_fetch_base", lambda settings: None)
+    processes.run_service(
+        ServiceSettings(GatewaySettings(**keys), WorkerSettings(), ExpertSettings(), ("ocr",))
+    )
+    told = capsys.readouterr().out
+    assert "llama-adapter serves http://127.0.0.1:8000\n" in told
+    assert "models: tiny, adapter-0, " in told
+    assert "adapter-6 and 3 more" in told
+    assert ('"model": "tiny"' in told, "Bearer YOUR_KEY" in told) == (True, bool(keys))
+    assert "sk-one" not in told
+
+
+def test_a_home_in_a_path_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_ADAPTER_ADAPTER_DIR", "~/adapters")
+    settings = load(WorkerSettings, {"cache_dir": Path("~/cache")})
+    assert (settings.cache_dir, settings.adapter_dir) == (Path.home() / "cache", Path.home() / "adapters")
+    with pytest.raises(StartupError, match=r"--adapter-root.*home"):
+        load(WorkerSettings, {"adapter_root": Path("~nobody-of-this-name/x")})
 
 
 def test_tables_are_given_as_pairs() -> None:
@@ -159,6 +200,9 @@ def test_exit_codes() -> None:
     failed = llama_adapter("gateway", "--port", "70000")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert re.fullmatch(r"error: --port .*not 70000\.\n", failed.stderr)
+
+    told = llama_adapter("--version")
+    assert (told.returncode, told.stdout) == (0, llama_adapter("version").stdout)
 
 
 def test_pull_names_what_it_knows() -> None:
