@@ -15,7 +15,7 @@ _MAX_BYTES = 1 << 20
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 def find_file(name: str, shipped: Path) -> Path:
@@ -37,7 +37,9 @@ def read_fields(file: Path, kind: str, shipped: Path) -> dict[str, Any]:
         raise RecipeError(
             f"{file}: cannot be read ({error.strerror}); give a file or one of: {names}"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except RecipeError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         raise RecipeError(f"{file}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
         raise RecipeError(f"{file}: holds a {type(fields).__name__}; a {kind} is a mapping")
@@ -52,7 +54,7 @@ def set_field(fields: dict[str, Any], override: str) -> None:
         raise RecipeError(f"{override!r}: overrides read key=value, such as optimizer.lr=0.001")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{override!r}: the value is not YAML; quote it") from error
     for parent in parents:
         inner = fields.get(parent)

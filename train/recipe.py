@@ -38,6 +38,7 @@ def _expanded(value: object) -> object:
     return Path(value).expanduser() if isinstance(value, str) else value
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 UserPath = Annotated[Path, BeforeValidator(_expanded)]
 
 
@@ -151,7 +152,7 @@ class OptimizerRecipe(Strict):
     min_lr: float = Field(default=0.0, ge=0)
     warmup: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     clip: float | None = Field(default=None, gt=0)
     max_steps: int | None = Field(default=None, gt=0)
 

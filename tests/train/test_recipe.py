@@ -50,6 +50,11 @@ def test_written_recipe_reads_the_same(file: str, tmp_path: Path):
         (".=1", r"overrides read key=value"),
         ("base.x=1", "base is no section"),
         ("seed=[", "not YAML"),
+        ("output=2026-13-45", "not YAML"),
+        ("optimizer.lr=.inf", r"optimizer\.lr: .*finite"),
+        ("optimizer.epochs=.inf", r"optimizer\.epochs: .*finite"),
+        ("optimizer.warmup=.nan", r"optimizer\.warmup: .*finite"),
+        ("optimizer.betas=[1, 0.95]", r"optimizer\.betas\.0: .*less than 1"),
         ("data={}", "data: .*at least 1"),
     ],
 )
@@ -64,6 +69,8 @@ def test_mistakes_are_named(file: str, override: str, message: str):
         (b"- 1", "a recipe is a mapping"),
         (b"a: [", "not YAML"),
         (b"\xff\xfe\xff", "not YAML"),
+        (b"output: 2026-13-45", "not YAML"),
+        (b"#" * (1 << 20) + b"#", "larger than"),
         (b"", "mapping"),
     ],
 )
