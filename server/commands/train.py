@@ -15,7 +15,11 @@ app = typer.Typer()
 
 
 @app.command(
-    epilog="Examples:\n\n\b\n"
+    epilog="Shipped recipes:\n\n\b\n"
+    "  smollm2-text smollm2-caption smollm2-visual smollm2-math\n"
+    "  v1-instruct v1-caption v1-scienceqa v2-chat v2-joint v2-joint-lora\n"
+    "  released-7b-pretrain released-7b-finetune lora\n\n"
+    "Examples:\n\n\b\n"
     "  llama-adapter train smollm2-caption data.captions.path=captions.jsonl data.captions.images=.\n"
     "  llama-adapter train recipe.yaml optimizer.lr=0.001 resume=true\n"
     "  torchrun --nproc-per-node 8 --no-python llama-adapter train recipe.yaml"

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from train.errors import RecipeError
+from train.recipe import SHIPPED
 
 
 def test_the_command_trains(tiny: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -18,3 +19,9 @@ def test_the_command_trains(tiny: Path, instructions: Path, tmp_path: Path, monk
     assert (tmp_path / "run" / "adapter" / "adapter.json").is_file()
     wrong = CliRunner().invoke(app, ["train", recipe, "optimizer.rate=1"])
     assert isinstance(wrong.exception, RecipeError)
+
+
+def test_help_names_the_shipped_recipes():
+    told = CliRunner().invoke(app, ["train", "--help"]).output
+    listed = told.partition("Shipped recipes:")[2].partition("Examples:")[0].split()
+    assert sorted(listed) == sorted(file.stem for file in SHIPPED.glob("*.yaml"))
