@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,13 @@ from train.checkpoints import Checkpoints, load_state
 from train.data.batches import ImageReader, Steps
 from train.data.images import Images
 from train.data.plan import Plan, SourcePlan
-from train.data.store import Encoder, ReadImages, Store, prepare
+from train.data.store import Encoder, ReadImages, Store, prepare, remove_stores
 from train.errors import Interrupted, TrainError
 from train.forward import Forward
 from train.groups import Groups
 from train.log import Log
 from train.memory import keep_freed_memory
+from train.output import write_whole
 from train.processes import Processes, StopSignal
 from train.products import pack_products
 from train.recipe import ComputeRecipe, Recipe, recipe_text
@@ -149,13 +149,18 @@ def _check_output(recipe: Recipe, checkpoints: Checkpoints, processes: Processes
             f"{recipe.output}: holds a training already ({last.name}); add resume=true to go on with it, "
             "or choose another output"
         )
+    if last is None and (recipe.output / "adapter").exists():
+        raise TrainError(
+            f"{recipe.output}: holds an adapter, but no checkpoint to go on from; choose another output, or "
+            "move `adapter` away"
+        )
     if last is not None:
         check_same(file, recipe)
     if processes.first:
         recipe.output.mkdir(parents=True, exist_ok=True)
         if last is None:
-            shutil.rmtree(recipe.output / "data", ignore_errors=True)  # perhaps another recipe's
-        file.write_text(recipe_text(recipe), encoding="utf-8")
+            remove_stores(recipe.output / "data")  # perhaps another recipe's
+        write_whole(file, [recipe_text(recipe)])
     return last
 
 

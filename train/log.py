@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from train.errors import TrainError
+from train.output import write_whole
 
 LOG = "log.jsonl"
+_TELL_SECONDS = 30.0
 
 
 class Log:
-    """One line and one point per step and per evaluation; lines of steps that are done again are dropped."""
+    """One line and one point per step and per evaluation; lines of steps that are done again are dropped.
+
+    Where there is no terminal to show a progress bar, a line every half minute stands for it.
+    """
 
     def __init__(self, folder: Path, start: int, total: int, console: Console) -> None:
         try:
@@ -26,11 +32,13 @@ class Log:
             raise TrainError("training needs tensorboard; install llama-adapter-server[train]") from error
 
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_log(folder) if line["step"] <= start]
+        # Without a step to go on from, what is there tells of another training, perhaps by another recipe.
+        kept = [line for line in read_log(folder) if line["step"] <= start] if start else []
         self._evaluated = {line["step"] for line in kept if "held_out" in line}
-        self._lines = (folder / LOG).open("w", encoding="utf-8")
-        self._lines.writelines(json.dumps(line) + "\n" for line in kept)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        write_whole(folder / LOG, (json.dumps(line) + "\n" for line in kept))
+        self._lines = (folder / LOG).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
+        self._total, self._told = total, time.monotonic()
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -49,6 +57,14 @@ class Log:
         self._progress.update(
             self._task, completed=step, loss=values["loss"], speed=values["tokens_per_second"]
         )
+        console = self._progress.console
+        if not console.is_terminal and time.monotonic() - self._told >= _TELL_SECONDS:
+            self._told = time.monotonic()
+            console.print(
+                f"step {step:,} of {self._total:,}: loss {values['loss']:.3f}, "
+                f"{values['tokens_per_second']:,.0f} tokens/s",
+                highlight=False,
+            )
 
     def evaluation(self, step: int, losses: Mapping[str, float], gates: list[float]) -> None:
         """Held-out loss by source, and the mean gate magnitude of each gated layer. Told once for a step."""

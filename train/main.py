@@ -8,28 +8,38 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from models.checkpoints.native import save_adapter
 from models.errors import ModelError
 from train.build import build
 from train.errors import Interrupted, TrainError
 from train.log import open_log
+from train.output import claimed
 from train.processes import Processes, StopSignal, join, stop_signal
 from train.recipe import Recipe, load_recipe
 from train.report import write_report
 
+_KEPT, _GO_ON = "what was saved before is kept", "go on with resume=true"
 DEFAULT_CACHE = Path.home() / ".cache" / "llama-adapter"
 
 
 def train(recipe_name: str, overrides: Sequence[str] = (), cache_dir: Path = DEFAULT_CACHE) -> None:
     """Train by a recipe. A signal saves and returns. Raises ModelError, which says what to do."""
     recipe = load_recipe(recipe_name, overrides)
-    console = Console(stderr=True)
+    console = new_console()
     with stop_signal() as stop, join(recipe.compute.device) as processes:
         train_one(recipe, cache_dir, processes, stop, console)
+
+
+def new_console() -> Console:
+    """For what is told of a training: paths and rows hold brackets that are no markup."""
+    return Console(stderr=True, markup=False)
 
 
 def train_one(
@@ -37,14 +47,27 @@ def train_one(
 ) -> bool:
     """One training among these processes. False where a signal ended it; then all is saved."""
     try:
-        return _run(recipe, cache_dir, processes, stop, console)
+        with claimed(recipe.output) if processes.first else nullcontext():
+            return _run(recipe, cache_dir, processes, stop, console)
     except Interrupted:
         console.print("Stopped before the first step; nothing is lost.")
         return False
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps OSErrors
+        file, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
         raise TrainError(
-            f"{error.filename or recipe.output}: {error.strerror or error}; what was saved before is "
-            "kept: mend it and go on with resume=true"
+            f"{file or recipe.output}: {reason or error}; {_KEPT}: mend it and {_GO_ON}"
+        ) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise TrainError(
+            f"there is not enough memory; {_KEPT}: lower compute.pass_tokens, or set "
+            f"compute.checkpointing=true, and {_GO_ON}"
+        ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainError(
+            f"a process that reads rows has ended ({' '.join(str(error).split())}); {_KEPT}: give it more "
+            f"memory (/dev/shm in a container), or set compute.workers=0, and {_GO_ON}"
         ) from error
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from train.build import RECIPE, WHERE, check_same
 from train.errors import TrainError
-from train.main import DEFAULT_CACHE, train_one
+from train.main import DEFAULT_CACHE, new_console, train_one
 from train.processes import Processes, StopSignal, join, stop_signal
 from train.study import StudyRun, load_study, plan_runs
 from train.study_report import read_result, write_study_report
@@ -31,7 +31,7 @@ def run_study(
     for run in runs:
         if run.begun:
             check_same(run.recipe.output / RECIPE, run.recipe, WHERE)
-    console = Console(stderr=True)
+    console = new_console()
     with stop_signal() as stop, join(runs[0].recipe.compute.device) as processes:
         for number, run in enumerate(runs, 1):
             console.print(f"{number} of {len(runs)}: {run.variant}, seed {run.seed}", highlight=False)

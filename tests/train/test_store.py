@@ -120,6 +120,14 @@ def test_image_paths_stay_in_their_folder(tiny: Path, tmp_path: Path, name: str)
         )
 
 
+def test_an_image_file_of_any_size_is_never_read_whole(tiny: Path, tmp_path: Path):
+    with (tmp_path / "huge.png").open("wb") as stream:
+        stream.truncate(1 << 40)
+    file = write_lines(tmp_path / "captions.jsonl", [{"file": "huge.png", "caption": "x"}])
+    with pytest.raises(DataError, match=r"captions\.jsonl:1: the image .* has 1099511627776 bytes; at most"):
+        store(tmp_path, encoder(tiny, sees=True), file, format="captions", images=tmp_path, question="?")
+
+
 def test_images_need_a_folder_only_where_the_adapter_sees(tiny: Path, tmp_path: Path):
     file = write_lines(tmp_path / "c.jsonl", [{"file": "a.png", "caption": "x"}])
     with pytest.raises(DataError, match="no `images` folder"):

@@ -159,6 +159,19 @@ def test_workers_survive_a_signal_to_the_whole_group(recipe: str, start: Start, 
     assert "Stopped and saved" in finish(processes)[0]
 
 
+def test_a_worker_that_is_killed_is_told_of(recipe: str, start: Start, tmp_path: Path):
+    """As the kernel does where memory, or a container's /dev/shm, is used up."""
+    [process] = start(recipe, [*LONG, "compute.workers=1"])
+    wait_for_steps(tmp_path / "run", 3, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in children:
+        os.kill(int(pid), signal.SIGKILL)
+    [error] = finish([process], code=1)
+    assert "error: a process that reads rows has ended" in error
+    assert "compute.workers=0" in error
+    assert "Traceback" not in error
+
+
 def test_a_signal_while_reading_data(recipe: str, start: Start, tmp_path: Path):
     many = write_instructions(tmp_path / "many.jsonl", 100_000)
     processes = start(recipe, [f"data.instruct.path={many}"], world=2)

@@ -6,6 +6,7 @@ Shapes: R rows, N tokens of all rows one after another, J images.
 from __future__ import annotations
 
 import json
+import shutil
 from array import array
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from models.errors import PromptError
 from models.prompts import render
 from models.tokenizer import Encoded, Tokenizer
+from models.vision.images import DEFAULT_LIMITS
 from train.data.formats import Sample, read_samples
 from train.errors import DataError, RowError, TrainError
 from train.recipe import SourceRecipe
@@ -94,6 +96,23 @@ class Store:
         return self._tokens_N[span], self._generated_N[span]
 
 
+def remove_stores(folder: Path) -> None:
+    """Remove the sources that were prepared in `folder`, whole or in part.
+
+    Raises TrainError, having removed nothing, where it holds anything else: somebody's own data.
+    """
+    known = {_TOKENS, _GENERATED, _ROWS, _IMAGES, _SUMMARY}
+    found = list(folder.iterdir()) if folder.exists() else []
+    for path in found:
+        if path.is_symlink() or not path.is_dir() or not known.issuperset(p.name for p in path.iterdir()):
+            raise TrainError(
+                f"{path}: no training has made this, and prepared rows would be put beside it; choose "
+                "another output"
+            )
+    for path in found:
+        shutil.rmtree(path)
+
+
 def _mapped(file: Path, dtype: type[_Number]) -> NDArray[_Number]:
     if file.stat().st_size == 0:
         return np.empty(0, dtype)
@@ -128,16 +147,24 @@ class Encoder:
 
 
 def image_path(root: Path | None, name: str) -> Path:
-    """Where an image lies, `root` being its source's resolved folder. Raises RowError if outside of it."""
+    """Where an image lies, `root` being its source's resolved folder.
+
+    Raises RowError if it is outside of it, not there, or larger than images may be.
+    """
     if root is None:
         raise RowError(f"has the image {name[:200]!r}, but the source has no `images` folder; give one")
     try:
         path = (root / name).resolve()
-        if path.is_relative_to(root) and path.is_file():
-            return path
+        size = path.stat().st_size if path.is_relative_to(root) and path.is_file() else None
     except (OSError, ValueError, RuntimeError) as error:  # NUL bytes, endless links, too long
         raise RowError(f"the image {name[:200]!r} is no path") from error
-    raise RowError(f"the image {name[:200]!r} is not in {root}")
+    if size is None:
+        raise RowError(f"the image {name[:200]!r} is not in {root}")
+    if size > DEFAULT_LIMITS.max_bytes:  # it would be read whole before anything is looked at
+        raise RowError(
+            f"the image {name[:200]!r} has {size} bytes; at most {DEFAULT_LIMITS.max_bytes} are read"
+        )
+    return path
 
 
 class _Writer:
