@@ -15,7 +15,7 @@ from models.adapter import Adapter
 from train.checkpoints import Checkpoints
 from train.data.batches import ImageReader, Step, make_passes, share
 from train.data.store import Store
-from train.errors import TrainError
+from train.errors import Interrupted, TrainError
 from train.forward import Forward
 from train.groups import Groups, Leaf, gradients, set_gradients
 from train.log import Log
@@ -85,11 +85,15 @@ class Trainer:
     ) -> bool:
         """Train to the end. False where a signal ended it first; then all is saved.
 
-        Raises TrainError for a loss or gradient that is no number, before it reaches the weights.
+        Raises TrainError for a loss or gradient that is no number, before it reaches the weights, and
+        Interrupted where a signal came before the first step.
         """
         keep, saved = self._recipe.keep, self.finished_steps
-        if self._is_evaluated(self.finished_steps):  # perhaps it ended between saving and evaluating
-            self._evaluate(held_out, read_image, log)
+        # Perhaps it ended between saving and evaluating.
+        if self._is_evaluated(saved) and not self._evaluate(held_out, read_image, log, stop):
+            if not saved:
+                raise Interrupted
+            return False
         began = time.perf_counter()
         for step in steps:
             values, stopping = self._step(step, stop.requested, checkpoints)
@@ -103,8 +107,11 @@ class Trainer:
                 saved = self.finished_steps
             if stopping and not last:
                 return False
-            if self._is_evaluated(self.finished_steps):
-                self._evaluate(held_out, read_image, log)
+            evaluated = self._is_evaluated(self.finished_steps)
+            if evaluated and not self._evaluate(held_out, read_image, log, stop):
+                if saved < self.finished_steps:
+                    self._save(checkpoints)
+                return False  # whoever goes on makes the evaluation first
             began = time.perf_counter()
         assert saved == self.finished_steps
         return True
@@ -163,31 +170,48 @@ class Trainer:
         if self._processes.first:
             checkpoints.save(self.finished_steps, self._adapter, self.state())
 
-    def _evaluate(self, held_out: Sequence[HeldOut], read_image: ImageReader, log: Log | None) -> None:
-        losses = {
-            part.name: held_out_loss(
-                self._forward, part, read_image, self._recipe.compute.pass_tokens, self._processes
+    def _evaluate(
+        self, held_out: Sequence[HeldOut], read_image: ImageReader, log: Log | None, stop: StopSignal
+    ) -> bool:
+        """False where a signal ended it first."""
+        losses = {}
+        for part in held_out:
+            loss = held_out_loss(
+                self._forward, part, read_image, self._recipe.compute.pass_tokens, self._processes, stop
             )
-            for part in held_out
-        }
+            if loss is None:
+                return False
+            losses[part.name] = loss
         if log is not None:
             with torch.no_grad():
                 gates_LH = self._adapter.gates().abs()
             rows = self._adapter.config.gated_layers
             log.evaluation(self.finished_steps, losses, gates_LH.mean(1)[list(rows)].tolist())
+        return True
 
 
 def held_out_loss(
-    forward: Forward, part: HeldOut, read_image: ImageReader, pass_tokens: int, processes: Processes
-) -> float:
-    """Mean −log p of the held-out targets; each process takes its share of the rows."""
-    sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
+    forward: Forward,
+    part: HeldOut,
+    read_image: ImageReader,
+    pass_tokens: int,
+    processes: Processes,
+    stop: StopSignal,
+) -> float | None:
+    """Mean −log p of the held-out targets; each process takes its share of the rows.
+
+    None where a signal came to any of the processes before it was through.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
     mine = share(part.rows, part.store, processes.rank, processes.world)
     for batch in make_passes(part.store, mine, read_image, pass_tokens):
+        if stop.requested:
+            sums[2] = 1
+            break
         sums[0] += forward.loss(batch)
         sums[1] += len(batch.targets_M)
     [total] = processes.sum([sums])
-    return float(total[0] / total[1])
+    return None if total[2] > 0 else float(total[0] / total[1])
 
 
 def learning_rate(optimizer: OptimizerRecipe, step: int, total: int) -> float:

@@ -64,12 +64,14 @@ def folder_loss(
         vision = loaded.config.vision
         encoder = _image_encoder(vision, processes.device) if vision else None
         used = template or loaded.config.template
-        images = Images(ComputeRecipe(workers=0), vision, encoder, cache_dir, StopSignal())
+        stop = StopSignal()  # nobody listens for one: Ctrl-C ends an evaluation as it ends any command
+        images = Images(ComputeRecipe(workers=0), vision, encoder, cache_dir, stop)
         tokens = _encoder(path, used, data, base.config.vocab_size, sees=vision is not None)
         store = _prepare(data, tokens, images.read_all, data.wanted, stack)
         forward = Forward(base, loaded, encoder, live=False, checkpointing=False)
         part = HeldOut("evaluation", store, store.train.tolist())
-        loss = held_out_loss(forward, part, images.reader([store]), _PASS_TOKENS, processes)
+        loss = held_out_loss(forward, part, images.reader([store]), _PASS_TOKENS, processes, stop)
+        assert loss is not None
     return _result(loss, store, used)
 
 
