@@ -60,13 +60,21 @@ class DecodeGraphs:
         self._last_B = torch.zeros(max_rows, dtype=torch.int64, device=base.device)
         self._logits_BV = torch.empty(max_rows, base.config.vocab_size, device=base.device)
         self._uploaded = torch.cuda.Event() if on_gpu else None
+        # Of its own: graphs of one stream share a workspace of cuBLAS, which goes with the first that goes.
+        self._stream = torch.cuda.Stream(base.device) if on_gpu else None
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
 
-    def record_all(self) -> None:
-        """Those of the base and of adapters that are prompts, so that no request waits for them."""
+    def record_all(self, bank_slots: Sequence[int] = ()) -> None:
+        """Those of the base and of what lies in these slots, so that no request waits for them.
+
+        Only what is placed later and changes something else, or has longer prompts, is recorded as it comes.
+        """
+        kinds = {self._bank.keys_of([slot]): slot for slot in (*bank_slots, 0)}
         for rows in reversed(_sizes(self.max_rows)):  # the largest first: smaller ones fit into its memory
-            self.run([Decode(0, 0, (self._spare_block,), 0, 0)] * rows)
+            for keys, slot in kinds.items():
+                if not any(key.startswith("lora.") for key in keys):
+                    self.run([Decode(0, 0, (self._spare_block,), slot, 0)] * rows)
 
     def run(self, decodes: Sequence[Decode], last_M: Tensor | None = None) -> Tensor:
         """Logits [B, V] in float32, which the next call overwrites. At most `max_rows`, and no low rank.
@@ -88,14 +96,24 @@ class DecodeGraphs:
             return
         graph = self._graphs.get(key)
         if graph is None:
-            # Graphs of shorter prompts read where those lay once.
-            self._graphs = {k: g for k, g in self._graphs.items() if k.num_prompt_rows == key.num_prompt_rows}
+            if any(other.num_prompt_rows != key.num_prompt_rows for other in self._graphs):
+                self._forget()  # graphs of shorter prompts read where those lay once
             compute()  # compiles kernels and sets up libraries, which no recording may do
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-                compute()
+            try:
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    compute()
+            except BaseException:
+                graph.reset()
+                self._forget()
+                raise
             self._graphs[key] = graph  # only now: one whose recording failed would be run for ever
         graph.replay()
+
+    def _forget(self) -> None:
+        """All graphs: with one goes what the others still write to. A pool without graphs is none."""
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()
 
     def _upload(self, decodes: Sequence[Decode], num_rows: int) -> None:
         if self._uploaded is not None:

@@ -105,7 +105,6 @@ class Runner:
                 max_blocks=-(-max_model_len // block_size),
                 spare_block=num_blocks,
             )
-            self._graphs.record_all()
         self._fused = None
         if isinstance(self.bank, PanelBank):
             self._fused = FusedPass(base, self.kv_cache, self.prompt_cache, self.bank)
@@ -180,7 +179,9 @@ class Runner:
         for loaded in adapters:
             self._check_room(loaded)
         most = min(self.adapter_slots.capacity, self.prompt_slots.capacity)
-        self._place(list(map(_of_no_tokens, adapters[:most])))
+        bank_slots, _ = self._place(list(map(_of_no_tokens, adapters[:most])))
+        if self._graphs is not None:  # now that prompts lie where they will stay
+            self._graphs.record_all(bank_slots)
 
     def _check_room(self, loaded: LoadedAdapter) -> None:
         """Raises `ModelError` for prompts too long for the cache, which a small file may ask for.
@@ -258,7 +259,7 @@ class Runner:
         active = sorted({slot for slot, count in zip(slots, counts, strict=True) if count})
         if not self.bank.keys_of(active):
             return None
-        slots_N = upload(np.repeat(np.array(slots), counts), self.base.device)
+        slots_N = upload(np.repeat(np.array(slots, np.int32), counts), self.base.device)
         return self._batch_adaptation(self.bank, slots_N, active)
 
     def _layout(self, items: Sequence[StepItem], prompt_slots: Sequence[int]) -> StepLayout:
