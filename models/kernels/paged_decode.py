@@ -35,7 +35,8 @@ _PROGRAMS_PER_SM = 4  # enough loads under way on each multiprocessor to keep th
 
 @triton.jit(
     do_not_specialize=["num_splits", "blocks_stride"],
-    do_not_specialize_on_alignment=["blocks_ptr", "lens_ptr", "slots_ptr"],
+    # Parts of larger tensors, a layer's or a step's: aligned or not, one variant is compiled.
+    do_not_specialize_on_alignment=["blocks_ptr", "lens_ptr", "slots_ptr", "prompt_lens_ptr", "gate_ptr"],
 )
 def _decode(
     q_ptr: tl.tensor,

@@ -71,7 +71,14 @@ def _see_pages(
 
 @triton.jit(
     do_not_specialize=["blocks_stride"],
-    do_not_specialize_on_alignment=["blocks_ptr", "starts_ptr", "lens_ptr", "slots_ptr"],
+    do_not_specialize_on_alignment=[
+        "blocks_ptr",
+        "starts_ptr",
+        "lens_ptr",
+        "slots_ptr",
+        "prompt_lens_ptr",
+        "gate_ptr",
+    ],
 )
 def _prefill(
     q_ptr: tl.tensor,

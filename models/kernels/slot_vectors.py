@@ -15,7 +15,7 @@ from torch import Tensor
 _BLOCK = 1024  # features of a token that one program scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _rms_norm(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -35,7 +35,7 @@ def _rms_norm(
     tl.store(y_ptr + n * C + c, y_C, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _scale_bias(
     x_ptr: tl.tensor,
     scale_ptr: tl.tensor,

@@ -1,7 +1,6 @@
 """Compile every kernel for a GPU that is not here, as its launcher asks for it; a JSON line for each.
 
-The interpreter takes more than the compiler does. A program of its own, since Triton is one or the other
-for all of a process.
+The interpreter takes more than the compiler does. A program of its own, as `absent_gpu` wants it.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ import json
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from absent_gpu import compile_only
 
 from bench.kernel_cases import PackedCase, PagedCase
 from models.kernels.packed import Packing, packed_attention
@@ -21,30 +18,12 @@ from models.kernels.paged_prefill import paged_prefill
 from models.kernels.slot_vectors import slot_rms_norm, slot_scale_bias
 
 
-class AbsentGPU:
-    """What Triton asks of a driver before it launches."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-run = JITFunction.run
-
-
-def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-    kernel = run(self, *args, grid=grid, warmup=True, **options)
-    facts = {"name": self.__name__, "shared": kernel.metadata.shared, "bytes": len(kernel.asm["cubin"])}
+def tell(name: str, kernel: Any) -> None:
+    facts = {"name": name, "shared": kernel.metadata.shared, "bytes": len(kernel.asm["cubin"])}
     print(json.dumps(facts | {"tensor_cores": "mma" in kernel.asm["ptx"]}))
 
 
-driver.set_active(AbsentGPU())
-JITFunction.run = compile_only  # type: ignore[method-assign]
+compile_only(tell)
 
 shape = {"heads": (4, 2), "head_dim": 128, "dtype": torch.bfloat16}
 c = PagedCase.random([100, 40], [1, 1], [0, 10], [1, 0], **shape)
