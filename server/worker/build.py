@@ -22,6 +22,7 @@ from server.serving import StartupError
 from server.settings import MIB, WorkerSettings
 from server.worker.adapter_loading import AdapterLoader
 from server.worker.blocks import BlockManager
+from server.worker.device import use_device
 from server.worker.engine import NativeEngine
 from server.worker.engine_api import Engine
 from server.worker.frontend import Frontend
@@ -187,6 +188,7 @@ def _device(settings: WorkerSettings) -> torch.device:
     try:
         device = torch.device(settings.device)
         torch.empty(0, device=device)
+        use_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise StartupError(f"device {settings.device!r} cannot be used: {reason}") from error

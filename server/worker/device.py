@@ -1,8 +1,15 @@
-"""Whether the accelerator can compute at all, asked after it failed once."""
+"""The accelerator: which one a thread means, and whether it computes at all, asked after it failed once."""
 
 from __future__ import annotations
 
 import torch
+
+
+def use_device(device: torch.device) -> None:
+    """For the calling thread. Triton, events and streams take the thread's own GPU, which is the first until
+    told otherwise, wherever their tensors lie."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def check_device(device: torch.device) -> None:

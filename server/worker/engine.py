@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from server.errors import InvalidRequest, Unavailable
 from server.worker.adapter_loading import AdapterLoader
+from server.worker.device import use_device
 from server.worker.engine_base import EngineBase
 from server.worker.frontend import Frontend, ServedModel
 from server.worker.messages import EngineStats, Event, Failed, Finished
@@ -136,6 +137,7 @@ class NativeEngine(EngineBase):
     def _run(self) -> None:
         """The step thread."""
         try:
+            use_device(self._step_loop.runner.base.device)
             while self._take_commands():
                 if self._step_loop.has_work:
                     self._stats = self._step_loop.stats()  # what came and went is seen before the step's end
