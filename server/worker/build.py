@@ -43,7 +43,14 @@ def build(settings: WorkerSettings) -> Engine:
         for name in ("tensor_parallel", "data_parallel", "nnodes"):
             if getattr(settings, name) > 1:
                 raise StartupError(f"the native engine has one device; use --engine vllm for {name}.")
-        return build_engine(settings)
+        try:
+            return build_engine(settings)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(" Including")[0]  # what follows is advice for whoever allocates
+            raise StartupError(
+                f"device {settings.device!r} has too little memory for the base and a KV cache of "
+                f"{settings.kv_cache_mib} MiB; lower kv_cache_mib, or choose a smaller base. {reason}"
+            ) from error
     from server.worker.vllm_build import build_vllm_engine
 
     return build_vllm_engine(settings)
@@ -102,7 +109,9 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
     step_loop = StepLoop(runner, scheduler, tokenizer, overlap=device.type == "cuda")
     runner.warm([model.adapter for model in models if model.adapter])
-    _warm_up(step_loop)
+    if device.type == "cuda":
+        _try_longest(step_loop, scheduler)
+    _warm_up(step_loop, 3)
     log.info("loaded %s in %s in %.1f s", path, bits or dtype, time.monotonic() - began)
     limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     grammars = GrammarCompiler(
@@ -162,14 +171,24 @@ def _scheduler(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype
         raise StartupError(f"{error}.") from error
 
 
-def _warm_up(step_loop: StepLoop) -> None:
+def _try_longest(step_loop: StepLoop, scheduler: Scheduler) -> None:
+    """The longest step there may be, which a KV cache that takes all of a GPU's memory has no room for.
+
+    Raises as `_warm_up` does. Nothing is remembered of it: neither its prompt nor how long it took.
+    """
+    _warm_up(step_loop, max(1, min(scheduler.max_num_batched_tokens, scheduler.max_sequence_len - 3)))
+    scheduler.blocks.reset()
+    scheduler.pace = Pace()
+
+
+def _warm_up(step_loop: StepLoop, num_tokens: int) -> None:
     """One prompt and two decodes through every kernel: compiling them takes seconds the first time.
 
     Raises `StartupError` where they fail, for so would every request.
     """
     prepared = Prepared(
         request_id="warm-up",
-        token_ids=[0, 0, 0],
+        token_ids=[0] * num_tokens,
         sampling=SamplingParams(temperature=0, ignore_eos=True),
         max_tokens=3,
         stop=(),

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from typing import TypeVar
 
+import torch
+
 from models.errors import ModelError
 from server.errors import InvalidRequest, NotFound, RateLimited, Timeout, Unavailable
 from server.worker.adapter_loading import AdapterLoader
@@ -134,13 +136,19 @@ class EngineBase(ABC):
     ) -> ModelInfo:
         async with self._loading:
             load = self._loader.load_at_run_time
-            model = await self._on(
-                self._reading, lambda: load(id, path, options or {}, version, self._let_others_go_on)
-            )
             try:
+                model = await self._on(
+                    self._reading, lambda: load(id, path, options or {}, version, self._let_others_go_on)
+                )
                 await self._take(model)
             except ModelError as error:
                 raise InvalidRequest(str(error), param="path", code="invalid_adapter") from error
+            except torch.OutOfMemoryError as error:
+                raise Unavailable(
+                    f"The device's memory has no room for adapter {id!r}; unload another one, or start the "
+                    "worker with a smaller kv_cache_mib.",
+                    retry_after=60,
+                ) from error
             replaced = self._models.get(id)
             self._models[id] = model
             if replaced is not None:

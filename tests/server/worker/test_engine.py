@@ -28,7 +28,7 @@ from server.errors import ApiError, InvalidRequest, NotFound, RateLimited, Timeo
 from server.serving import StartupError
 from server.settings import MIB, WorkerSettings
 from server.worker.adapter_loading import AdapterLoader
-from server.worker.build import build_engine
+from server.worker.build import _try_longest, build, build_engine
 from server.worker.engine import NativeEngine
 from server.worker.messages import (
     ChatMessage,
@@ -405,6 +405,62 @@ async def test_an_adapter_that_was_loaded_is_in_its_slots(engine: NativeEngine, 
     assert ("gone", 1) not in runner.adapter_slots
     assert "gone" not in [model.id for model in engine.models()]
     assert (await running)[-1].usage.completion_tokens == 300
+
+
+async def test_whoever_computes_means_the_bases_device(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A thread's GPU is the first, until it is told otherwise."""
+    told: list[tuple[str, torch.device]] = []
+
+    def use(device: torch.device) -> None:
+        told.append((threading.current_thread().name, device))
+
+    for module in ("build", "engine"):
+        monkeypatch.setattr(f"server.worker.{module}.use_device", use)
+    engine = build_engine(settings(folder, adapters=()))
+    await engine.start()
+    await engine.stop()
+    names = [threading.current_thread().name, "engine-steps"]
+    assert told == [(name, torch.device("cpu")) for name in names]
+
+
+async def test_an_adapter_that_finds_no_memory_is_no_fault_of_ours(
+    engine: NativeEngine, monkeypatch: pytest.MonkeyPatch
+):
+    def room_for(self: Runner, loaded: LoadedAdapter, pause: Callable[[], None]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(Runner, "room_for", room_for)
+    with pytest.raises(Unavailable, match=r"no room for adapter 'late'; unload another one"):
+        await engine.load_adapter("late", "v1")
+    assert "late" not in {model.id for model in engine.models()}
+
+
+def test_a_device_that_is_too_small_stops_the_start_with_a_sentence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def no_cache(*_: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 16.00 GiB of "
+            "which 3.00 GiB is free. Including non-PyTorch memory, this process has 13.00 GiB memory in use."
+        )
+
+    monkeypatch.setattr(KVCache, "__init__", no_cache)
+    with pytest.raises(StartupError, match=r"a KV cache of 1 MiB; lower kv_cache_mib.*GiB is free\.$"):
+        build(settings(folder, adapters=()))
+
+
+def test_the_longest_step_is_tried_and_forgotten(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    engine = build_engine(settings(folder, adapters=(), max_num_batched_tokens=80))
+    loop, run, steps = engine._step_loop, Runner.run, []
+
+    def counted(self: Runner, items: list, *rest: object) -> torch.Tensor:
+        steps.append(sum(len(item.tokens) for item in items))
+        return run(self, items, *rest)
+
+    monkeypatch.setattr(Runner, "run", counted)
+    _try_longest(loop, loop._scheduler)
+    assert steps == [80, 1, 1]
+    assert loop._scheduler.blocks.stats.cached == loop._scheduler.blocks.stats.prefix_queries == 0
 
 
 async def test_reading_pauses_while_requests_run(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch):
