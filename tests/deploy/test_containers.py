@@ -130,6 +130,12 @@ def test_every_base_image_is_pinned() -> None:
     assert re.search(r"^ARG PYTHON_IMAGE=\S+:\d+\.\d+\.\d+-slim-\w+$", DOCKERFILE.read_text(), re.MULTILINE)
 
 
+@pytest.mark.parametrize("target", ["worker-cuda", "worker-vllm", "train"])
+def test_what_may_run_on_a_gpu_has_a_compiler(target: str) -> None:
+    """Triton builds with it what launches a kernel."""
+    assert any("g++" in arguments for name, arguments in stages()[target] if name == "RUN")
+
+
 @contextmanager
 def answering(status: int) -> Iterator[int]:
     class Handler(BaseHTTPRequestHandler):

@@ -20,6 +20,7 @@ from models.adapter_config import (
 from models.config import ModelConfig
 from models.kernels import choice
 from models.kernels.choice import use_triton
+from models.kernels.decode_graph import DecodeGraphs
 from server.serving import StartupError
 from server.settings import WorkerSettings
 from server.worker.build import build_engine
@@ -167,7 +168,24 @@ def test_slots_of_images_compute_the_same(sees: bool, device: str):
     torch.testing.assert_close(bare(0, q, k, v), plain(0, q, k, v), atol=1e-4, rtol=1e-4)
 
 
-def test_a_gpu_takes_the_kernels_and_a_cpu_does_not():
+def test_graphs_are_recorded_once_adapters_have_their_places(monkeypatch: pytest.MonkeyPatch, device: str):
+    """Recorded before, none would be used: prompts lie elsewhere once there are longer ones."""
+    config, seen = CONFIGS["gqa"], []
+    monkeypatch.setattr(
+        DecodeGraphs,
+        "record_all",
+        lambda graphs, slots: seen.append((graphs._prompts.k_LSKGD.shape[2], slots)),
+    )
+    base = random_base(config).to(device)
+    sizes = {"num_blocks": 8, "block_size": 4, "max_hot_adapters": 4, "prompt_slots": 4, "max_model_len": 16}
+    runner = Runner(base, **sizes, kernels="triton", max_decodes=2)
+    adapters = [random_adapter(adapter_config).to(device) for adapter_config in adapter_configs(config)]
+    runner.warm([LoadedAdapter((f"a{i}", 1), adapter) for i, adapter in enumerate(adapters)])
+    assert seen == [(10, [1, 2, 3])]
+
+
+def test_a_gpu_takes_the_kernels_and_a_cpu_does_not(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(choice, "_can_build", lambda: True)
     assert use_triton("auto", CUDA, torch.bfloat16, 128)
     assert not use_triton("auto", CPU, torch.bfloat16, 128)
     assert not use_triton("torch", CUDA, torch.bfloat16, 128)
@@ -175,11 +193,26 @@ def test_a_gpu_takes_the_kernels_and_a_cpu_does_not():
 
 def test_auto_says_why_it_does_without(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.WARNING)
+    monkeypatch.delenv("CC", raising=False)
+    with monkeypatch.context() as without:
+        without.setattr(choice.shutil, "which", lambda name: None)
+        assert not use_triton("auto", CUDA, torch.bfloat16, 128)
+    monkeypatch.setattr(choice, "_can_build", lambda: True)
+    with monkeypatch.context() as turing:
+        turing.setattr(torch.cuda, "is_available", lambda: True)
+        turing.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert not use_triton("auto", CUDA, torch.bfloat16, 128)
     assert not use_triton("auto", CUDA, torch.float64, 128)
     assert not use_triton("auto", CUDA, torch.bfloat16, 512)
     monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
     assert not use_triton("auto", CUDA, torch.bfloat16, 128)
-    for said in ("torch.float64", "512", "llama-adapter-server[gpu]"):
+    for said in (
+        "gcc",
+        "wants compute capability 8.0, and the GPU has 7.5",
+        "torch.float64",
+        "512",
+        "llama-adapter-server[gpu]",
+    ):
         assert said in caplog.text
 
 
