@@ -169,9 +169,10 @@ class Adapter(nn.Module):
         L, K = len(layers), config.max_prompt_len
         G, D = config.base.num_kv_heads, base.config.head_dim
         k_LSKo = v_LSKo = torch.zeros(L, S, K, G * D, dtype=base.dtype, device=base.device)
-        len_L = torch.zeros(L, dtype=torch.int32, device=base.device)
+        len_L = torch.zeros(L, dtype=torch.int32)
         for alike, rows_PSkC in self._rows(visual_SnC, layers):
-            where = upload(alike, base.device) - layers.start
+            where_P = torch.tensor(alike) - layers.start
+            where = upload(where_P, base.device)
             k = rows_PSkC.shape[2]
             if k > K:  # whose keys would be cut off, and kernels read as many as there are said to be
                 raise ModelError(f"an image gives {k} prompt rows, more than the adapter's {K}")
@@ -181,9 +182,10 @@ class Adapter(nn.Module):
                 all_LSKo.index_copy(0, where, F.pad(own_PSko, pad).expand(-1, S, -1, -1))
                 for all_LSKo, own_PSko in ((k_LSKo, k_PSko), (v_LSKo, v_PSko))
             )
-            len_L[where] = k
+            len_L[where_P] = k
         k_SLKGD, v_SLKGD = (x.transpose(0, 1).unflatten(-1, (G, D)) for x in (k_LSKo, v_LSKo))
-        gate_LH = self.gates()[layers.start : layers.stop].to(base.device) * (len_L > 0)[:, None]
+        gated_L = upload(len_L > 0, base.device)
+        gate_LH = self.gates()[layers.start : layers.stop].to(base.device) * gated_L[:, None]
         return Prompts(k_SLKGD, v_SLKGD, len_L.expand(S, L), gate_LH.expand(S, L, -1))
 
     def _rows(self, visual_SnC: Tensor | None, layers: range) -> Iterator[tuple[list[int], Tensor]]:

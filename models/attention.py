@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.uploads import upload
+
 
 @dataclass(frozen=True)
 class Prompts:
     """Prompt keys and values of S slots, ready for attention; rows past `len_SL` are padding.
 
+    `len_SL` lies on the host: it steers loops, and to read it from a GPU is to wait for all that it has.
     Prompts take no positions, so the keys are not rotated. `gate_SLH` is what multiplies the prompts'
     part of the attention: activation and `new_gate` applied, 0 where a layer holds no prompts.
     """
@@ -91,7 +94,7 @@ class DenseAttend:
     def __init__(self, num_sequences: int, prompts: Prompts | None = None) -> None:
         self._num_sequences = num_sequences
         self._prompts = prompts
-        # Which layers hold prompts is read once, not per layer: a read may wait for the device.
+        self._len_SL = None if prompts is None else upload(prompts.len_SL, prompts.k_SLKGD.device)
         self._gated = set() if prompts is None else set(prompts.len_SL.amax(0).nonzero().flatten().tolist())
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
@@ -108,7 +111,12 @@ class DenseAttend:
         if layer in self._gated:
             p = self._prompts
             assert p is not None
+            assert self._len_SL is not None
             out_BTHD = out_BTHD + prompt_attention(
-                q_BTHD, p.k_SLKGD[:, layer], p.v_SLKGD[:, layer], p.len_SL[:, layer], p.gate_SLH[:, layer]
+                q_BTHD,
+                p.k_SLKGD[:, layer],
+                p.v_SLKGD[:, layer],
+                self._len_SL[:, layer],
+                p.gate_SLH[:, layer],
             )
         return out_BTHD.flatten(0, 1)

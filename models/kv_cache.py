@@ -18,6 +18,7 @@ from models.attention import Prompts, causal_attention, prompt_attention
 from models.config import ModelConfig
 from models.kernels import paged_cpu
 from models.pieces import spread
+from models.uploads import upload
 
 Int32 = NDArray[np.int32]
 
@@ -91,14 +92,14 @@ class PromptCache:
     def place(self, slot: int, prompts: Prompts, row: int) -> None:
         """Put slot `row` of `prompts` into `slot`, in place of whatever was there."""
         assert slot > 0
-        K, lens_L = prompts.k_SLKGD.shape[2], prompts.len_SL[row].cpu().numpy()
-        assert lens_L.max() <= K, "kernels read as many rows as `lens_LS` says"
+        K, len_L = prompts.k_SLKGD.shape[2], prompts.len_SL[row]
+        assert len_L.max() <= K, "kernels read as many rows as `lens_LS` says"
         self.room_for(K)()
         self.k_LSKGD[:, slot, :K] = prompts.k_SLKGD[row]
         self.v_LSKGD[:, slot, :K] = prompts.v_SLKGD[row]
         self.gate_LSH[:, slot] = prompts.gate_SLH[row]
-        self.lens_LS[:, slot] = lens_L
-        self.device_lens_LS[:, slot] = prompts.len_SL[row]
+        self.lens_LS[:, slot] = len_L.numpy()
+        self.device_lens_LS[:, slot] = upload(len_L, self.device_lens_LS.device)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class PackedAttend:
         if prompts is None:
             self._lens_L: list[int] = []
             return
-        # Read once and cut once: a read waits for the device, and each cut costs a gradient's memory.
+        # Cut once: each cut costs a gradient's memory.
         self._lens_L = prompts.len_SL.amax(0).tolist()
         self._k_L = prompts.k_SLKGD.unbind(1)
         self._v_L = prompts.v_SLKGD.unbind(1)

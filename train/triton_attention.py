@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.attention import Prompts
 from models.kernels.packed import Packing, packed_attention
+from models.uploads import upload
 
 
 class TritonPackedAttend:
@@ -24,10 +25,10 @@ class TritonPackedAttend:
         self._prompts_L: list[tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
         if prompts is None:
             return
-        # Read once and cut once: a read waits for the device, and each cut costs a gradient's memory.
+        # Cut once: each cut costs a gradient's memory.
         rows_L = prompts.len_SL.amax(0).tolist()
         k_L, v_L, gate_L = prompts.k_SLKGD.unbind(1), prompts.v_SLKGD.unbind(1), prompts.gate_SLH.unbind(1)
-        lens_L = prompts.len_SL.to(torch.int32).unbind(1)
+        lens_L = upload(prompts.len_SL.to(torch.int32).T.contiguous(), device).unbind()
         self._prompts_L = [
             (k_SKGD[:, :K], v_SKGD[:, :K], lens_S, gate_SH)
             for k_SKGD, v_SKGD, lens_S, gate_SH, K in zip(k_L, v_L, lens_L, gate_L, rows_L, strict=True)

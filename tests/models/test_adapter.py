@@ -12,10 +12,11 @@ from torch import Tensor
 
 from models.adapter import Adapter, base_spec, check_fits
 from models.adapter_config import AdapterConfig
-from models.attention import stack_layers
+from models.attention import DenseAttend, stack_layers
 from models.config import ModelConfig
 from models.errors import AdapterMismatch, CheckpointError, ModelError
 from models.fingerprint import fingerprint
+from models.kv_cache import PromptCache
 
 H, L, C = MHA.num_heads, MHA.num_layers, MHA.hidden_size
 EARLY = {
@@ -35,6 +36,7 @@ def config_of(base: ModelConfig = MHA, **options: Any) -> AdapterConfig:
 
 
 V1 = config_of(prompt={"length": 3, "layers": (1, 3)})
+V1_GQA = config_of(GQA, prompt={"length": 3, "layers": (1, 3)})
 
 
 def sound() -> dict[str, Tensor]:
@@ -133,6 +135,17 @@ def test_prompts_of_ragged_lengths_and_of_several_images():
     assert torch.equal(seen.v_SLKGD[0, 2], unseen.v_SLKGD[0, 2])
     assert not unseen.gate_SLH[0, :2].any()  # a gate of rows that are not there gates nothing
     assert seen.gate_SLH[:, 0].all()
+
+
+def test_prompts_are_made_and_kept_without_a_look_at_the_device():
+    """A tensor of "meta" has no numbers: whoever reads one fails, as on a GPU it would wait."""
+    base, adapter = random_base(GQA).to("meta"), random_adapter(V1_GQA).to("meta")
+    with torch.no_grad():
+        prompts = adapter.prompts(base)
+    cache = PromptCache(GQA, 2, base.dtype, base.device)
+    cache.place(1, prompts, 0)
+    assert cache.lens_LS[:, 1].tolist() == [0, 3, 0, 3]
+    assert DenseAttend(1, prompts)._gated == {1, 3}
 
 
 @pytest.mark.parametrize(
