@@ -14,6 +14,7 @@ from torch import Tensor
 from models.adapter import Adapter
 from models.uploads import upload
 from models.vision.encoder import VisionEncoder
+from server.worker.device import check_device
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,10 @@ class Sight:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def wait(self) -> None:
+        """Until the device is done with what it was given: else the clock would tell when it was given it."""
+        check_device(self._device)
 
     def knows(self, loaded: LoadedAdapter, image: ImageInput) -> bool:
         return _key(loaded, image) in self._features
@@ -146,6 +151,7 @@ class ImageQueue:
                 self._layers = self._start(alone=seconds < float("inf"))
             try:
                 next(self._layers)
+                self._sight.wait()
             except StopIteration:
                 done += self._end()
             except Exception:

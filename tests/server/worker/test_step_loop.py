@@ -39,7 +39,7 @@ from server.worker.request import Prepared
 from server.worker.runner import Runner, StepItem
 from server.worker.sampler import Choice
 from server.worker.scheduler import Scheduler, SequenceRejected
-from server.worker.sight import ImageInput, LoadedAdapter
+from server.worker.sight import ImageInput, ImageQueue, LoadedAdapter, Sight
 from server.worker.step_loop import StepLoop
 
 
@@ -371,6 +371,16 @@ def test_images_whose_requests_left_stay_within_the_cache():
         sight.check_integrity()
         assert len(sight._features) <= 2
     assert deployment.encoder.calls == 6
+
+
+def test_a_layer_has_ended_when_the_device_is_done_with_it(monkeypatch: pytest.MonkeyPatch):
+    """A GPU takes all layers of an image at once, and computes them when the clock is read no more."""
+    deployment = Deployment()
+    queue = ImageQueue(Sight(deployment.base.device, 1 << 20))
+    queue.put("r", deployment.adapters[-1], ImageInput("x", torch.ones(3, 4, 4)))  # type: ignore[arg-type]
+    monkeypatch.setattr("server.worker.sight.check_device", lambda device: time.sleep(0.05))
+    assert queue.work(0.04) == ([], [])  # one layer took that long
+    assert queue.work(10) == (["r"], [])
 
 
 def sizes_of_batches(encoder: ToyEncoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
