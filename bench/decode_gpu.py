@@ -29,6 +29,7 @@ from models.kernels.choice import use_triton
 from models.llama import Llama
 from models.sizing import BASES, Load, decode_bytes
 from server.worker.blocks import BlockManager
+from server.worker.device import use_device
 from server.worker.messages import SamplingParams
 from server.worker.request import Prepared
 from server.worker.runner import Runner
@@ -37,6 +38,7 @@ from server.worker.sight import LoadedAdapter
 from server.worker.step_loop import StepLoop
 
 _MIXED = 8
+_STEP_TOKENS = 4096
 _BLOCK = 16
 TINY = ModelConfig(
     vocab_size=64,
@@ -115,7 +117,9 @@ def contenders(base: Llama) -> list[Contender]:
 def engine(base: Llama, batch: int, tokens: int) -> tuple[StepLoop, Scheduler]:
     """For `batch` sequences of `tokens` each, as `server.worker.build` puts it together."""
     blocks = BlockManager(batch * (-(-tokens // _BLOCK) + 1), _BLOCK, prefix_caching=False)
-    scheduler = Scheduler(blocks, max_num_seqs=batch, max_num_batched_tokens=4096, max_model_len=tokens)
+    scheduler = Scheduler(
+        blocks, max_num_seqs=batch, max_num_batched_tokens=_STEP_TOKENS, max_model_len=tokens
+    )
     runner = Runner(
         base,
         num_blocks=blocks.num_blocks,
@@ -130,6 +134,11 @@ def engine(base: Llama, batch: int, tokens: int) -> tuple[StepLoop, Scheduler]:
     return StepLoop(runner, scheduler, Letters(), overlap), scheduler  # type: ignore[arg-type]
 
 
+def loading_steps(batch: int, context: int) -> int:
+    """At most, until all prompts are computed: meanwhile the first ones decode, and must not end."""
+    return -(-batch * context // max(1, _STEP_TOKENS - batch)) + 1
+
+
 def step_seconds(
     loop: StepLoop, scheduler: Scheduler, prompts: Sequence[list[int]], own: Contender, steps: int
 ) -> float:
@@ -137,7 +146,8 @@ def step_seconds(
     for i, prompt in enumerate(prompts):
         adapter = own.adapters[i % len(own.adapters)]
         sampling = SamplingParams(temperature=0, ignore_eos=True)
-        loop.add(Prepared(str(i), prompt, sampling, steps + 8, (), adapter), lambda event: None)
+        max_tokens = loading_steps(len(prompts), len(prompt)) + steps + 8
+        loop.add(Prepared(str(i), prompt, sampling, max_tokens, (), adapter), lambda event: None)
     while scheduler.num_decoding < len(prompts):
         loop.step()
     loop.step()
@@ -152,7 +162,7 @@ def step_seconds(
 
 
 def measure(base: Llama, batch: int, context: int, steps: int, rounds: int, bandwidth: float) -> list[Row]:
-    loop, scheduler = engine(base, batch, context + batch + steps + 16)
+    loop, scheduler = engine(base, batch, context + loading_steps(batch, context) + steps + 16)
     everyone, vocab = contenders(base), base.config.vocab_size
     times: dict[str, list[float]] = {own.name: [] for own in everyone}
     for number in range(rounds + 1):
@@ -201,6 +211,7 @@ def main(
     """Measure decoding with and without adapters; minutes for a base of 7B."""
     where = torch.device(device)
     on_gpu = where.type == "cuda"
+    use_device(where)
     torch.manual_seed(0)
     bandwidth = copy_bandwidth() if on_gpu else 1e10
     base = random_base((BASES | {"tiny": TINY})[shape], torch.bfloat16 if on_gpu else torch.float32, where)
