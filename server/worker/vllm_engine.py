@@ -11,6 +11,7 @@ import asyncio
 import shutil
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +71,9 @@ class VllmEngine(EngineBase):
         self._exports = TemporaryDirectory(prefix="llama-adapter-vllm-")
         self._loras: dict[tuple[str, int], Any] = {}  # by adapter version
         self._seen: OrderedDict[Hashable, Tensor] = OrderedDict()  # visual rows, the latest last
-        self._seeing = Lock()
+        self._seen_lock = Lock()
+        # One, and not those that others' texts wait for. It computes each image once.
+        self._seeing = ThreadPoolExecutor(1, thread_name_prefix="images")
 
     @property
     def healthy(self) -> bool:
@@ -82,6 +85,7 @@ class VllmEngine(EngineBase):
 
     async def stop(self) -> None:
         self._close()
+        self._seeing.shutdown(wait=False)
         await asyncio.to_thread(self._vllm.stop)
         self._exports.cleanup()
 
@@ -109,25 +113,36 @@ class VllmEngine(EngineBase):
             await self._vllm.remove_adapter(lora)
             await asyncio.to_thread(shutil.rmtree, self._folder(key), ignore_errors=True)
 
-    def _see(self, prepared: Prepared) -> Tensor | None:
+    async def _see(self, prepared: Prepared) -> Tensor | None:
         """What the adapter sees of the request's image, [R, C]; of the latest ones it is kept."""
         loaded, image = prepared.adapter, prepared.image
         if loaded is None or image is None or loaded.encoder is None:
             return None
-        key = (loaded.key, image.key)
-        with self._seeing:
-            rows_RC = self._seen.pop(key, None)
-        if rows_RC is None:
-            rows_RC = visual_rows(loaded.adapter, loaded.encoder, image.pixels)
-        with self._seeing:
-            self._seen[key] = rows_RC
-            if len(self._seen) > _SEEN:
-                self._seen.popitem(last=False)
-        return rows_RC
+        key, encoder = (loaded.key, image.key), loaded.encoder
+
+        def see() -> Tensor:
+            rows_RC = self._known(key)  # another request may have had it computed meanwhile
+            if rows_RC is None:
+                rows_RC = visual_rows(loaded.adapter, encoder, image.pixels)
+                with self._seen_lock:
+                    self._seen[key] = rows_RC
+                    if len(self._seen) > _SEEN:
+                        self._seen.popitem(last=False)
+            return rows_RC
+
+        rows_RC = self._known(key)
+        return await self._on(self._seeing, see) if rows_RC is None else rows_RC
+
+    def _known(self, key: Hashable) -> Tensor | None:
+        with self._seen_lock:
+            if key in self._seen:
+                self._seen.move_to_end(key)
+            return self._seen.get(key)
 
     async def _events(self, prepared: Prepared, deadline: float | None) -> AsyncGenerator[Event, None]:
         lora = self._loras[prepared.adapter.key] if prepared.adapter else None
-        rows_RC = await self._prepare(lambda: self._see(prepared))
+        async with asyncio.timeout_at(deadline):
+            rows_RC = await self._see(prepared)
         answer = Answer(prepared, self._tokenizer)
         scheduled = False
         async with aclosing(self._vllm.generate(prepared, lora, rows_RC)) as outputs:
