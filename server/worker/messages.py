@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 _CONFIG = ConfigDict(extra="forbid")
 _PIECE = 2**20  # bytes of an image that are handed on at once
-_SCORES = 256  # tokens of a prompt whose log-probabilities are one line: 100 KB with five others beside each
+SCORES = 256  # tokens of a prompt whose log-probabilities are one line: 100 KB with five others beside each
 
 FinishReason = Literal["stop", "length", "abort", "tool_calls"]
 
@@ -348,8 +348,8 @@ def score_pieces(logprobs: Sequence[TokenLogprob], text: str | None) -> Iterator
 
     `text` is None where not all of the prompt is scored yet.
     """
-    for start in range(0, len(logprobs), _SCORES):
-        end = start + _SCORES
+    for start in range(0, len(logprobs), SCORES):
+        end = start + SCORES
         last = text if end >= len(logprobs) else None
         yield PromptScored(tuple(logprobs[start:end]), last or "", more=last is None)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from models.tokenizer import IncrementalDecoder, Tokenizer
 from server.errors import InvalidRequest
 from server.worker.messages import (
+    SCORES,
     Event,
     Failed,
     Finished,
@@ -50,18 +51,25 @@ class Answer:
         add = self._events.append
         self._emit = ToolCallEvents(add) if grammar is not None and grammar.tools else add
 
-    def score_prompt(self, steps: Sequence[Step | None]) -> list[Event]:
-        """`steps` tell of each of the prompt's tokens, placeholders left out."""
+    def score_prompt(self, steps: Sequence[Step | None]) -> Iterator[Event]:
+        """`steps` tell of each of the prompt's tokens, placeholders left out.
+
+        Piece by piece: to describe a long prompt at once would hold up everybody's events.
+        """
         ids, wanted = self._prepared.token_ids, self._prepared.sampling.prompt_logprobs or 0
-        first = TokenLogprob(ids[0], self._tokenizer.token_text(ids[0]), None)
-        rest = [
-            self._describe(token, step, wanted)
-            for token, step in zip(ids[1:], steps[1:], strict=True)
-            if step is not None
-        ]
-        for piece in score_pieces((first, *rest), self._tokenizer.decode(ids)):
-            self._emit(piece)
-        return self._taken()
+        text = self._tokenizer.token_text
+        assert len(steps) == len(ids)
+        for start in range(0, len(ids), SCORES):
+            end = start + SCORES
+            scored = [
+                self._describe(ids[i], step, wanted)
+                if i and step  # nothing precedes the first
+                else TokenLogprob(ids[i], text(ids[i]), None)
+                for i, step in enumerate(steps[start:end], start)
+            ]
+            for piece in score_pieces(scored, self._tokenizer.decode(ids) if end >= len(ids) else None):
+                self._emit(piece)
+            yield from self._taken()
 
     def push(self, tokens: Sequence[int], steps: Sequence[Step] | None, cached_tokens: int) -> list[Event]:
         """The next tokens; `steps` where log-probabilities were asked for."""

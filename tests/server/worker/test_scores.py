@@ -73,7 +73,7 @@ def test_vllms_scores_come_in_pieces_too() -> None:
     params = SamplingParams(prompt_logprobs=1)
     answer = Answer(Prepared("r", ids, params, max_tokens=0, stop=()), Letters())  # type: ignore[arg-type]
     steps: list[Any] = [None, *({id: Logprob(-0.5, 1), 65: Logprob(-0.9, 2)} for id in ids[1:])]
-    pieces = answer.score_prompt(steps)
+    pieces = list(answer.score_prompt(steps))
     assert [len(piece.logprobs) for piece in pieces if isinstance(piece, PromptScored)] == [256, 256, 88]
     assert max(len(EVENT.dump_json(piece)) for piece in pieces) < 2**16
     whole = join_scores([piece for piece in pieces if isinstance(piece, PromptScored)])
@@ -81,6 +81,23 @@ def test_vllms_scores_come_in_pieces_too() -> None:
     assert [token.token_id for token in whole.logprobs] == ids
     assert [token.logprob for token in whole.logprobs] == [None] + [-0.5] * 599
     assert {len(token.top) for token in whole.logprobs[1:]} == {1}
+
+
+def test_vllms_scores_are_described_as_they_are_sent() -> None:
+    """All at once, a long prompt's would hold up everybody's events."""
+    described: list[int] = []
+
+    class Watched(Letters):
+        def token_text(self, id: int) -> str:
+            described.append(id)
+            return super().token_text(id)
+
+    params = SamplingParams(prompt_logprobs=0)
+    prepared = Prepared("r", [97] * 600, params, max_tokens=0, stop=())
+    answer = Answer(prepared, Watched())  # type: ignore[arg-type]
+    pieces = iter(answer.score_prompt([None, *({97: Logprob(-0.5, 1)} for _ in range(599))]))
+    next(pieces)
+    assert len(described) == 256
 
 
 def test_the_prompt_is_filled_until_its_last_score(monkeypatch: pytest.MonkeyPatch) -> None:
