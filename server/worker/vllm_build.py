@@ -6,17 +6,20 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from models.checkpoints.base import open_base
 from models.checkpoints.layout import BaseCheckpoint
 from models.config import ModelConfig
-from models.errors import CheckpointError
+from models.errors import CheckpointError, ModelError
 from models.fingerprint import fingerprint
 from models.kv_cache import KVCache
 from models.pull import resolve_base
@@ -42,6 +45,7 @@ _ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the plugin was tested with the first
     "VLLM_CONFIGURE_LOGGING": "0",  # the log is ours
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the experts want cores too
+    "VLLM_COMPUTE_NANS_IN_LOGITS": "1",  # else a request whose numbers overflow is answered with nonsense
     ENDS_WITH_PARENT: "1",
 }
 
@@ -56,6 +60,7 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
     path = resolve_base(settings.base, settings.cache_dir)
     checkpoint = open_base(path)
     config, tokenizer = checkpoint.config, load_tokenizer(path)
+    _check_shares(settings.tensor_parallel, config)
     max_model_len = _context(settings, config)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
@@ -77,7 +82,9 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
         if model.adapter:
             check_carried(model.adapter.adapter.config, model.info.id, room)
     calls = _import_vllm()
-    vllm = calls.Vllm(_options(settings, path, config, room), config, sorted(tokenizer.eos_ids))
+    options = _options(settings, path, config, room)
+    with _starting():
+        vllm = calls.Vllm(options, config, sorted(tokenizer.eos_ids))
     log.info("vLLM serves %s after %.1f s", path, time.monotonic() - began)
     images = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     grammars = GrammarCompiler(
@@ -105,6 +112,7 @@ def follow(settings: WorkerSettings) -> None:
     _refuse(settings)
     path = resolve_base(settings.base, settings.cache_dir)
     config = open_base(path).config
+    _check_shares(settings.tensor_parallel, config)
     options = _options(settings, path, config, _room_for(settings, []))
     log.info("computes for %s:%d", settings.master_addr, settings.master_port)
     _import_vllm().follow(options)
@@ -127,9 +135,44 @@ def _refuse(settings: WorkerSettings) -> None:
         (settings.quantization != "none", "quantization is for the native engine; leave it at none"),
         (settings.max_prefill_chunk is not None, "max_prefill_chunk is not known to it; leave it out"),
         (settings.max_num_batched_tokens < ROWS, f"max_num_batched_tokens must be {ROWS} at least"),
+        (
+            settings.max_num_batched_tokens < settings.max_num_seqs,
+            "max_num_batched_tokens must be max_num_seqs at least: raise the one or lower the other",
+        ),
     ):
         if given:
             raise StartupError(f"with --engine vllm {sentence}.")
+
+
+def _check_shares(devices: int, config: ModelConfig) -> None:
+    """Devices share heads and features equally; where they are more than key/value heads, these have copies."""
+
+    def holds(devices: int) -> bool:
+        heads = config.num_heads % devices == 0 and config.intermediate_size % devices == 0
+        return heads and 0 in (config.num_kv_heads % devices, devices % config.num_kv_heads)
+
+    if not holds(devices):
+        possible = ", ".join(str(n) for n in range(1, config.num_heads + 1) if holds(n))
+        raise StartupError(
+            f"tensor_parallel {devices} cannot share the base's {config.num_heads} heads "
+            f"({config.num_kv_heads} of keys and values) and {config.intermediate_size} features equally; "
+            f"possible are {possible}."
+        )
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """What vLLM refuses, or fails in, is a StartupError in its own words; its processes have logged more."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        log.debug("vLLM did not start", exc_info=True)
+        said = str(error)
+        if isinstance(error, ValidationError):
+            said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise StartupError(f"vLLM did not start: {' '.join(said.split())[:500]}") from error
 
 
 def _dtype(settings: WorkerSettings) -> torch.dtype:
