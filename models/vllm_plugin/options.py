@@ -36,6 +36,9 @@ def engine_options(
         "enable_prompt_embeds": room.images,
         "max_model_len": max_model_len + ROWS,
         "block_size": ROWS,
+        # A prompt is seen whole. On some GPUs vLLM would else take FlashInfer, which has problems with that,
+        # as vLLM's own source says.
+        "attention_config": {"use_non_causal": True},
         "async_scheduling": False,  # its token lists run ahead of what was sampled, which grammars follow
         "enable_lora": True,
         "max_loras": max_adapters,
@@ -49,9 +52,10 @@ def engine_options(
     }
 
 
-def placeholders(config: ModelConfig, *, scored: bool = False) -> list[int]:
+def placeholders(config: ModelConfig, scored: int | None = None) -> list[int]:
     """What each prompt begins with. vLLM's penalties take an id past the vocabulary for padding.
 
-    `scored`: for a prompt whose tokens' log-probabilities are asked for, which vLLM looks up by id.
+    `scored`: a token of a prompt whose tokens' log-probabilities are asked for. vLLM looks these up by id,
+    placeholders' too; and what is in the prompt anyway changes no penalty.
     """
-    return [0 if scored else config.vocab_size] * ROWS
+    return [config.vocab_size if scored is None else scored] * ROWS

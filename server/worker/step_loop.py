@@ -43,7 +43,7 @@ from server.worker.tool_calls import ToolCallEvents
 log = logging.getLogger(__name__)
 
 _FAILED = "The engine failed to compute this request."
-_NOT_FINITE = "The model gave logits that are not finite; check the adapter's weights."
+NOT_FINITE = "The model gave logits that are not finite; check the adapter's weights."
 
 
 class StepLoop:
@@ -303,7 +303,7 @@ class StepLoop:
             if self._scores_prompt(request, item):
                 end += item.num_tokens
                 if not score_prompt(self._tokenizer, request, item.start, logits_MV[start:end]):
-                    self._refuse(request, _NOT_FINITE)
+                    self._refuse(request, NOT_FINITE)
             else:
                 end += item.samples
             if item.samples and self._runs(request):
@@ -319,7 +319,7 @@ class StepLoop:
         if not self._runs(request):
             return
         if not row.finite:
-            self._refuse(request, _NOT_FINITE)
+            self._refuse(request, NOT_FINITE)
         elif grammar is not None and grammar.error:
             self._break_off(request, grammar)
         elif row.token in self._eos_ids and not request.prepared.sampling.ignore_eos:

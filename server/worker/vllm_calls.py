@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from models.vllm_plugin.sight import seeing_prompt
 from server.errors import InvalidRequest, ServerFailure, Unavailable
 from server.worker.messages import EngineStats, FinishReason
 from server.worker.request import Prepared
+from server.worker.step_loop import NOT_FINITE
 from server.worker.vllm_answer import Step
 from server.worker.vllm_grammar import GrammarProcessor, grammar_args
 
@@ -87,41 +88,44 @@ class Vllm:
         return self._stats.snapshot(config.cache_config.num_gpu_blocks or 0, engines)
 
     async def add_adapter(self, name: str, folder: Path) -> LoRARequest:
+        """Raises `Unavailable` where the engine died; so does `remove_adapter`."""
         lora = LoRARequest(name, self._next_id, str(folder))
         self._next_id += 1
-        if self._shared:
-            files = await asyncio.to_thread(packed, folder)
-            await self._llm.collective_rpc("hold_adapter", args=(str(folder), files))
-        await self._llm.add_lora(lora)
+        with _needs_life():
+            if self._shared:
+                files = await asyncio.to_thread(packed, folder)
+                await self._llm.collective_rpc("hold_adapter", args=(str(folder), files))
+            await self._llm.add_lora(lora)
         return lora
 
     async def remove_adapter(self, lora: LoRARequest) -> None:
-        await self._llm.remove_lora(lora.lora_int_id)
-        if self._shared:
-            await self._llm.collective_rpc("drop_adapter", args=(lora.lora_path,))
+        with _needs_life():
+            await self._llm.remove_lora(lora.lora_int_id)
+            if self._shared:
+                await self._llm.collective_rpc("drop_adapter", args=(lora.lora_path,))
 
     async def generate(
         self, prepared: Prepared, lora: LoRARequest | None, rows_RC: Tensor | None
     ) -> AsyncGenerator[Output, None]:
         """`rows_RC` are what the adapter sees. Closing it aborts the request.
 
-        Raises `InvalidRequest` for what vLLM takes for no request, and `Unavailable` where it died.
+        Raises `InvalidRequest` for what vLLM takes for no request, `Unavailable` where it died, and
+        `ServerFailure` where what it computes is not finite.
         """
         prompt = self._prompt(prepared, rows_RC)
         id = f"{prepared.request_id}-{uuid.uuid4().hex}"
         try:
-            outputs = self._llm.generate(prompt, self._params(prepared), id, lora_request=lora)
-            async with aclosing(outputs):
-                async for output in outputs:
-                    yield _read(output)
+            with _needs_life():
+                outputs = self._llm.generate(prompt, self._params(prepared), id, lora_request=lora)
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        yield _read(output)
         except VLLMValidationError as error:
             raise InvalidRequest(f"vLLM cannot do this: {error}") from error
-        except EngineDeadError as error:
-            raise Unavailable("The engine stopped; the worker is restarting.", retry_after=5) from error
 
     def _prompt(self, prepared: Prepared, rows_RC: Tensor | None) -> Any:
-        scored = prepared.sampling.prompt_logprobs is not None
-        before, tokens = placeholders(self._config, scored=scored), prepared.token_ids
+        scored, tokens = prepared.sampling.prompt_logprobs is not None, prepared.token_ids
+        before = placeholders(self._config, tokens[0] if scored else None)
         if rows_RC is None:
             if not (scored and self._llm.model_config.enable_prompt_embeds):
                 return {"type": "token", "prompt_token_ids": before + tokens}
@@ -130,7 +134,7 @@ class Vllm:
 
     def _params(self, prepared: Prepared) -> VllmParams:
         ours = prepared.sampling
-        return VllmParams(
+        params = VllmParams(
             temperature=ours.temperature,
             top_p=ours.top_p,
             top_k=ours.top_k,
@@ -150,6 +154,16 @@ class Vllm:
             extra_args=grammar_args(ours.grammar),
             output_kind=RequestOutputKind.DELTA,
         )
+        params.all_stop_token_ids.update(self._eos_ids)  # until `min_tokens`, also where they end nothing
+        return params
+
+
+@contextmanager
+def _needs_life() -> Iterator[None]:
+    try:
+        yield
+    except EngineDeadError as error:
+        raise Unavailable("The engine stopped; the worker is restarting.", retry_after=5) from error
 
 
 def follow(options: dict[str, Any]) -> None:
@@ -191,6 +205,8 @@ def _read(output: Any) -> Output:
     if one.finish_reason not in (None, "stop", "length"):
         raise ServerFailure(f"vLLM ended the request: {one.finish_reason}.")
     times = output.metrics
+    if times is not None and times.is_corrupted:
+        raise ServerFailure(NOT_FINITE)
     return Output(
         tokens=list(one.token_ids),
         steps=one.logprobs,

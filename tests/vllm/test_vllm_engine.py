@@ -11,18 +11,21 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import torch
 from support import random_adapter
 from tiny_base import adapter_config
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_engines import ask, both, end_of, events_of, scores_of, settings, text_of
 from vllm_support import HEAD_DIM, TOLERANCE, low_rank
 
 from models.checkpoints.native import save_adapter
-from server.errors import ApiError, InvalidRequest, NotFound, Timeout
+from server.errors import ApiError, InvalidRequest, NotFound, ServerFailure, Timeout, Unavailable
 from server.worker.build import build
 from server.worker.engine_api import Engine
 from server.worker.messages import (
     Delta,
     Event,
+    Failed,
     Grammar,
     Scheduled,
     Started,
@@ -30,6 +33,7 @@ from server.worker.messages import (
     TokenPrompt,
     ToolSchema,
 )
+from server.worker.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 
@@ -70,6 +74,15 @@ REQUESTS = {
     "bias": ask("a", "v2", logit_bias={5: 100.0}, max_tokens=3),
     "ends": ask("a", "v1", ignore_eos=False, max_tokens=200),
     "least": ask("a", ignore_eos=False, min_tokens=4, logit_bias={2: 30.0}),
+    "least, where nothing ends": ask("a", min_tokens=4, logit_bias={2: 30.0}, logprobs=0),
+    "scored and penalised": ask(
+        TextPrompt("b b"), "v1", prompt_logprobs=0, logprobs=0, repetition_penalty=9.0, logit_bias={0: 12.0},
+        max_tokens=1,
+    ),
+    "scored with picture and penalised": ask(
+        TextPrompt("b b"), "sees", "red", prompt_logprobs=0, logprobs=0, repetition_penalty=9.0,
+        logit_bias={0: 12.0}, max_tokens=1,
+    ),
     "whole context": ask(TokenPrompt(tuple(range(3, 303))), "v1", max_tokens=None),
 }
 
@@ -177,6 +190,39 @@ async def test_every_seed_repeats_itself(started: tuple[Engine, Engine]) -> None
         request = ask("a", "v1", temperature=1.5, seed=seed, max_tokens=20)
         first, second = [text_of(await events_of(started[0], request)) for _ in range(2)]
         assert first == second
+
+
+async def test_numbers_that_overflow_end_their_own_request_only(
+    started: tuple[Engine, Engine], folder: Path
+) -> None:
+    wild = random_adapter(adapter_config("v1", HEAD_DIM))
+    with torch.no_grad():
+        wild.prompt.copy_(wild.prompt.sign() * 3e38)
+    save_adapter(wild, folder / "adapters" / "wild")
+    for engine in started:
+        await engine.load_adapter("wild", "wild")
+    requests = [ask("Hello", "wild"), *(ask(f"Hello {i}", "v1", max_tokens=20) for i in range(3))]
+    found = await asyncio.gather(*(events_of(started[0], one) for one in requests), return_exceptions=True)
+    native = [await events_of(started[1], request) for request in requests]
+    assert isinstance(found[0], ServerFailure)
+    assert isinstance(native[0][-1], Failed)
+    assert found[0].message == native[0][-1].message
+    assert [text_of(events) for events in found[1:]] == [text_of(events) for events in native[1:]]
+    for engine in started:
+        await (await engine.unload_adapter("wild"))
+
+
+async def test_an_engine_that_died_takes_no_adapter(
+    started: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def die(*_: object) -> None:
+        raise EngineDeadError
+
+    assert isinstance(started[0], VllmEngine)
+    monkeypatch.setattr(started[0]._vllm._llm, "add_lora", die)
+    with pytest.raises(Unavailable):
+        await started[0].load_adapter("late", "v1")
+    assert "late" not in [model.id for model in started[0].models()]
 
 
 async def test_an_adapter_that_vllm_cannot_carry_is_refused(
