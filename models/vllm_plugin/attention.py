@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
 
 from models.vllm_plugin.carriers import LENGTH, ROWS
+
+_IN_GRAPHS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")  # all that they read lies where it lay before
 
 
 @functools.cache
@@ -48,6 +50,14 @@ def prompt_backend(platform: type[AttentionBackend]) -> type[AttentionBackend]:
 
     class PromptBuilder(builder):  # type: ignore[misc, valid-type]
         supports_update_block_table = False
+
+        @classmethod
+        def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
+            """None where what is not causal is planned anew at each step, which a graph would not see."""
+            if platform.get_name() not in _IN_GRAPHS:
+                return AttentionCGSupport.NEVER
+            support: AttentionCGSupport = super().get_cudagraph_support(*args)
+            return support
 
         def __init__(self, spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
             super().__init__(spec, layer_names, vllm_config, device)

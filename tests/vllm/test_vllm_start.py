@@ -9,8 +9,10 @@ import pytest
 from tiny_base import tiny_config, write_tiny_base
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm_support import LIMITS, Deployment
 
+from models.vllm_plugin.attention import prompt_backend
 from models.vllm_plugin.carriers import EVERYTHING, Room
 from models.vllm_plugin.limits import UnsupportedByPlugin
 from models.vllm_plugin.model import LlamaAdapterForCausalLM
@@ -55,6 +57,34 @@ def test_heads_that_vllm_s_attention_lacks_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UnsupportedByPlugin, match="knows no heads of size 8, only 32, 64"):
         LlamaAdapterForCausalLM(vllm_config=EngineArgs(**options | LIMITS).create_engine_config())
+
+
+@pytest.mark.parametrize(
+    ("name", "support"),
+    [("FLASH_ATTN", AttentionCGSupport.ALWAYS), ("FLASHINFER", AttentionCGSupport.NEVER)],
+)
+def test_prompts_are_attended_to_in_cuda_graphs_only_where_these_see_them(
+    deployment: Deployment, name: str, support: AttentionCGSupport
+) -> None:
+    """FlashInfer plans what is not causal at each step, for itself."""
+
+    class Builder:
+        @classmethod
+        def get_cudagraph_support(cls, *_: Any) -> AttentionCGSupport:
+            return AttentionCGSupport.ALWAYS
+
+    class Platform:
+        @staticmethod
+        def get_name() -> str:
+            return name
+
+        @staticmethod
+        def get_builder_cls() -> type:
+            return Builder
+
+    backend: Any = prompt_backend(Platform)  # type: ignore[arg-type]
+    assert backend.get_builder_cls().get_cudagraph_support(None, None) == support
+    assert configuration(deployment).attention_config.use_non_causal  # which keeps vLLM from it where it can
 
 
 def test_what_was_compiled_for_another_room_is_not_met(deployment: Deployment) -> None:
