@@ -171,7 +171,9 @@ class AdapterBank:
             if own:
                 terms = adapter.lora[name]
                 a_LSRi[:, slot, :rank] = terms["a"].to(a_LSRi.dtype)  # type: ignore[index]
-                b_LSRo[:, slot, :rank] = lora_scaling(adapter.config) * terms["b"].mT.to(b_LSRo.dtype)  # type: ignore[index]
+                scaled_LRo = b_LSRo[:, slot, :rank]
+                scaled_LRo.copy_(lora_scaling(adapter.config) * terms["b"].mT)  # type: ignore[index]
+                scaled_LRo.nan_to_num_()  # finite, as others' tokens meet them too, with zeros
 
     def _make_room(self, name: LinearName, rank: int) -> None:
         """Let the stacks of one linear hold `rank`; terms already there are padded with zeros."""
@@ -249,6 +251,7 @@ class BatchAdaptation(_Adaptation):
         a_SRi, b_SRo = (stack[layer][with_lora] for stack in self._bank.lora[name])
         h_NAR = F.linear(x, a_SRi.flatten(0, 1)).unflatten(-1, a_SRi.shape[:2])
         if not isinstance(self._index, int):
-            h_NAR = h_NAR * (self._slots_N[:, None] == with_lora)[..., None]
+            # Filled, not multiplied: by another's terms it may have overflowed, and infinity times 0 is NaN.
+            h_NAR = h_NAR.masked_fill((self._slots_N[:, None] != with_lora)[..., None], 0)
         y_No: Tensor = h_NAR.flatten(1) @ b_SRo.flatten(0, 1)
         return y_No

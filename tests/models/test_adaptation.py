@@ -198,3 +198,26 @@ def test_placing_over_an_old_slot_leaves_nothing_behind(bank: type[AdapterBank],
             assert torch.equal(used_LSRf[:, 1, :rank], clean_LSRf[:, 1]), name
             assert not used_LSRf[:, 1, rank:].any(), name
             assert not used_LSRf[:, 0].any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("side", ["a", "b", "alpha"])
+def test_terms_that_overflow_are_their_own_adapter_s_trouble(side: str, dtype: torch.dtype):
+    """They are finite in a file; what they make of a token is not, and infinity times zero is no zero."""
+    base, tokens_BT = random_base(MHA, dtype), some_tokens(3, 6)
+    sound, wild = make(MHA, "lora", seed=1), make(MHA, "lora", seed=2)
+    with torch.no_grad():
+        for terms in wild.lora.values():
+            if side != "alpha":
+                terms[side].fill_(3e38)  # type: ignore[index]
+    if side == "alpha":
+        lora = wild.config.lora.model_copy(update={"alpha": 1e300})  # type: ignore[union-attr]
+        wild.config = wild.config.model_copy(update={"lora": lora})
+    with_both, alone = AdapterBank(base, 2), AdapterBank(base, 2)
+    for slot, adapter in ((1, sound), (2, wild)):
+        with_both.place(slot, adapter)
+    alone.place(1, sound)
+    mixed = Deployment(base, [None, sound, wild], with_both).together([0, 1, 2], tokens_BT)
+    expected = Deployment(base, [None, sound, None], alone).together([0, 1, 0], tokens_BT)
+    tolerance = {"atol": 1e-5 if dtype == torch.float32 else 0.2, "rtol": 0.0}
+    torch.testing.assert_close(mixed[:2], expected[:2], **tolerance)
