@@ -113,6 +113,7 @@ class AdapterBank:
         self._num_slots = num_slots + 1
         self.stacks: dict[str, Tensor] = {}
         self.lora: dict[LinearName, tuple[Tensor, Tensor]] = {}  # a [L,S,R,in], b [L,S,R,out], scaled
+        self._ranks: dict[LinearName, int] = {}  # the greatest, also of adapters that are yet to be placed
         self._keys: list[frozenset[str]] = [frozenset()] * self._num_slots
 
     def keys_of(self, slots: Sequence[int]) -> frozenset[str]:
@@ -147,6 +148,22 @@ class AdapterBank:
 
         return use
 
+    def low_rank_bytes(self, adapter: Adapter) -> int:
+        """What low-rank terms take in all slots, with this adapter's and those of whichever was expected."""
+        ranks, of_layers = self._with(adapter), self._base.config.num_layers * self._num_slots
+        features = sum(rank * sum(linear_shape(self._spec, name)) for name, rank in ranks.items())
+        return of_layers * features * self._base.dtype.itemsize
+
+    def expect(self, adapter: Adapter) -> None:
+        """An adapter that will be placed some time: room for it is reckoned with from now on."""
+        self._ranks = self._with(adapter)
+
+    def _with(self, adapter: Adapter) -> dict[LinearName, int]:
+        """Ranks by linear, this adapter's among them."""
+        lora = adapter.config.lora
+        own = {name: max(lora.rank, self._ranks.get(name, 0)) for name in lora.targets} if lora else {}
+        return self._ranks | own
+
     def _stack_of(self, key: str) -> Hashable:
         """The same for keys that share a stack."""
         return key
@@ -160,6 +177,7 @@ class AdapterBank:
 
     def _place_lora(self, slot: int, adapter: Adapter) -> None:
         rank = adapter.config.lora.rank if adapter.config.lora else 0
+        self.expect(adapter)
         for name in LINEARS:
             own = name in adapter.lora
             if own:

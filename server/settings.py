@@ -227,6 +227,9 @@ class WorkerSettings(_Settings):
     )
     prefix_caching: bool = Field(True, description="keep the blocks of prompts that may come again")
     max_hot_adapters: int = Field(64, gt=0, description="adapters in the bank at once")
+    low_rank_mib: int = Field(
+        8192, gt=0, description="memory for their low-rank terms in MiB; one that needs more is refused"
+    )
     prompt_slots: int = Field(128, gt=0, description="(adapter, image) prompts kept as keys and values")
     prompt_cache_mib: int = Field(
         2048, gt=0, description="memory for them in MiB; an adapter whose prompts would need more is refused"

@@ -92,6 +92,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         max_hot_adapters=settings.max_hot_adapters,
         prompt_slots=settings.prompt_slots,
         prompt_cache_bytes=settings.prompt_cache_mib * MIB,
+        low_rank_bytes=settings.low_rank_mib * MIB,
         image_cache_bytes=settings.image_cache_mib * MIB,
         kernels=_kernels(settings, base),
         max_decodes=settings.max_num_seqs,

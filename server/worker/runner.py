@@ -60,6 +60,7 @@ class Runner:
         max_hot_adapters: int,
         prompt_slots: int,
         prompt_cache_bytes: int | None = None,
+        low_rank_bytes: int | None = None,
         image_cache_bytes: int = 256 * MIB,
         kernels: Kernels = "cpu",
         max_decodes: int = 0,
@@ -67,7 +68,8 @@ class Runner:
     ) -> None:
         """Up to `max_decodes` sequences of up to `max_model_len` tokens decode as a graph, with Triton.
 
-        An adapter is refused whose prompts would make the prompt cache larger than `prompt_cache_bytes`.
+        An adapter is refused whose prompts would make the prompt cache larger than `prompt_cache_bytes`, or
+        whose low-rank terms would make those of all adapters larger than `low_rank_bytes`.
         """
         config = base.config
         self.base = base
@@ -80,6 +82,7 @@ class Runner:
         self.adapter_slots = SlotTable(max_hot_adapters)
         self.prompt_cache = PromptCache(config, prompt_slots, base.dtype, base.device)
         self._prompt_cache_bytes = prompt_cache_bytes
+        self._low_rank_bytes = low_rank_bytes
         self.prompt_slots = SlotTable(prompt_slots)
         self.sight = Sight(base.device, image_cache_bytes)
         self._attend: Callable[[KVCache, PromptCache, StepLayout], Attend]
@@ -184,7 +187,8 @@ class Runner:
             self._graphs.record_all(bank_slots)
 
     def _check_room(self, loaded: LoadedAdapter) -> None:
-        """Raises `ModelError` for prompts too long for the cache, which a small file may ask for.
+        """Raises `ModelError` for prompts too long for the cache, which a small file may ask for, and for
+        low-rank terms too large for the bank, in which each slot has room for the largest.
 
         No step may be the first to find out: others share it.
         """
@@ -196,6 +200,16 @@ class Runner:
                 f"{self.prompt_slots.capacity} slots has room for the longest; that is more than "
                 f"prompt_cache_mib {limit // MIB}: raise it, or lower prompt_slots"
             )
+        lora, limit = loaded.adapter.config.lora, self._low_rank_bytes
+        needed = self.bank.low_rank_bytes(loaded.adapter)
+        if lora is not None and limit is not None and needed > limit:
+            raise ModelError(
+                f"{loaded.key[0]}: with low-rank terms of rank {lora.rank} those of all adapters take "
+                f"{needed / MIB / 1024:.3g} GiB, as each of {self.adapter_slots.capacity} slots has room for "
+                f"the largest; that is more than low_rank_mib {limit // MIB}: raise it, or lower "
+                "max_hot_adapters"
+            )
+        self.bank.expect(loaded.adapter)
 
     def _is_graph(self, items: Sequence[StepItem], adapter_slots: Sequence[int]) -> bool:
         """Whether all are decodes that want their row, of adapters without low-rank terms."""

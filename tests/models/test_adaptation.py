@@ -221,3 +221,17 @@ def test_terms_that_overflow_are_their_own_adapter_s_trouble(side: str, dtype: t
     expected = Deployment(base, [None, sound, None], alone).together([0, 1, 0], tokens_BT)
     tolerance = {"atol": 1e-5 if dtype == torch.float32 else 0.2, "rtol": 0.0}
     torch.testing.assert_close(mixed[:2], expected[:2], **tolerance)
+
+
+def test_low_rank_terms_are_reckoned_before_they_are_placed():
+    bank = AdapterBank(random_base(MHA), 3)
+    few, many = make(MHA, "output scale+lora"), make(MHA, "lora")
+    assert bank.low_rank_bytes(make(MHA, "v1")) == 0
+    reckoned = bank.low_rank_bytes(many)
+    bank.expect(few)
+    assert bank.low_rank_bytes(make(MHA, "v1")) < bank.low_rank_bytes(many) == reckoned
+    for slot, adapter in ((1, few), (2, many), (3, few)):
+        bank.place(slot, adapter)
+        taken = sum(term.nbytes for terms in bank.lora.values() for term in terms)
+        assert taken == bank.low_rank_bytes(adapter)
+    assert taken == reckoned

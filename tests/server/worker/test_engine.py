@@ -20,7 +20,7 @@ from PIL import Image
 from support import random_adapter
 from tiny_base import adapter_config, tiny_config, write_adapter, write_tiny_base
 
-from models.adapter_config import PromptConfig
+from models.adapter_config import LinearName, LoraConfig, PromptConfig
 from models.checkpoints.native import save_adapter
 from models.errors import AdapterMismatch, CheckpointError, ModelError
 from models.kv_cache import KVCache
@@ -608,6 +608,39 @@ def test_prompts_too_long_for_the_cache_stop_the_start(folder: Path):
     adapters = tuple(f"{id}={folder / 'adapters' / id}" for id in ("v1", "endless"))
     with pytest.raises(ModelError, match="endless: prompts of 1024 rows"):
         build_engine(settings(folder, adapters=adapters, prompt_cache_mib=60, max_hot_adapters=1))
+
+
+def write_low_rank(folder: Path, rank: int, *targets: LinearName) -> None:
+    config = adapter_config("v1").model_copy(update={"lora": LoraConfig(rank=rank, targets=targets)})
+    save_adapter(random_adapter(config), folder)
+
+
+async def test_low_rank_terms_too_large_for_the_bank_are_refused(folder: Path):
+    """Also where each of two adapters would fit without the other, which nobody asked for so far."""
+    of_all = WorkerSettings.model_fields["max_hot_adapters"].default + 1
+    base = tiny_config()
+    fits = MIB // (of_all * base.num_layers * 2 * base.hidden_size * 4)
+    for id, rank, target in (("large", fits + 1, "wq"), ("fits", fits, "wq"), ("other", 1, "wo")):
+        write_low_rank(folder / "adapters" / id, rank, target)
+    engine = build_engine(settings(folder, low_rank_mib=1, max_hot_adapters=of_all - 1, adapters=()))
+    await engine.start()
+    before = text_of(await collect(engine, chat("hello")))
+    why = rf"large: .* of rank {fits + 1} .* GiB, as each of {of_all - 1} slots .* low_rank_mib 1"
+    with pytest.raises(InvalidRequest, match=why):
+        await engine.load_adapter("large", "large")
+    await engine.load_adapter("fits", "fits")
+    with pytest.raises(InvalidRequest, match="other: .* low_rank_mib 1: raise it, or lower max_hot_adapters"):
+        await engine.load_adapter("other", "other")
+    terms = [term for pair in engine._step_loop.runner.bank.lora.values() for term in pair]
+    assert sum(term.nbytes for term in terms) <= MIB
+    assert [model.id for model in engine.models()] == ["tiny", "fits"]
+    assert text_of(await collect(engine, chat("hello", "fits")))
+    assert text_of(await collect(engine, chat("hello"))) == before
+    await engine.stop()
+
+    adapters = tuple(f"{id}={folder / 'adapters' / id}" for id in ("fits", "other"))
+    with pytest.raises(ModelError, match="other: with low-rank terms of rank 1"):  # it gets no slot at once
+        build_engine(settings(folder, low_rank_mib=1, adapters=adapters, max_hot_adapters=of_all - 1))
 
 
 def test_features_of_images_take_what_the_settings_say(folder: Path):
