@@ -2,22 +2,34 @@
 
 One class beside tensors and containers is allowed by name, the `argparse.Namespace` of a training
 checkpoint's `args`. A file can make nobody allocate more than it weighs: records of a zip must be stored
-as `torch.save` stores them, and storages are views of the mapped file.
+as `torch.save` stores them, storages are views of the mapped file, and what `weights_only` lets a pickle
+call to make large things of small ones is refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import pickle
+import struct
 import zipfile
+from io import BytesIO
 from pathlib import Path
+from pickletools import genops
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from models.errors import CheckpointError
 
-_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError)
+_DAMAGED = (
+    *(RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError),
+    zipfile.BadZipFile,
+)
+# Any number of zeros; and a codec such as hex, which doubles a text, again and again.
+_ENLARGING = {"builtins bytearray", "__builtin__ bytearray", "_codecs encode"}
+_LEGACY_PICKLES = 5  # a number, a version, sizes of the machine's types, the value, its storages' names
+_END, _LOCATOR, _END_64 = b"PK\5\6", b"PK\6\7", b"PK\6\6"  # of a zip, from its last record back
 
 
 def read_state_dict(file: Path) -> dict[str, Tensor]:
@@ -48,16 +60,19 @@ def load_pickle(file: Path, *, legacy: bool = False) -> object:
     could run code.
     """
     zipped = zipfile.is_zipfile(file)
-    if zipped:
-        _check_zip(file)
-    elif not legacy:
+    if not zipped and not legacy:
         raise CheckpointError(
             f"{file}: not a file of torch.save since torch 1.6 (a zip), or truncated; fetch it again, or "
             "save it anew with torch.save"
         )
     try:
+        if zipped:
+            _check_zip(file)
+        _check_calls(file, zipped)
         with torch.serialization.safe_globals([argparse.Namespace]):
             value: object = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file}: refused; beside tensors it holds what could run code on loading, or it is damaged "
@@ -77,13 +92,13 @@ def first_line(error: BaseException) -> str:
 
 def _check_zip(file: Path) -> None:
     """torch.save stores records uncompressed and apart, so that they can never outweigh the file."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+    if not _has_plain_directory(file):
         raise CheckpointError(
-            f"{file}: damaged or truncated ({first_line(error)}); fetch the file again"
-        ) from error
+            f"{file}: its zip directory is not where torch.save puts it, or the file is damaged; refused. "
+            "Save it anew with torch.save"
+        )
     declared, size = sum(record.file_size for record in records), file.stat().st_size
     packed = next((record for record in records if record.compress_type != zipfile.ZIP_STORED), None)
     if packed is not None or declared > size:
@@ -91,4 +106,39 @@ def _check_zip(file: Path) -> None:
         raise CheckpointError(
             f"{file}: {name} would unpack to more than the file holds ({declared} of {size} bytes), as "
             "torch.save never writes it; refused. Save it anew with torch.save"
+        )
+
+
+def _has_plain_directory(file: Path) -> bool:
+    """Whether the directory ends where the records begin that tell of it, and those end the file.
+
+    Readers look for it in different ways: in another file torch's could find one that was not checked.
+    """
+    end, locator, end_64 = 22, 20, 56
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        stream.seek(max(0, size - end - locator - end_64))
+        tail = stream.read().rjust(end + locator + end_64, b"\0")
+    length, start = struct.unpack("<II", tail[-end:][12:20])
+    ends_at, plain = size - end, tail[-end:].startswith(_END)
+    if tail[end_64:].startswith(_LOCATOR):
+        length, start = struct.unpack("<QQ", tail[40:end_64])
+        ends_at -= locator + end_64
+        plain &= tail.startswith(_END_64) and struct.unpack("<Q", tail[end_64 + 8 :][:8])[0] == ends_at
+    return plain and start + length == ends_at
+
+
+def _check_calls(file: Path, zipped: bool) -> None:
+    """Goes through the pickles that torch will read, and calls nothing."""
+    with file.open("rb") as stream:
+        pickles: list[IO[bytes]] = [stream] * _LEGACY_PICKLES
+        if zipped:
+            pickles = [BytesIO(torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))]
+        called = {
+            argument for part in pickles for opcode, argument, _ in genops(part) if opcode.name == "GLOBAL"
+        }
+    if enlarging := sorted(called & _ENLARGING):
+        raise CheckpointError(
+            f"{file}: refused; it calls {enlarging[0].replace(' ', '.')}, which no tensor needs and which "
+            "could fill the memory. Save the tensors alone, best as safetensors"
         )

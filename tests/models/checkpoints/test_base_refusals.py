@@ -19,6 +19,7 @@ from base_files import (
     write_gguf,
     write_meta,
 )
+from enlarging_pickles import ENLARGING
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -353,3 +354,10 @@ def test_damaged_headers_end_in_our_error(tmp_path: Path, kind: str) -> None:
         except CheckpointError as error:
             refused += str(path) in str(error)
     assert refused > 75
+
+
+@pytest.mark.parametrize("name", ENLARGING)
+def test_a_pickle_that_makes_much_of_little(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"w": ENLARGING[name]}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    refuse(folder, "pytorch_model.bin", f".{name}, which no tensor needs")

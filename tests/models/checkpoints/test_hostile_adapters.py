@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_files import K, chat_65b, reference_7b, reference_v1
+from enlarging_pickles import ENLARGING
 from support import MHA
 from torch import Tensor
 
@@ -233,3 +235,34 @@ def test_options_of_other_formats_are_refused(tmp_path: Path):
     path = saved({"model": chat_65b(MHA).tensors}, tmp_path / "x.pth")
     for options in (AdapterOptions(gate="raw"), AdapterOptions(color="rgb"), LENGTH):
         refuse(path, "does not apply to chat-65b adapters", options)
+
+
+@pytest.mark.parametrize("name", ENLARGING)
+def test_a_pickle_that_makes_much_of_little_is_refused(tmp_path: Path, name: str):
+    """Calls that `weights_only` allows: a hundred bytes can ask for all memory there is."""
+    path = saved({"model": tensors(), "extra": ENLARGING[name]}, tmp_path / "x.pth")
+    assert path.stat().st_size < 100_000
+    assert len(torch.load(path, weights_only=True)["extra"]) > 8_000_000
+    refuse(path, rf"it calls \w+\.{name}, which no tensor needs")
+
+
+def test_what_one_reader_of_zips_sees_another_does_not(tmp_path: Path):
+    """Two directories: Python's reader takes the one before the end record, torch's the one it points to."""
+    path = saved({"model": tensors(), "extra": "x" * 5_000_000}, tmp_path / "x.pth")
+    hidden = tmp_path / "hidden.pth"
+    with zipfile.ZipFile(path) as good, zipfile.ZipFile(hidden, "w") as bad:
+        for name in good.namelist():
+            packed = zipfile.ZIP_DEFLATED if name.endswith("data.pkl") else zipfile.ZIP_STORED
+            bad.writestr(name, good.read(name), packed)
+    whole = hidden.read_bytes()
+    end = whole[-22:]
+    length, start = struct.unpack("<II", end[12:20])
+    shown, at = bytearray(whole[start : start + length]), 0
+    while at < length:  # as if all were stored
+        shown[at + 10 : at + 12] = bytes(2)
+        shown[at + 24 : at + 28] = shown[at + 20 : at + 24]
+        at += 46 + sum(struct.unpack("<HHH", shown[at + 28 : at + 34]))
+    hidden.write_bytes(whole[:-22] + shown + end)
+    assert hidden.stat().st_size < 100_000
+    assert len(torch.load(hidden, weights_only=True)["extra"]) == 5_000_000
+    refuse(hidden, "its zip directory is not where torch.save puts it")
