@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from gguf import GGUFReader
 
 from models.errors import CheckpointError
+
+_DAMAGED = (
+    *(ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError),
+    RecursionError,  # of arrays of arrays
+)
 
 
 def find_gguf(folder: Path) -> Path | None:
@@ -19,12 +26,28 @@ def find_gguf(folder: Path) -> Path | None:
     return files[0] if files else None
 
 
+class _Reader(GGUFReader):
+    """Refuses numbers beyond the file's end, which its parent reads as none: it would count through an
+    array of any length that a file claims."""
+
+    def _get(
+        self,
+        offset: int,
+        dtype: npt.DTypeLike,
+        count: int = 1,
+        override_order: Literal["I", "S", "<"] | None = None,
+    ) -> npt.NDArray[Any]:
+        if offset + np.dtype(dtype).itemsize * int(count) > self.data.size:
+            raise ValueError("it claims more than it holds")
+        return super()._get(offset, dtype, count, override_order)
+
+
 def read_gguf(file: Path) -> GGUFReader:
     """The parsed and memory-mapped file. Raises CheckpointError for a damaged or truncated one."""
     try:
         # Copy-on-write rather than read-only, as torch has no read-only tensors; nothing is written.
-        return GGUFReader(file, "c")
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError) as error:
+        return _Reader(file, "c")
+    except _DAMAGED as error:
         raise CheckpointError(
             f"{file}: damaged, truncated or no GGUF file ({error}); fetch it again"
         ) from error

@@ -356,6 +356,28 @@ def test_damaged_headers_end_in_our_error(tmp_path: Path, kind: str) -> None:
     assert refused > 75
 
 
+@pytest.mark.parametrize("lie", ["a long array", "arrays in arrays"])
+def test_gguf_metadata_that_claims_more_than_the_file_holds(tmp_path: Path, lie: str) -> None:
+    """Without a look at the file's size an array's length is how long reading it takes."""
+    array, uint8 = (9).to_bytes(4, "little"), (0).to_bytes(4, "little")
+    value = uint8 + (1 << 60).to_bytes(8, "little")
+    if lie == "arrays in arrays":
+        value = (array + (1).to_bytes(8, "little")) * 3000 + value
+    key = b"general.x"
+    file = tmp_path / "x.gguf"
+    file.write_bytes(
+        b"GGUF"
+        + (3).to_bytes(4, "little")
+        + (0).to_bytes(8, "little")
+        + (1).to_bytes(8, "little")
+        + len(key).to_bytes(8, "little")
+        + key
+        + array
+        + value
+    )
+    refuse(file, "damaged, truncated or no GGUF file", "fetch it again")
+
+
 @pytest.mark.parametrize("name", ENLARGING)
 def test_a_pickle_that_makes_much_of_little(folder: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
