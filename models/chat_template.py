@@ -85,7 +85,7 @@ def render_chat(
             tools=shield.cover(list(tools)) or None,
             add_generation_prompt=ask,
             bos_token="" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
-            eos_token=tokenizer.token_text(min(tokenizer.eos_ids)) if tokenizer.eos_ids else "",
+            eos_token="" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id),
         )
 
     text = render(len(messages), add_generation_prompt)

@@ -169,7 +169,7 @@ def _answer(text: str, eos: str) -> list[Segment]:
 
 
 def _eos(tokenizer: Tokenizer) -> str:
-    return tokenizer.token_text(min(tokenizer.eos_ids)) if tokenizer.eos_ids else ""
+    return "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id)
 
 
 def _system(turns: Sequence[Turn]) -> str:

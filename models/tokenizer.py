@@ -54,7 +54,8 @@ class _Token(NamedTuple):
 class Tokenizer:
     """Encodes, decodes, and knows the special tokens and the chat template that belong to a base.
 
-    `bos_id` is None where the base has none; `eos_ids` are all tokens that end an answer;
+    `bos_id` is None where the base has none; `eos_ids` are all tokens that end an answer, `eos_id` is
+    the one of them that templates write, None where there is none;
     `vocab_size` is the greatest id plus one, which the model's own vocabulary may exceed.
     `special_texts` are the texts of all tokens that count in markup only. No token has more than
     `longest_token` bytes of text.
@@ -62,6 +63,7 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
         self.eos_ids = vocabulary.eos_ids
         self.chat_template = vocabulary.chat_template
         self._add_bos = vocabulary.add_bos and vocabulary.bos_id is not None

@@ -40,9 +40,10 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 def write_vocabulary(folder: Path, vocabulary: Vocabulary, max_length: int) -> None:
     """Write the tokenizer files that transformers, and `read_vocabulary`, load."""
-    texts = {id: vocabulary.backend.id_to_token(id) for id in vocabulary.eos_ids}
-    eos = texts[min(texts)] if texts else None
-    bos = None if vocabulary.bos_id is None else vocabulary.backend.id_to_token(vocabulary.bos_id)
+    bos, eos = (
+        None if id is None else vocabulary.backend.id_to_token(id)
+        for id in (vocabulary.bos_id, vocabulary.eos_id)
+    )
     vocabulary.backend.save(str(folder / "tokenizer.json"))
     _write_json(
         folder / "tokenizer_config.json",
@@ -95,17 +96,14 @@ def _of_folder(folder: Path, backend: Tokenizer) -> Vocabulary:
     eos.add(named)
     if not tokenizer and not token_map and bos is None and eos == {None}:
         # A bare tokenizer.model, as Meta ships it: SentencePiece's own names.
-        bos, eos = backend.token_to_id("<s>"), {backend.token_to_id("</s>")}
+        bos, named = backend.token_to_id("<s>"), backend.token_to_id("</s>")
+        eos = {named}
     add_bos = tokenizer.get("add_bos_token")
     if not isinstance(add_bos, bool):
         add_bos = bos is not None and _adds(backend, bos)
-    return Vocabulary(
-        backend,
-        bos,
-        frozenset(id for id in eos if id is not None),
-        add_bos,
-        _chat_template(folder, tokenizer),
-    )
+    eos_ids = frozenset(id for id in eos if id is not None)
+    eos_id = min(eos_ids, default=None) if named is None else named
+    return Vocabulary(backend, bos, eos_id, eos_ids, add_bos, _chat_template(folder, tokenizer))
 
 
 def _optional_json(file: Path) -> dict[str, Any]:

@@ -34,10 +34,14 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer as its files describe it. `add_bos`: a text begins with BOS by convention."""
+    """A tokenizer as its files describe it. `add_bos`: a text begins with BOS by convention.
+
+    Of `eos_ids`, all that end an answer, `eos_id` is the one that templates write; None without any.
+    """
 
     backend: Tokenizer
     bos_id: int | None
+    eos_id: int | None
     eos_ids: frozenset[int]
     add_bos: bool
     chat_template: str | None
@@ -81,7 +85,8 @@ def build_gguf(file: Path) -> Vocabulary:
     if add_bos and spec.bos_id is not None:
         _begin_with(backend, spec.tokens[spec.bos_id])
     eos = frozenset(id for id in (spec.eos_id, spec.eot_id, spec.eom_id) if id is not None)
-    return Vocabulary(backend, spec.bos_id, eos, add_bos, spec.chat_template)
+    named = min(eos, default=None) if spec.eos_id is None else spec.eos_id
+    return Vocabulary(backend, spec.bos_id, named, eos, add_bos, spec.chat_template)
 
 
 class _GgufSpec(BaseModel):

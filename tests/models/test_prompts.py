@@ -152,6 +152,21 @@ def test_chat_is_transformers(tmp_path: Path, template: str, turns: list[Turn], 
     assert ours.encode_segments(rendered.segments).ids == ids
 
 
+def test_of_several_ends_templates_write_the_tokenizer_s_own(tmp_path: Path) -> None:
+    """Llama 3's answers may end in more than one token; its tokenizer names one."""
+    from transformers import AutoTokenizer
+
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    with_template(tmp_path, template)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.eos_ids == {0, 2}
+    assert (ours.eos_id, theirs.eos_token) == (2, EOS)
+    assert text("chat", [Turn("user", "Hi")], ours) == f"Hi{EOS}"
+    assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == f"Hi{EOS}"
+    assert f"Hello!{EOS}" in text("alpaca", TALK, ours)
+
+
 FRAGMENTS = st.lists(
     st.sampled_from([*SPECIALS, "<|", "<", "<|im_", "end|>", "|>", "a", " ", "\n", "\ufdd0"]), max_size=6
 ).map("".join)
