@@ -205,8 +205,15 @@ def _compile(source: str) -> tuple[Template, frozenset[str]]:
         raise PromptError(f"the base's chat template is damaged: {error}; fetch the base again") from error
 
 
-def _to_json(value: Any, indent: int | None = None, **_options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it, but never in ASCII: escapes would hide what `_Shield` covered."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> NoReturn:

@@ -167,6 +167,18 @@ def test_of_several_ends_templates_write_the_tokenizer_s_own(tmp_path: Path) -> 
     assert f"Hello!{EOS}" in text("alpaca", TALK, ours)
 
 
+@pytest.mark.parametrize(
+    "options", ["separators=(',', ':')", "indent=2", "sort_keys=true", "sort_keys=true, indent=4"]
+)
+def test_json_in_a_template_is_transformers(tmp_path: Path, options: str) -> None:
+    from transformers import AutoTokenizer
+
+    ours = with_template(tmp_path, f"{{{{ messages|tojson({options}) }}}}")
+    message = {"role": "user", "content": "ü <b> \"it's\""}
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert text("chat", [Turn(**message)], ours) == theirs.apply_chat_template([message], tokenize=False)
+
+
 FRAGMENTS = st.lists(
     st.sampled_from([*SPECIALS, "<|", "<", "<|im_", "end|>", "|>", "a", " ", "\n", "\ufdd0"]), max_size=6
 ).map("".join)
