@@ -69,8 +69,9 @@ class Tokenizer:
         self._add_bos = vocabulary.add_bos and vocabulary.bos_id is not None
         spec = _with_template_markers(json.loads(vocabulary.backend.to_str()), vocabulary.chat_template or "")
         self._parsing = Backend.from_str(json.dumps(spec))
-        self._plain = Backend.from_str(json.dumps(spec))
-        self._plain.encode_special_tokens = True
+        self._plain = _without_special(spec)
+        further = _not_beginning(spec)  # as text that stands behind something else is read
+        self._further = self._plain if further == spec else _without_special(further)
         added = self._parsing.get_added_tokens_decoder()
         self._control = frozenset(id for id, token in added.items() if token.special)
         self.special_texts = tuple(sorted(added[id].content for id in self._control))
@@ -144,10 +145,13 @@ class Tokenizer:
         tokens: list[_Token] = []
         position = 0
         for mark in marks:
-            tokens += _encode(self._plain, text[position : mark.start], position)
+            tokens += self._encode_stretch(text[position : mark.start], position)
             tokens.append(mark)
             position = mark.end
-        return tokens + _encode(self._plain, text[position:], position)
+        return tokens + self._encode_stretch(text[position:], position)
+
+    def _encode_stretch(self, text: str, position: int) -> list[_Token]:
+        return _encode(self._further if position else self._plain, text, position)
 
 
 class IncrementalDecoder:
@@ -193,6 +197,20 @@ def _with_template_markers(spec: dict[str, Any], chat_template: str) -> dict[str
         token | {"special": token["special"] or counts(token["content"])} for token in spec["added_tokens"]
     ]
     return spec | {"added_tokens": tokens}
+
+
+def _not_beginning(spec: dict[str, Any]) -> dict[str, Any]:
+    """A `tokenizer.json` that adds no space where one is added to the beginning of a text alone."""
+    steps = json.dumps(spec["pre_tokenizer"])
+    return spec | {
+        "pre_tokenizer": json.loads(steps.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))
+    }
+
+
+def _without_special(spec: dict[str, Any]) -> Backend:
+    backend = Backend.from_str(json.dumps(spec))
+    backend.encode_special_tokens = True
+    return backend
 
 
 def _encode(backend: Backend, text: str, offset: int) -> list[_Token]:

@@ -185,6 +185,31 @@ def test_segments_without_danger_are_encoded_as_a_whole(tokenizer: Tokenizer) ->
     assert tokenizer.encode_segments(segments).ids == tokenizer.encode(whole, parse_special=True)
 
 
+def test_a_user_s_special_text_changes_no_other_token(sentencepiece_file: Path, tmp_path: Path) -> None:
+    """Of a vocabulary that puts a space before the beginning of a text, and of nothing else."""
+    spec = json.loads(load_tokenizer(sentencepiece_file)._parsing.to_str())
+    spec |= {
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "first",
+            "split": False,
+        },
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    ours = load_tokenizer(tmp_path)
+
+    def ids(said: str) -> list[int]:
+        segments = [Segment("Hello", True), Segment(said, False), Segment("</s>Hello there", True)]
+        return ours.encode_segments(segments).ids
+
+    end = ours.encode("</s>", add_special_tokens=False, parse_special=True)[-1]
+    harmless, hostile = ids(" x"), ids(" </s>")
+    assert harmless.count(end) == hostile.count(end) == 1
+    assert hostile[hostile.index(end) :] == harmless[harmless.index(end) :]
+
+
 def test_bos_comes_once(spm: Tokenizer) -> None:
     assert spm.bos_id is not None
     assert spm.encode_segments([Segment("<s>a", True)]).ids == spm.encode_segments([Segment("a", True)]).ids
