@@ -102,19 +102,21 @@ def reference_v1(
 def reference_7b(
     config: ModelConfig,
     bias: bool = True,
+    norms: bool = True,
     lora: int = 0,
     encoder: str = "open_clip:ViT-L-14:openai",
     F: int = 10,
 ) -> Sample:
-    """`lora` is the rank, 0 for a file without; a caption file has no biases. `F`: the encoder's features."""
+    """`lora` is the rank, 0 for a file without; a caption file has no biases, one of training's first stage
+    no norms either. `F`: the encoder's features."""
     E, blocks = 32, 2
     top = range(1, config.num_layers)
     spec = {
         "base": base_spec(config).model_dump(),
         "prompt": {"length": K, "layers": top},
         "gate": {"new_gate": bool(lora)},
-        "norms": True,
-        "final_norm": True,
+        "norms": norms,
+        "final_norm": norms,
         "scale_bias": {"bias_targets": BIASED if bias else ()},
         "lora": {"rank": lora, "targets": LINEARS} if lora else None,
         "vision": {
@@ -135,7 +137,8 @@ def reference_7b(
     }
     sample, values = Sample(AdapterConfig.model_validate(spec)), Values()
     add_prompts(sample, values, "llama.")
-    add_norms(sample, values, "llama.")
+    if norms:
+        add_norms(sample, values, "llama.")
     base = sample.config.base
     for name in BIASED if bias else ():
         sample.own[f"bias.{name}"] = values.around(0, 0.2, config.num_layers, linear_shape(base, name)[0])

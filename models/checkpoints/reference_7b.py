@@ -3,7 +3,8 @@
 Eight ViT blocks turn CLIP's tokens and ten queries into ten visual rows, which are added to the prompts
 of all layers but the first. All norms are the adapter's own; wq, wo, w1, w2, w3 have biases, in the LORA
 files every linear has a low-rank term without scaling, kept off the prompts' keys and values, and
-`new_gate` multiplies tanh(gate). Caption files may lack the biases, which are then zero.
+`new_gate` multiplies tanh(gate). What is trained first, as caption files are, may lack biases, which are
+then zero, and norms, which are then the base's.
 
 The reference code reads images as BGR and conditions text-only requests on a zero image.
 """
@@ -55,6 +56,7 @@ BIASED: tuple[LinearName, ...] = ("wq", "wo", "w1", "w2", "w3")
 _BLOCK_HEADS = 16
 _MLP_RATIO = 4
 _BLOCK = "visual_blocks.{i}.norm1.weight"
+_NORMS = ("llama.norm.weight", *(f"llama.layers.{{i}}.{name}_norm.weight" for name in ("attention", "ffn")))
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,14 @@ class Reference7B:
                 f"visual_query.weight) for each of {len(vision.layers)} layers; fetch the file again"
             )
         lora = self._lora(file)
-        biased = file.config.get("w_bias") or lora is not None
+        biased = bool(file.config.get("w_bias")) or lora is not None
+        has_norms = biased or any(map(file.has, _NORMS))
         return AdapterConfig(
             base=base,
             prompt=PromptConfig(length=vision.num_tokens, layers=vision.layers),
             gate=GateConfig(activation="tanh", new_gate=file.has(NEW_GATE)),
-            norms=True,
-            final_norm=True,
+            norms=has_norms,
+            final_norm=has_norms,
             scale_bias=ScaleBiasConfig(
                 bias_targets=tuple(name for name in BIASED if biased or file.has(_bias_key(name)))
             ),
@@ -108,8 +111,7 @@ class Reference7B:
         entries = [
             Entry("prompt", "adapter_query.weight", (count * K, C), (count, K, C)),
             gate,
-            *norm_entries(base, "llama."),
-            final_norm_entry(base, "llama."),
+            *((*norm_entries(base, "llama."), final_norm_entry(base, "llama.")) if config.norms else ()),
             *(bias_entry(base, name, _bias_key(name)) for name in config.scale_bias.bias_targets),
             *_vision_entries(config),
         ]

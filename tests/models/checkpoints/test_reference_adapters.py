@@ -42,6 +42,12 @@ SAMPLES: dict[str, tuple[str, Callable[[ModelConfig], Sample], str, AdapterOptio
     "BIAS-7B": ("reference-7b", reference_7b, "7fa55208_BIAS-7B.pth", AdapterOptions()),
     "LORA-BIAS-7B": ("reference-7b", lambda c: reference_7b(c, lora=2), "v21.pth", AdapterOptions()),
     "CAPTION-7B": ("reference-7b", lambda c: reference_7b(c, bias=False), "cap.pth", AdapterOptions()),
+    "7B, first stage": (
+        "reference-7b",
+        lambda c: reference_7b(c, bias=False, norms=False),
+        "first.pth",
+        AdapterOptions(),
+    ),
     "chat-65B": ("chat-65b", chat_65b, "chat.pth", AdapterOptions()),
     "chat-65B, no final norm": ("chat-65b", lambda c: chat_65b(c, False), "chat.pth", AdapterOptions()),
 }
