@@ -44,12 +44,20 @@ class AdapterRegistry:
             resolved = (self._root / path).resolve()
             inside = resolved.is_relative_to(self._root) and resolved != self._root
             exists = inside and resolved.exists()
+            files = list(resolved.iterdir()) if exists and resolved.is_dir() else []
+            out = next((file for file in files if not file.resolve().is_relative_to(self._root)), None)
+        except PermissionError as error:
+            raise CheckpointError(f"{path!r} may not be read ({error}); check its permissions") from error
         except (OSError, ValueError, RuntimeError) as error:  # NUL bytes, endless links, too long
             raise CheckpointError(f"{path!r} is not a path; name a file or folder of the root") from error
         if not inside:
             raise CheckpointError(f"{path!r} lies outside the adapter root; name a file or folder in it")
         if not exists:
             raise CheckpointError(f"{path!r} is not in the adapter root; copy the adapter there first")
+        if out is not None:
+            raise CheckpointError(
+                f"{path!r}: {out.name} is a link that leaves the adapter root; put a copy in its place"
+            )
         return resolved
 
 

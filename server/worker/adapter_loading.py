@@ -146,7 +146,8 @@ class AdapterLoader:
 
     def _check_may_come(self, name: str) -> None:
         """Raises `ModelError` for an encoder that run-time loading may not bring."""
-        if "/" in name and name not in self._named_at_start:
+        is_file = "/" in name or any(Path(pretrained).is_file() for pretrained in name.split(":", 2)[2:])
+        if is_file and name not in self._named_at_start:
             raise CheckpointError(
                 f"encoder {name!r} is a file, which run-time loading does not open; start the "
                 "server with an adapter that names it, or name one of open_clip's tags"

@@ -113,3 +113,16 @@ def test_paths_that_are_none_are_refused(tmp_path: Path, path: str):
 def test_without_a_root_nothing_is_loaded_at_run_time(tmp_path: Path):
     with pytest.raises(CheckpointError, match="set adapter_root"):
         AdapterRegistry().resolve(str(make(tmp_path / "a")))
+
+
+def test_files_of_a_folder_are_not_elsewhere_either(tmp_path: Path):
+    root, outside = tmp_path / "root", make(tmp_path / "outside")
+    folder, store = make(root / "a"), make(root / "store")
+    registry, weights = AdapterRegistry(root), folder / "adapter.safetensors"
+    weights.unlink()
+    weights.symlink_to(store / "adapter.safetensors")  # as hub caches have them
+    assert registry.resolve("a") == folder.resolve()
+    weights.unlink()
+    weights.symlink_to(outside / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match=r"'a': adapter\.safetensors is a link that leaves"):
+        registry.resolve("a")

@@ -154,6 +154,15 @@ def test_a_file_that_the_start_named_is_opened_again(tmp_path: Path) -> None:
     assert ours.load_at_run_time("sees", "sees", {}).info.reads_images
 
 
+def test_a_file_beside_the_server_is_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a slash in its name it could be one of open_clip's tags."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pt").write_bytes(b"")
+    write_seeing(tmp_path / "sees", "open_clip:A:a.pt")
+    with pytest.raises(InvalidRequest, match="run-time loading does not open"):
+        loader(tmp_path).load_at_run_time("sees", "sees", {})
+
+
 async def test_an_unloaded_adapter_takes_its_encoder_along(tmp_path: Path) -> None:
     write_tiny_base(tmp_path / "tiny")
     for id in ("A", "B"):
