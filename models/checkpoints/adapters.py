@@ -17,7 +17,7 @@ from models.adapter import Adapter, base_spec
 from models.adapter_config import ENCODER, AdapterConfig, BaseSpec
 from models.checkpoints.adapter_table import AdapterFormat, AdapterOptions, check_base
 from models.checkpoints.chat65b import CHAT_65B
-from models.checkpoints.fields import first_fault
+from models.checkpoints.fields import accessing, first_fault
 from models.checkpoints.litgpt import LITGPT
 from models.checkpoints.manifest import read_manifest
 from models.checkpoints.native import is_native, load_adapter, save_adapter, unallocated
@@ -65,12 +65,13 @@ def open_adapter(
     `pause` is called between parts of the work.
     """
     options = options or AdapterOptions()
-    if is_native(path):
-        _check_options(path, NATIVE, frozenset(), options)
-        config = _with_options(read_manifest(path), options)
-        pause()
-        return load_adapter(path, base, fingerprint, config, pause)
-    file = read_tensor_file(path)
+    with accessing(path):
+        if is_native(path):
+            _check_options(path, NATIVE, frozenset(), options)
+            config = _with_options(read_manifest(path), options)
+            pause()
+            return load_adapter(path, base, fingerprint, config, pause)
+        file = read_tensor_file(path)
     pause()
     config, tensors = read_adapter(file, detect(file), base_spec(base), options)
     pause()
@@ -122,7 +123,8 @@ def export_adapter(adapter: Adapter, name: str, path: Path) -> None:
     colours) has to be said again when it is opened.
     """
     if name == NATIVE:
-        save_adapter(adapter, path)
+        with accessing(path, "written"):
+            save_adapter(adapter, path)
         return
     form = next((form for form in FORMATS if form.name == name), None)
     if form is None:
@@ -131,18 +133,20 @@ def export_adapter(adapter: Adapter, name: str, path: Path) -> None:
     if path.is_dir():
         raise CheckpointError(f"{path}: already exists; name a new path")
     config, tensors = adapter.config, dict(adapter.state_dict())
-    try:
+    with accessing(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             beside = Path(folder) / path.name
-            form.write(beside, config, form.table(config).to_file(tensors))
-            again, copies = read_adapter(read_tensor_file(beside), form, config.base, _said(form, config))
-            _check_same(config, tensors, again.model_copy(update={"description": config.description}), copies)
+            try:
+                form.write(beside, config, form.table(config).to_file(tensors))
+                again, copies = read_adapter(read_tensor_file(beside), form, config.base, _said(form, config))
+                again = again.model_copy(update={"description": config.description})
+                _check_same(config, tensors, again, copies)
+            except ModelError as error:
+                raise CheckpointError(
+                    f"{path}: a {name} file cannot express this adapter ({error}); export it as {NATIVE}"
+                ) from error
             beside.replace(path)
-    except ModelError as error:
-        raise CheckpointError(
-            f"{path}: a {name} file cannot express this adapter ({error}); export it as {NATIVE}"
-        ) from error
 
 
 def _said(form: AdapterFormat, config: AdapterConfig) -> AdapterOptions:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.checkpoints.fields import accessing
 from models.checkpoints.gguf import open_gguf
 from models.checkpoints.gguf_file import find_gguf
 from models.checkpoints.huggingface import open_huggingface
@@ -26,6 +27,11 @@ def open_base(path: Path) -> BaseCheckpoint:
     Reads configuration and headers only. Raises CheckpointError, naming file, key and remedy, for
     what is no LLaMA base, is damaged, or lacks or exceeds the keys and shapes it should have.
     """
+    with accessing(path):
+        return _open(path)
+
+
+def _open(path: Path) -> BaseCheckpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder; give the path of a base model")
     if path.is_file():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +13,17 @@ from pydantic import BaseModel, ValidationError
 from models.errors import CheckpointError
 
 _Model = TypeVar("_Model", bound=BaseModel)
+
+
+@contextmanager
+def accessing(path: Path, verb: str = "read") -> Iterator[None]:
+    """What the system refuses, as for want of a permission or of room, as a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be {verb} ({error}); check path, permissions and room"
+        ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from models.checkpoints.adapter_table import AdapterFormat, AdapterOptions, Name
 from models.checkpoints.adapters import NATIVE, detect, export_adapter, open_adapter, read_adapter_config
 from models.checkpoints.base import open_base
 from models.checkpoints.chat65b import CHAT_65B
+from models.checkpoints.fields import accessing, parse
 from models.checkpoints.manifest import read_manifest
 from models.checkpoints.native import WEIGHTS, is_native, load_unchecked, native_shapes, read_tensors
 from models.checkpoints.reference_7b import REFERENCE_7B
@@ -49,16 +50,17 @@ def describe(path: Path, options: AdapterOptions | None = None) -> dict[str, Any
     with what was assumed of them. Raises CheckpointError.
     """
     options = options or AdapterOptions()
-    if is_native(path):
-        config = read_manifest(path)
-        shapes = native_shapes(config)
-        read_tensors(path / WEIGHTS, shapes)
-        base = config.base.model_dump(exclude_none=True)
-        return _description(path, NATIVE, config, base, shapes, {})
-    file = read_tensor_file(path)
+    with accessing(path):
+        if is_native(path):
+            config = read_manifest(path)
+            shapes = native_shapes(config)
+            read_tensors(path / WEIGHTS, shapes)
+            base = config.base.model_dump(exclude_none=True)
+            return _description(path, NATIVE, config, base, shapes, {})
+        file = read_tensor_file(path)
     form = detect(file)
     sizes = form.dimensions(file)
-    config = read_adapter_config(file, form, _likely_base(sizes), options)
+    config = read_adapter_config(file, form, _likely_base(file.path, sizes), options)
     shapes = _own_shapes(file, form.table(config))
     return _description(path, form.name, config, sizes, shapes, _open_options(form, config))
 
@@ -135,11 +137,11 @@ def _open(path: Path, base: Base | None, options: AdapterOptions) -> Adapter:
     return load_unchecked(path, read_manifest(path))
 
 
-def _likely_base(sizes: dict[str, int]) -> BaseSpec:
+def _likely_base(path: Path, sizes: dict[str, int]) -> BaseSpec:
     """A base with the sizes that the file tells; the others, which a description never shows, are 1."""
     heads = sizes.get("num_heads", 1)
     unknown = {"num_heads": heads, "num_kv_heads": heads, "head_dim": 1, "intermediate_size": 1}
-    return BaseSpec.model_validate(unknown | {"vocab_size": 1} | sizes)
+    return parse(BaseSpec, unknown | {"vocab_size": 1} | sizes, path)
 
 
 def _own_shapes(file: TensorFile, table: NameTable) -> dict[str, tuple[int, ...]]:

@@ -90,6 +90,8 @@ def read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Te
     Raises CheckpointError, naming file, key and remedy. Values are checked by `Adapter.load`.
     """
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{file}: is no regular file; put a copy of the adapter's in its place")
         with safe_open(file, framework="pt") as opened:
             found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
             _check(file, found, shapes)

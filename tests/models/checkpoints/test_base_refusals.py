@@ -383,3 +383,8 @@ def test_a_pickle_that_makes_much_of_little(folder: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"w": ENLARGING[name]}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     refuse(folder, "pytorch_model.bin", f".{name}, which no tensor needs")
+
+
+
+def test_what_the_system_refuses(tmp_path: Path) -> None:
+    refuse(tmp_path / ("x" * 300), "cannot be read", "too long")

@@ -233,3 +233,19 @@ def test_the_command_line(tmp_path: Path):
     assert load_file(half / "adapter.safetensors")["prompt"].dtype == torch.float16
     refused = run.invoke(app, ["inspect", str(tmp_path / "nowhere")])
     assert isinstance(refused.exception, CheckpointError)  # which `llama-adapter` tells in one sentence
+
+
+def test_sizes_that_no_base_has_are_refused(tmp_path: Path):
+    """One number, strided so as to look like a row of billions."""
+    tensors = reference_v1(MHA).tensors | {"adapter_query.weight": torch.zeros(1, 1).expand(9, 1 << 30)}
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x\.pth: hidden_size: .* less than or equal"):
+        describe(tmp_path / "x.pth", LENGTH)
+
+
+@pytest.mark.parametrize("name", ["native", "peft", "reference-v1"])
+def test_a_place_that_cannot_be_written_is_said_in_a_sentence(tmp_path: Path, name: str):
+    (tmp_path / "file").write_text("")
+    target = tmp_path / "file" / "target"
+    with pytest.raises(CheckpointError, match=f"{target}: cannot be written .*; check path"):
+        convert(v1(tmp_path), target, name, BASE, LENGTH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,11 @@ def test_an_unknown_format_is_named(tmp_path: Path):
         CheckpointError, match=r"'onnx' is no adapter format; use one of native, reference-v1"
     ):
         export_adapter(everything(MHA), "onnx", tmp_path / "x")
+
+
+
+def test_a_pipe_is_not_waited_for(folder: Path):
+    (folder / "adapter.safetensors").unlink()
+    os.mkfifo(folder / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter\.safetensors: is no regular file"):
+        load_adapter(folder, MHA, "0123456789abcdef")
