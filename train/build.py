@@ -31,7 +31,7 @@ from train.log import Log
 from train.memory import keep_freed_memory
 from train.output import write_whole
 from train.processes import Processes, StopSignal
-from train.products import pack_products
+from train.products import multiplies_bfloat16, pack_products
 from train.recipe import ComputeRecipe, Recipe, recipe_text
 from train.standardize import standardize
 from train.trainer import HeldOut, Trainer
@@ -67,6 +67,7 @@ class Run:
     """All that a training is made of."""
 
     recipe: Recipe
+    dtype: torch.dtype  # of the base
     adapter: Adapter
     groups: Groups
     trainer: Trainer
@@ -96,7 +97,7 @@ def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSigna
     keep_freed_memory()
     checkpoints = Checkpoints(recipe.output / "checkpoints", recipe.keep.checkpoints)
     last = _check_output(recipe, checkpoints, processes)
-    dtype: torch.dtype = getattr(torch, compute.dtype)
+    dtype = _dtype(compute, processes, console)
     path = resolve_base(recipe.base, cache_dir)
     base, print_ = load_base(path, dtype, processes.device)
     adapter = _adapter(recipe, base, print_, last).to(processes.device)
@@ -127,7 +128,19 @@ def build(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSigna
     steps = Steps(
         plan, list(stores.values()), read, compute.pass_tokens, processes.rank, processes.world, recipe.seed
     )
-    return Run(recipe, adapter, groups, trainer, plan, steps, stores, read, checkpoints)
+    return Run(recipe, dtype, adapter, groups, trainer, plan, steps, stores, read, checkpoints)
+
+
+def _dtype(compute: ComputeRecipe, processes: Processes, console: Console) -> torch.dtype:
+    """The recipe's, but float32 for bfloat16 on a processor without instructions for it: that took 1/47."""
+    wanted: torch.dtype = getattr(torch, compute.dtype)
+    if wanted != torch.bfloat16 or processes.device.type != "cpu" or multiplies_bfloat16():
+        return wanted
+    if processes.first:
+        console.print(
+            "This processor has no instructions for bfloat16; float32 is used, which it is fast in."
+        )
+    return torch.float32
 
 
 def _plan(recipe: Recipe, stores: Mapping[str, Store]) -> Plan:

@@ -84,7 +84,7 @@ def _run(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSignal
         return False
     save_adapter(run.adapter, recipe.output / "adapter")
     summaries = {name: store.summary for name, store in run.stores.items()}
-    report = write_report(recipe.output, recipe, run.adapter, run.groups.num_trained, summaries)
+    report = write_report(recipe.output, recipe, run.dtype, run.adapter, run.groups.num_trained, summaries)
     console.print(f"{recipe.output / 'adapter'} and {report}")
     return True
 

@@ -18,9 +18,17 @@ X = TypeVar("X", int, float)
 
 
 def write_report(
-    folder: Path, recipe: Recipe, adapter: Adapter, trained: int, sources: Mapping[str, Summary]
+    folder: Path,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    adapter: Adapter,
+    trained: int,
+    sources: Mapping[str, Summary],
 ) -> Path:
-    """Write `report.md`, `loss.png` and `gates.png` to `folder`, from its log and the final adapter."""
+    """Write `report.md`, `loss.png` and `gates.png` to `folder`, from its log and the final adapter.
+
+    `dtype` is what the base was computed in.
+    """
     log = read_log(folder)
     steps = [line for line in log if "loss" in line]
     held_out = [line for line in log if line.get("held_out")]
@@ -33,7 +41,7 @@ def write_report(
     parts = [
         f"# {recipe.output.name}",
         adapter.config.description,
-        _facts(recipe, adapter, trained, steps),
+        _facts(recipe, dtype, adapter, trained, steps),
         "## Data",
         _data(sources),
         "## Loss",
@@ -46,7 +54,9 @@ def write_report(
     return file
 
 
-def _facts(recipe: Recipe, adapter: Adapter, trained: int, steps: list[dict[str, Any]]) -> str:
+def _facts(
+    recipe: Recipe, dtype: torch.dtype, adapter: Adapter, trained: int, steps: list[dict[str, Any]]
+) -> str:
     tokens = sum(line["tokens"] for line in steps)
     seconds = seconds_in(steps)
     rows = [
@@ -57,7 +67,7 @@ def _facts(recipe: Recipe, adapter: Adapter, trained: int, steps: list[dict[str,
         ("tokens", f"{tokens:,}"),
         ("time in steps", f"{seconds / 60:.1f} min"),
         ("speed", f"{tokens / seconds:,.0f} tokens/s" if seconds else "–"),
-        ("computed", f"{recipe.compute.dtype}, torch {torch.__version__}"),
+        ("computed", f"{str(dtype).removeprefix('torch.')}, torch {torch.__version__}"),
     ]
     return table(("", ""), rows)
 

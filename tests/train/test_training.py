@@ -222,6 +222,16 @@ def test_lower_precision_learns_too(recipe: str, tmp_path: Path, dtype: str):
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run" / "adapter").values())
 
 
+@pytest.mark.parametrize(("multiplies", "computed"), [(True, "bfloat16"), (False, "float32")])
+def test_bfloat16_is_for_processors_that_have_it(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multiplies: bool, computed: str
+):
+    """Without its instructions a step takes tens of times as long, in every shipped recipe."""
+    monkeypatch.setattr("train.build.multiplies_bfloat16", lambda: multiplies)
+    train(recipe, ["compute.dtype=bfloat16", "optimizer.max_steps=1"])
+    assert f"| computed | {computed}, torch" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_gradients_are_clipped_and_their_norm_is_told(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
