@@ -153,14 +153,14 @@ def check_options(line: str) -> None:
     assert names, line
     command = names[1]
     for sub in (names[2] or "").split("|") if command == "eval" else ("",):
-        assert set(re.findall(r"(?<!\S)\[?(--[a-z][a-z-]*)", line)) <= options_of(command, sub), line
+        assert set(re.findall(r"(?<!\S)\[?(--[a-z][a-z0-9-]*)", line)) <= options_of(command, sub), line
 
 
 @functools.cache
 def options_of(*names: str) -> set[str]:
     done = CliRunner().invoke(app, [*filter(None, names), "--help"], env={"COLUMNS": "200"})
     assert done.exit_code == 0, names
-    return set(re.findall(r"--[a-z-]+", done.output))
+    return set(re.findall(r"--[a-z0-9-]+", done.output))
 
 
 def every_command() -> Iterator[tuple[str, ...]]:

@@ -135,7 +135,10 @@ def _check_calls(file: Path, zipped: bool) -> None:
         if zipped:
             pickles = [BytesIO(torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))]
         called = {
-            argument for part in pickles for opcode, argument, _ in genops(part) if opcode.name == "GLOBAL"
+            str(argument)
+            for part in pickles
+            for opcode, argument, _ in genops(part)
+            if opcode.name == "GLOBAL"
         }
     if enlarging := sorted(called & _ENLARGING):
         raise CheckpointError(

@@ -145,7 +145,7 @@ def _refuse(settings: WorkerSettings) -> None:
 
 
 def _check_shares(devices: int, config: ModelConfig) -> None:
-    """Devices share heads and features equally; where they are more than key/value heads, these have copies."""
+    """Devices share heads and features equally; where more than key/value heads, these have copies."""
 
     def holds(devices: int) -> bool:
         heads = config.num_heads % devices == 0 and config.intermediate_size % devices == 0

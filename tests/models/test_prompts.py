@@ -174,7 +174,7 @@ def test_json_in_a_template_is_transformers(tmp_path: Path, options: str) -> Non
     from transformers import AutoTokenizer
 
     ours = with_template(tmp_path, f"{{{{ messages|tojson({options}) }}}}")
-    message = {"role": "user", "content": "ü <b> \"it's\""}
+    message = {"role": "user", "content": 'ü <b> "it\'s"'}
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert text("chat", [Turn(**message)], ours) == theirs.apply_chat_template([message], tokenize=False)
 

@@ -225,7 +225,7 @@ def test_an_interrupted_study_goes_on_to_the_same_bits(study: dict[str, Any], tm
 
 
 def test_a_signal_in_the_last_step_loses_no_measure(study: dict[str, Any], tmp_path: Path):
-    output = tmp_path / "out"
+    name, output = write_study(tmp_path, study), tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         save = Checkpoints.save
 
@@ -235,9 +235,12 @@ def test_a_signal_in_the_last_step_loses_no_measure(study: dict[str, Any], tmp_p
             return save(self, step, *rest)
 
         patch.setattr(Checkpoints, "save", stop_and_save)
-        run_study(write_study(tmp_path, study), (), output)
-    assert read_log(output / "zeros" / "seed-0")[-1].keys() >= {"step", "held_out"}
+        run_study(name, (), output)
+    assert not (output / "zeros" / "seed-0" / "report.md").exists()
     assert not (output / "normal").exists()
+    run_study(name, (), output)
+    assert read_log(output / "zeros" / "seed-0")[-1].keys() >= {"step", "held_out"}
+    assert (output / "report.md").is_file()
 
 
 def test_trainings_of_another_recipe_are_not_mixed(study: dict[str, Any], tmp_path: Path):

@@ -107,10 +107,10 @@ def test_an_evaluation_that_was_cut_off_is_made_when_the_run_goes_on(recipe: str
         with pytest.MonkeyPatch.context() as patch:
             evaluate = Trainer._evaluate
 
-            def cut(self: Trainer, *rest: Any, at: int = cut_off, go_on: Any = evaluate) -> None:
+            def cut(self: Trainer, *rest: Any, at: int = cut_off, go_on: Any = evaluate) -> Any:
                 if self.finished_steps == at:
                     raise KeyboardInterrupt
-                go_on(self, *rest)
+                return go_on(self, *rest)
 
             patch.setattr(Trainer, "_evaluate", cut)
             with pytest.raises(KeyboardInterrupt):

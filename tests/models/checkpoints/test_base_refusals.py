@@ -385,6 +385,5 @@ def test_a_pickle_that_makes_much_of_little(folder: Path, name: str) -> None:
     refuse(folder, "pytorch_model.bin", f".{name}, which no tensor needs")
 
 
-
 def test_what_the_system_refuses(tmp_path: Path) -> None:
     refuse(tmp_path / ("x" * 300), "cannot be read", "too long")

@@ -268,9 +268,8 @@ def test_what_one_reader_of_zips_sees_another_does_not(tmp_path: Path):
     refuse(hidden, "its zip directory is not where torch.save puts it")
 
 
-
 def test_what_the_system_refuses_is_said_in_a_sentence(tmp_path: Path):
     path = tmp_path / ("x" * 300)
     for look in (lambda: open_adapter(path, MHA), lambda: describe(path)):
-        with pytest.raises(CheckpointError, match="cannot be read .*too long.*; check path"):
+        with pytest.raises(CheckpointError, match=r"cannot be read .*too long.*; check path"):
             look()

@@ -238,7 +238,6 @@ def test_an_unknown_format_is_named(tmp_path: Path):
         export_adapter(everything(MHA), "onnx", tmp_path / "x")
 
 
-
 def test_a_pipe_is_not_waited_for(folder: Path):
     (folder / "adapter.safetensors").unlink()
     os.mkfifo(folder / "adapter.safetensors")

@@ -146,7 +146,7 @@ async def test_echo_with_logprobs_scores_the_prompt(gateway: Stack, worker: Scri
 async def test_scores_in_pieces_are_answered_as_those_in_one(
     gateway: Stack, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.worker.messages._SCORES", 2)
+    monkeypatch.setattr("server.worker.messages.SCORES", 2)
     pieces = list(score_pieces(PROMPT.logprobs, PROMPT.text))
     assert [len(piece.logprobs) for piece in pieces] == [2, 1]
     fields = {"echo": True, "logprobs": 2, "max_tokens": 1}

@@ -202,7 +202,7 @@ async def test_what_cannot_be_answered_is_refused_before_the_first_event(
 async def test_an_empty_prompt_is_not_called_too_long(engine: NativeEngine):
     """Clients shorten what they send where they read that code."""
     for prompt in (TokenPrompt(()), TextPrompt("", add_special_tokens=False)):
-        with pytest.raises(InvalidRequest, match="prompt: .* at least one token") as refused:
+        with pytest.raises(InvalidRequest, match=r"prompt: .* at least one token") as refused:
             await collect(engine, GenerateRequest("r", "tiny", prompt, SamplingParams(max_tokens=4)))
         assert (refused.value.param, refused.value.code) == ("prompt", None)
 
@@ -629,7 +629,9 @@ async def test_low_rank_terms_too_large_for_the_bank_are_refused(folder: Path):
     with pytest.raises(InvalidRequest, match=why):
         await engine.load_adapter("large", "large")
     await engine.load_adapter("fits", "fits")
-    with pytest.raises(InvalidRequest, match="other: .* low_rank_mib 1: raise it, or lower max_hot_adapters"):
+    with pytest.raises(
+        InvalidRequest, match=r"other: .* low_rank_mib 1: raise it, or lower max_hot_adapters"
+    ):
         await engine.load_adapter("other", "other")
     terms = [term for pair in engine._step_loop.runner.bank.lora.values() for term in pair]
     assert sum(term.nbytes for term in terms) <= MIB

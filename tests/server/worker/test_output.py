@@ -96,7 +96,14 @@ def test_when_text_is_shown(pieces: list[str], stop: list[str], expected: list[s
 
 @pytest.mark.parametrize(
     ("min_tokens", "expected", "ended"),
-    [(0, "", True), (1, "a", True), (2, "ab", True), (3, "aba", True), (4, "abab", False), (9, "abab", False)],
+    [
+        (0, "", True),
+        (1, "a", True),
+        (2, "ab", True),
+        (3, "aba", True),
+        (4, "abab", False),
+        (9, "abab", False),
+    ],
 )
 def test_no_stop_string_ends_the_first_tokens(min_tokens: int, expected: str, ended: bool) -> None:
     """Nor one that begins in them."""

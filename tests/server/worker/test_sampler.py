@@ -89,7 +89,10 @@ def test_the_lowest_repetition_penalty_repeats() -> None:
     logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2))
     logits_V[0] = 1.0  # of the prompt
     for changes in ({}, {"top_p": 0.5}, {"temperature": 0}):
-        assert sample(logits_V[None].clone(), [state(0, repetition_penalty=1e-46, **changes)]) == ([0], [True])
+        assert sample(logits_V[None].clone(), [state(0, repetition_penalty=1e-46, **changes)]) == (
+            [0],
+            [True],
+        )
 
 
 def plainly(logits_V: torch.Tensor, params: SamplingParams) -> dict[int, float]:

@@ -45,12 +45,13 @@ def test_a_step_must_hold_a_token_of_each_sequence(tmp_path: Path) -> None:
 def test_devices_that_cannot_share_the_base_are_refused_with_those_that_can(tmp_path: Path) -> None:
     write_tiny_base(tmp_path)
     config = tiny_config()
-    assert config.num_heads % 3
-    sentence = rf"tensor_parallel 3 cannot share the base's {config.num_heads} heads .*; possible are 1, 2"
-    with pytest.raises(StartupError, match=sentence):
-        start(tmp_path, tensor_parallel=3)
-    shared = {"tensor_parallel": 6, "nnodes": 2, "master_addr": "a", "vllm_adapters": "all", "node_rank": 1}
-    with pytest.raises(StartupError, match="tensor_parallel 6 cannot share"):
+    assert (config.num_heads, config.num_kv_heads) == (6, 2)
+    for devices in (3, 4):
+        sentence = rf"tensor_parallel {devices} cannot share the base's 6 heads .*; possible are 1, 2, 6\."
+        with pytest.raises(StartupError, match=sentence):
+            start(tmp_path, tensor_parallel=devices)
+    shared = {"tensor_parallel": 4, "nnodes": 2, "master_addr": "a", "vllm_adapters": "all", "node_rank": 1}
+    with pytest.raises(StartupError, match="tensor_parallel 4 cannot share"):
         follow(WorkerSettings(engine="vllm", base=str(tmp_path), **shared))  # type: ignore[arg-type]
 
 
