@@ -12,6 +12,8 @@ from server.worker.messages import SamplingParams, TokenLogprob, TopLogprob, sco
 from server.worker.request import ActiveRequest
 from server.worker.sampler import log_probabilities
 
+_ROWS = 64  # of a prompt, at once: a whole chunk's log softmax would take as much memory again as its logits
+
 
 def raw_logprobs(logits_MV: Tensor, params: Sequence[SamplingParams]) -> dict[int, Tensor]:
     """log softmax [V] of the rows that report it; to be asked for before sampling changes the logits."""
@@ -53,7 +55,10 @@ def score_prompt(tokenizer: Tokenizer, request: ActiveRequest, start: int, logit
         rows = logits_TV[begin - start - 1 : end - start - 1]
         if not rows.amax(-1).isfinite().all():
             return False
-        scored += describe(tokenizer, seq.token_ids[begin:end], rows.log_softmax(-1), num_top)
+        tokens = seq.token_ids[begin:end]
+        for i in range(0, len(rows), _ROWS):
+            logprobs_MV = rows[i : i + _ROWS].log_softmax(-1)
+            scored += describe(tokenizer, tokens[i : i + _ROWS], logprobs_MV, num_top)
     request.num_scored += len(scored)
     ended = request.num_scored == seq.num_prompt_tokens
     text = tokenizer.decode(seq.token_ids[: seq.num_prompt_tokens]) if ended else None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from opentelemetry.trace import INVALID_SPAN
+from torch import Tensor
 
 from server.worker.messages import (
     EVENT,
@@ -23,6 +26,7 @@ from server.worker.messages import (
     score_pieces,
 )
 from server.worker.request import Prepared
+from server.worker.scores import score_prompt
 from server.worker.tracing import GenerationTrace
 from server.worker.vllm_answer import Answer
 
@@ -116,3 +120,31 @@ def test_the_prompt_is_filled_until_its_last_score(monkeypatch: pytest.MonkeyPat
         trace.see(event)
         seen.append(begun[-1])
     assert seen == ["queue", "prefill", "prefill", "decode", "decode"]
+
+
+def test_a_long_prompt_is_scored_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log softmax of all rows would take as much memory as their logits, which nobody reckons with."""
+    ids = [97 + i % 26 for i in range(150)]
+    logits_TV = torch.randn(len(ids), 128, generator=torch.Generator().manual_seed(0))
+    exact_TV = logits_TV.double().log_softmax(-1)
+    sizes: list[int] = []
+    log_softmax = Tensor.log_softmax
+
+    def counted(rows: Tensor, dim: int) -> Tensor:
+        sizes.append(len(rows))
+        return log_softmax(rows, dim)
+
+    monkeypatch.setattr(Tensor, "log_softmax", counted)
+    pieces: list[Any] = []
+    request = SimpleNamespace(
+        seq=SimpleNamespace(token_ids=ids, num_prompt_tokens=len(ids)),
+        prepared=SimpleNamespace(sampling=SamplingParams(prompt_logprobs=1)),
+        num_scored=0,
+        emit=pieces.append,
+    )
+    assert score_prompt(Letters(), request, 0, logits_TV)  # type: ignore[arg-type]
+    assert max(sizes) <= 64
+    scored = join_scores(pieces).logprobs
+    assert [told.token_id for told in scored] == ids
+    told_T = torch.tensor([told.logprob for told in scored[1:]], dtype=torch.float64)
+    torch.testing.assert_close(told_T, exact_TV[range(len(ids) - 1), ids[1:]], atol=1e-5, rtol=0)
