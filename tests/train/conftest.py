@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tiny_base import write_tiny_base
-from train_files import write_captions, write_instructions
+from train_files import text_recipe, write_captions, write_instructions, write_recipe
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +24,15 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`captions.jsonl`, its images beside it."""
     return write_captions(tmp_path_factory.mktemp("pictures") / "captioned")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The output folder that `recipe` names."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def recipe(tiny: Path, instructions: Path, tmp_path: Path, run: Path) -> str:
+    """The file of a recipe: a text adapter for the tiny base."""
+    return write_recipe(tmp_path / "r.yaml", text_recipe(tiny, run, instructions))

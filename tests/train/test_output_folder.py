@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_files import text_recipe, write_lines, write_recipe
+from train_files import write_lines
 
 from models.adapter import Adapter
 from train import main
@@ -20,16 +20,6 @@ from train.errors import TrainError
 from train.log import read_log
 from train.main import train
 from train.output import claimed, write_whole
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def recipe(tiny: Path, instructions: Path, tmp_path: Path, run: Path) -> str:
-    return write_recipe(tmp_path / "r.yaml", text_recipe(tiny, run, instructions))
 
 
 @contextmanager

@@ -8,23 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from train_files import text_recipe, write_recipe
 
 from train.forward import Forward
 from train.log import read_log
 from train.main import train
 
 pytestmark = pytest.mark.long
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def recipe(tiny: Path, instructions: Path, tmp_path: Path, run: Path) -> str:
-    return write_recipe(tmp_path / "r.yaml", text_recipe(tiny, run, instructions))
 
 
 def signal_in_evaluation(number: int, patch: pytest.MonkeyPatch) -> list[int]:

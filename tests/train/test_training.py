@@ -23,11 +23,6 @@ from train.trainer import Trainer, learning_rate
 pytestmark = pytest.mark.long
 
 
-@pytest.fixture
-def recipe(tiny: Path, instructions: Path, tmp_path: Path) -> str:
-    return write_recipe(tmp_path / "r.yaml", text_recipe(tiny, tmp_path / "run", instructions))
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_unchecked(folder, read_manifest(folder)).state_dict()
 
