@@ -12,6 +12,7 @@ FOLDER = "poet"  # below the adapter root
 # What is answered; a random body of many fields has hardly ever a right value in each.
 RIGHT: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "Say hello."}]},
+    "/v1/responses": {"model": "tiny", "input": "Say hello."},
     "/v1/completions": {"model": "tiny", "prompt": "The sky is"},
 }
 MOST_TOKENS = 8  # of an answer: this is to find failures, not to generate text
@@ -36,7 +37,7 @@ def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwar
         body.clear()
         body.update(RIGHT[case.path] | kept)
     if case.path.startswith("/v1/") and "adapters" not in case.path:
-        for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"):
             if isinstance(body.get(name), int) and body[name] > MOST_TOKENS:
                 body[name] = MOST_TOKENS
-        body.setdefault("max_tokens", MOST_TOKENS)
+        body.setdefault("max_output_tokens" if "responses" in case.path else "max_tokens", MOST_TOKENS)

@@ -83,18 +83,25 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     return body
 
 
+def experts_body(job: Job) -> dict[str, Any]:
+    """What experts had to say, where there was something to ask them."""
+    return {} if job.reports is None else {"experts": [report.wire() for report in job.reports]}
+
+
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     """The `logprobs` of a chat choice."""
-    return {
-        "content": [
-            {
-                **_scored(token.token, token.logprob),
-                "top_logprobs": [_scored(top.token, top.logprob) for top in token.top],
-            }
-            for token in tokens
-        ],
-        "refusal": None,
-    }
+    return {"content": scored_tokens(tokens), "refusal": None}
+
+
+def scored_tokens(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Each token with its log-probability, and those that were as likely."""
+    return [
+        {
+            **_scored(token.token, token.logprob),
+            "top_logprobs": [_scored(top.token, top.logprob) for top in token.top],
+        }
+        for token in tokens
+    ]
 
 
 def _scored(token: str, logprob: float | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from server.gateway.limiter import RATE_HEADERS, Limiter
 from server.gateway.metrics import GatewayMetrics
 from server.gateway.openapi import describe
 from server.gateway.pipeline import Pipeline
-from server.gateway.routes import adapters, chat, completions, health, models, tokens
+from server.gateway.routes import adapters, chat, completions, health, models, responses, tokens
 from server.gateway.routes.page import page_router, read_page
 from server.gateway.state import Gateway
 from server.serving import Drain
@@ -67,7 +67,7 @@ def create_app(
         telemetry=TELEMETRY,
     )
     app.state.gateway = gateway
-    for route in (chat, completions, models, adapters, tokens, health):
+    for route in (chat, responses, completions, models, adapters, tokens, health):
         app.include_router(route.router)
     app.include_router(page_router(page))
     app.state.openapi = describe(app, gateway.keys.required)

@@ -200,7 +200,8 @@ async def refuse_route(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         refusal: ApiError = NotFound(
             f"There is no route {where}. Of OpenAI's API this server has /v1/chat/completions, "
-            "/v1/completions and /v1/models; GET /openapi.json lists all of its routes."
+            "/v1/responses (POST alone: none is kept), /v1/completions and /v1/models; GET /openapi.json "
+            "lists all of its routes."
         )
     elif error.status_code == 405:
         refusal = MethodNotAllowed(f"{where}: this method is not allowed here.")

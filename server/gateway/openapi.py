@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from server.gateway.body import Body
+from server.gateway.responses.schemas import ResponseRequest
 from server.gateway.schemas import (
     AdapterBody,
     ChatRequest,
@@ -22,7 +23,14 @@ from server.gateway.schemas import (
     TokenizeBody,
 )
 
-_BODIES: tuple[type[Body], ...] = (ChatRequest, CompletionRequest, TokenizeBody, DetokenizeBody, AdapterBody)
+_BODIES: tuple[type[Body], ...] = (
+    ChatRequest,
+    ResponseRequest,
+    CompletionRequest,
+    TokenizeBody,
+    DetokenizeBody,
+    AdapterBody,
+)
 _REF = "#/components/schemas/{model}"
 _BEARER = {"bearer": {"type": "http", "scheme": "bearer"}}
 
@@ -127,6 +135,28 @@ class ChatCompletion(_Answer):
     model: str
     choices: list[ChatChoice]
     usage: UsageCounts
+
+
+class OutputItem(_Answer):
+    type: Literal["message", "function_call"]
+    id: str
+    status: Literal["completed", "incomplete"]
+
+
+class ResponseUsage(_Answer):
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+
+
+class ResponseObject(_Answer):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    model: str
+    output: list[OutputItem]
+    usage: ResponseUsage
 
 
 class CompletionChoice(_Answer):

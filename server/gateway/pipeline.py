@@ -16,6 +16,7 @@ from server.gateway.images import Image, ImageLoader
 from server.gateway.keys import Caller
 from server.gateway.limiter import Limiter
 from server.gateway.metrics import GatewayMetrics
+from server.gateway.responses.schemas import ResponseRequest
 from server.gateway.schemas import ChatRequest, CompletionRequest
 from server.gateway.tasks import all_or_none, merged
 from server.settings import GatewaySettings
@@ -32,6 +33,8 @@ from server.worker.messages import (
 )
 
 log = logging.getLogger(__name__)
+
+Conversation = ChatRequest | ResponseRequest
 
 _CHARACTERS_PER_TOKEN = 4
 _UNLIMITED_ANSWER = 256  # tokens reckoned with where a request names no limit
@@ -85,7 +88,7 @@ class Pipeline:
         self._limiter = limiter
         self._metrics = metrics
 
-    async def prepare_chat(self, body: ChatRequest) -> Job:
+    async def prepare_chat(self, body: Conversation) -> Job:
         """Fetch the images, hear the experts, and say what to generate. Raises `ApiError`."""
         arrived = time.monotonic()
         model = self._pool.model(body.model)
@@ -94,11 +97,10 @@ class Pipeline:
         images = await self._images.load(body.image_urls)
         self._refuse_blindness(body, model, names, images)
         reports = await self._experts.read(model.id, names, images)
-        messages = tuple(message.for_worker() for message in body.messages)
-        prompt = ChatPrompt(messages, context_items(reports), body.tools_for_template)
+        prompt = ChatPrompt(body.for_worker(), context_items(reports), body.tools_for_template)
         seen = tuple(image.data for image in images) if model.reads_images else ()
         concerned = bool(images) or bool(body.experts and body.experts != "auto")
-        return self._job("chatcmpl", body, [prompt], arrived, seen, reports if concerned else None)
+        return self._job(body, [prompt], arrived, seen, reports if concerned else None)
 
     def prepare_completion(self, body: CompletionRequest) -> Job:
         """Say what to generate. Raises `ApiError`."""
@@ -115,34 +117,33 @@ class Pipeline:
             TextPrompt(prompt, special) if isinstance(prompt, str) else TokenPrompt(prompt)
             for prompt in body.prompts
         ]
-        return self._job("cmpl", body, prompts, arrived)
+        return self._job(body, prompts, arrived)
 
     def _check_n(self, n: int | None) -> None:
         if n is not None and n > self._settings.max_n:
             raise InvalidRequest(f"n: at most {self._settings.max_n} choices are allowed (max_n).", param="n")
 
     def _refuse_blindness(
-        self, body: ChatRequest, model: ModelInfo, names: Sequence[str], images: Sequence[Image]
+        self, body: Conversation, model: ModelInfo, names: Sequence[str], images: Sequence[Image]
     ) -> None:
         """A picture that nobody would look at is a mistake, unless the caller asked for just that."""
         if images and not names and not model.reads_images and body.experts != []:
             raise InvalidRequest(
                 f"The model {model.id!r} does not read images and this server has no experts; "
                 "send `experts: []` to have the images ignored.",
-                param="messages",
+                param=body.CONVERSATION,
                 code="images_not_supported",
             )
 
     def _job(
         self,
-        kind: str,
-        body: ChatRequest | CompletionRequest,
+        body: Conversation | CompletionRequest,
         prompts: Sequence[Prompt],
         arrived: float,
         images: tuple[bytes, ...] = (),
         reports: tuple[ExpertReport, ...] | None = None,
     ) -> Job:
-        id = f"{kind}-{uuid.uuid4().hex}"  # never the client's request id: that may come twice
+        id = body.ID_BEGINS + uuid.uuid4().hex  # never the client's request id: that may come twice
         n = body.n or 1
         sampling = body.sampling()
         remaining = max(0.001, arrived + self._settings.request_seconds - time.monotonic())

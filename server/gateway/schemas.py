@@ -7,6 +7,7 @@ to log them once; those of `UNSUPPORTED` would change the answer and are refused
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -28,6 +29,7 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 # Lists stop at their first mistake: a hostile body would make millions of them otherwise.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Strings = Annotated[list[str], Field(fail_fast=True)]
+Experts = Literal["auto"] | Strings
 
 
 def _biases(entries: Any) -> Any:
@@ -46,11 +48,10 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class _Generation(Body):
-    """What chat and plain completions share."""
+class Sampled(Body):
+    """What all that is generated shares."""
 
     model: str = Field(min_length=1, max_length=512)
-    max_tokens: Count | None = None
     min_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -66,11 +67,8 @@ class _Generation(Body):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     logit_bias: LogitBias | None = None
-    n: int | None = Field(None, ge=1, le=1024)
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
-    response_format: ResponseFormat | None = None
     user: str | None = Field(None, max_length=512)
 
     @model_validator(mode="after")
@@ -80,13 +78,9 @@ class _Generation(Body):
         return self
 
     @property
+    @abstractmethod
     def limit(self) -> int | None:
         """The most tokens to generate; None for what the context holds."""
-        return self.max_tokens
-
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     def _sampling(
         self, logprobs: int | None, grammar: Grammar | None, prompt_logprobs: int | None = None
@@ -111,6 +105,19 @@ class _Generation(Body):
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
         )
+
+
+class _Generation(Sampled):
+    """What chat and plain completions share."""
+
+    max_tokens: Count | None = None
+    n: int | None = Field(None, ge=1, le=1024)
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class TextPart(Body):
@@ -217,6 +224,9 @@ class ChatRequest(_Generation):
         "best_of": (None, 1),
     }
 
+    ID_BEGINS: ClassVar[str] = "chatcmpl-"
+    CONVERSATION: ClassVar[str] = "messages"  # the field that has it
+
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
@@ -225,7 +235,7 @@ class ChatRequest(_Generation):
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    experts: Literal["auto"] | Strings | None = None
+    experts: Experts | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -238,6 +248,10 @@ class ChatRequest(_Generation):
     def image_urls(self) -> list[tuple[str, str]]:
         """Where each image stands in the body, and its URL; oldest first."""
         return list(_image_urls(self.messages))
+
+    def for_worker(self) -> tuple[ChatMessage, ...]:
+        """The conversation."""
+        return tuple(message.for_worker() for message in self.messages)
 
     @property
     def tools_for_template(self) -> tuple[dict[str, Any], ...]:
@@ -261,6 +275,7 @@ class CompletionRequest(_Generation):
         "best_of": (None, 1),
         "use_beam_search": (None, False),
     }
+    ID_BEGINS: ClassVar[str] = "cmpl-"
 
     prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     echo: bool | None = None

@@ -13,9 +13,10 @@ from starlette.types import Receive, Scope, Send
 DONE = b"data: [DONE]\n\n"
 
 
-def sse(data: dict[str, Any]) -> bytes:
-    """One event of one line. In ASCII, since many clients split lines at U+2028 and U+0085 too."""
-    return b"data: %s\n\n" % json.dumps(data, separators=(",", ":")).encode("ascii")
+def sse(data: dict[str, Any], event: str = "") -> bytes:
+    """One event of one line of data. In ASCII, since many clients split lines at U+2028 and U+0085 too."""
+    head = b"event: %s\n" % event.encode("ascii") if event else b""
+    return b"%sdata: %s\n\n" % (head, json.dumps(data, separators=(",", ":")).encode("ascii"))
 
 
 class EventStream(Response):

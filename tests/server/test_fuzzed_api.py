@@ -30,6 +30,7 @@ KEY = "of-the-fuzzer"
 # inputs are refused.
 ACCEPTED = {
     "/v1/chat/completions": "200",
+    "/v1/responses": "200",
     "/v1/completions": "200",
     "/tokenize": "200",
     "/detokenize": "200",

@@ -9,7 +9,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from starlette.responses import JSONResponse, Response
 
-from server.gateway.answers import Choice, call_body, chat_logprobs, collect, new_call_id, usage_body
+from server.gateway.answers import (
+    Choice,
+    call_body,
+    chat_logprobs,
+    collect,
+    experts_body,
+    new_call_id,
+    usage_body,
+)
 from server.gateway.keys import Caller
 from server.gateway.openapi import ChatCompletion, documented
 from server.gateway.parsing import json_body
@@ -46,7 +54,7 @@ def _completion(job: Job, choices: list[Choice], with_logprobs: bool) -> dict[st
             for index, choice in enumerate(choices)
         ],
         "usage": usage_body(job.usage([choice.usage for choice in choices])),
-        **_experts(job),
+        **experts_body(job),
     }
 
 
@@ -59,7 +67,7 @@ def _message(choice: Choice) -> dict[str, Any]:
 async def _stream(pipeline: Pipeline, body: ChatRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
     job = await pipeline.prepare_chat(body)
     head = _head(job, "chat.completion.chunk") | ({"usage": None} if body.include_usage else {})
-    first = _experts(job)  # rides on the first chunk alone
+    first = experts_body(job)  # rides on the first chunk alone
     usages = {}
     async with aclosing(pipeline.run(job, caller)) as events:
         async for index, event in events:
@@ -101,10 +109,6 @@ def _call_piece(piece: ToolCallDelta) -> dict[str, Any]:
 
 def _head(job: Job, kind: str) -> dict[str, Any]:
     return {"id": job.id, "object": kind, "created": job.created, "model": job.model}
-
-
-def _experts(job: Job) -> dict[str, Any]:
-    return {} if job.reports is None else {"experts": [report.wire() for report in job.reports]}
 
 
 def _delta(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:

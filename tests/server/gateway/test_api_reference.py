@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as CompletionParams
+from openai.types.responses.response_create_params import ResponseCreateParamsStreaming as ResponseParams
 
 from server.errors import ApiError
 from server.gateway.app import create_app
@@ -21,6 +22,7 @@ from server.gateway.constraints import (
     ResponseFormat,
     Tool,
 )
+from server.gateway.responses import schemas as responses
 from server.gateway.schemas import (
     AdapterBody,
     ChatRequest,
@@ -48,6 +50,14 @@ SCHEMAS = [
     ChosenTool,
     AllowedChoice,
     AllowedTools,
+    responses.ResponseRequest,
+    responses.MessageItem,
+    responses.FunctionCallItem,
+    responses.FunctionOutputItem,
+    responses.ImagePart,
+    responses.FunctionTool,
+    responses.AllowedFunctions,
+    responses.TextFormat,
     CompletionRequest,
     TokenizeBody,
     DetokenizeBody,
@@ -74,12 +84,18 @@ def test_every_field(schema: type[Body]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "params"), [(ChatRequest, ChatParams), (CompletionRequest, CompletionParams)]
+    ("schema", "params"),
+    [
+        (ChatRequest, ChatParams),
+        (responses.ResponseRequest, ResponseParams),
+        (CompletionRequest, CompletionParams),
+    ],
 )
 def test_every_parameter_of_the_stock_client(schema: type[Body], params: type) -> None:
     """None of them is forgotten: what is neither honoured nor refused is said to have no effect."""
-    unread = params.__annotations__.keys() - schema.model_fields.keys() - schema.UNSUPPORTED.keys()
-    silent = REFERENCE[REFERENCE.index("none has an effect here") :].partition("\n")[0]
+    names = {name for part in params.__mro__ for name in getattr(part, "__annotations__", ())}
+    unread = names - schema.model_fields.keys() - schema.UNSUPPORTED.keys()
+    silent = "".join(line for line in REFERENCE.splitlines() if "none has an effect here" in line)
     assert {name for name in unread if f"`{name}`" not in silent} == set()
 
 

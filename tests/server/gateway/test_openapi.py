@@ -11,7 +11,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from server.gateway.app import create_app
-from server.gateway.routes import adapters, chat, completions, health, models, tokens
+from server.gateway.routes import adapters, chat, completions, health, models, responses, tokens
 from server.settings import GatewaySettings
 from tests.server.gateway.scripted import Launch, ScriptedWorker, Stack
 
@@ -36,7 +36,7 @@ async def test_every_route_is_described_with_its_error(gateway: Stack) -> None:
     described = {(path, method) for path, operations in document["paths"].items() for method in operations}
     served = {
         (route.path.replace(":path", ""), method.lower())
-        for module in (adapters, chat, completions, health, models, tokens)
+        for module in (adapters, chat, completions, health, models, responses, tokens)
         for route in module.router.routes
         if isinstance(route, APIRoute) and route.include_in_schema
         for method in route.methods
@@ -46,9 +46,9 @@ async def test_every_route_is_described_with_its_error(gateway: Stack) -> None:
     for reference in references(document):
         assert reference.removeprefix("#/components/schemas/") in document["components"]["schemas"], reference
     for path, method in described:
-        responses = document["paths"][path][method]["responses"]
-        assert responses["default"]["content"]["application/json"]["schema"]["$ref"].endswith("/Error")
-        assert "422" not in responses
+        answers = document["paths"][path][method]["responses"]
+        assert answers["default"]["content"]["application/json"]["schema"]["$ref"].endswith("/Error")
+        assert "422" not in answers
 
 
 def security(**settings: Any) -> dict[str, Any]:
@@ -70,6 +70,13 @@ def test_where_a_key_is_asked_for() -> None:
     assert {path for path, asked in security().items() if asked} == {"/v1/adapters", "/v1/adapters/{id}"}
 
 
+ANSWERS = {
+    "ChatRequest": ("/v1/chat/completions", "ChatCompletion"),
+    "ResponseRequest": ("/v1/responses", "ResponseObject"),
+    "CompletionRequest": ("/v1/completions", "Completion"),
+}
+
+
 @pytest.mark.parametrize(
     ("schema", "body", "status"),
     [
@@ -79,6 +86,10 @@ def test_where_a_key_is_asked_for() -> None:
         ("ChatRequest", {"messages": [{"role": "nobody", "content": "Hi"}]}, 400),
         ("ChatRequest", {"messages": [{"role": "user", "content": "Hi"}], "temperature": 3}, 400),
         ("ChatRequest", {"messages": [{"role": "user", "content": "Hi"}], "audio": {}}, 400),
+        ("ResponseRequest", {"input": "Hi", "max_output_tokens": 3, "include": []}, 200),
+        ("ResponseRequest", {"input": [{"role": "user", "content": "Hi"}], "store": True}, 200),
+        ("ResponseRequest", {"input": [{"role": "user", "content": [{"type": "text"}]}]}, 400),
+        ("ResponseRequest", {"input": "Hi", "previous_response_id": "resp_1"}, 400),
         ("CompletionRequest", {"prompt": [1, 2], "max_tokens": 3, "logit_bias": {"5": -1}}, 200),
         ("CompletionRequest", {"prompt": [1, "a"]}, 400),
         ("CompletionRequest", {"prompt": "a", "suffix": "b"}, 400),
@@ -88,16 +99,12 @@ async def test_bodies_are_described_as_they_are_read(
     gateway: Stack, schema: str, body: dict[str, Any], status: int
 ) -> None:
     document = gateway.app.state.openapi
-    path = "/v1/chat/completions" if schema == "ChatRequest" else "/v1/completions"
+    path, described = ANSWERS[schema]
     body = {"model": "base", **body}
     assert validator(document, schema).is_valid(body) == (status == 200)
     response = await gateway.http.post(path, json=body)
     assert response.status_code == status, response.text
-    answer = (
-        "Error"
-        if status == 400
-        else schema.removesuffix("Request") + ("Completion" if "chat" in path else "")
-    )
+    answer = "Error" if status == 400 else described
     assert validator(document, answer).is_valid(response.json())
 
 

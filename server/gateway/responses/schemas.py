@@ -1,0 +1,279 @@
+"""The body of POST /v1/responses: a conversation of items, and fields that chat names otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from server.gateway.body import Body, inconsistent
+from server.gateway.constraints import (
+    MAX_TOOLS,
+    AllowedChoice,
+    AllowedTools,
+    ChosenFunction,
+    ChosenTool,
+    Function,
+    JsonSchema,
+    Name,
+    ResponseFormat,
+    Tool,
+    ToolChoice,
+    check_choice,
+    grammar,
+)
+from server.gateway.schemas import MAX_TOKENS, MAX_TOP_LOGPROBS, Experts, RefusalPart, Sampled, Strings
+from server.worker.messages import ChatMessage, SamplingParams, ToolCall
+
+_LOGPROBS = "message.output_text.logprobs"
+
+# The worker's words for fields, which are chat's, and the field here that is at fault.
+CHAT_NAMES = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
+
+
+class TextPart(Body):
+    type: Literal["input_text", "output_text"]
+    text: str
+
+
+class ImagePart(Body):
+    type: Literal["input_image"]
+    image_url: str = Field(min_length=1)
+    # Has no effect: experts and encoders choose their own size.
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+def _tag(thing: Any, otherwise: str | None = None) -> str | None:
+    kind = thing.get("type", otherwise) if isinstance(thing, dict) else getattr(thing, "type", None)
+    return f"<{kind}>" if isinstance(kind, str) else None  # brackets: a tag, not a field's name
+
+
+def _item_tag(item: Any) -> str | None:
+    return _tag(item, otherwise="message")
+
+
+TextParts = Annotated[list[TextPart], Field(fail_fast=True)]
+Part = Annotated[
+    Annotated[TextPart, Tag("<input_text>")]
+    | Annotated[TextPart, Tag("<output_text>")]
+    | Annotated[ImagePart, Tag("<input_image>")]
+    | Annotated[RefusalPart, Tag("<refusal>")],
+    Discriminator(
+        _tag,
+        custom_error_type="part_type",
+        custom_error_message="a part's `type` must be input_text, output_text or input_image",
+    ),
+]
+
+
+class MessageItem(Body):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.role != "user" and any(isinstance(part, ImagePart) for part in self.content):
+            raise inconsistent("content", "only a user's message may have images")
+        return self
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content if not isinstance(part, ImagePart))
+
+
+class FunctionCallItem(Body):
+    """A call of an earlier answer."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str = Field(min_length=1)
+    arguments: str
+
+
+class FunctionOutputItem(Body):
+    """What a call has led to."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | TextParts
+
+    @property
+    def text(self) -> str:
+        return self.output if isinstance(self.output, str) else "\n".join(part.text for part in self.output)
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("<message>")]
+    | Annotated[FunctionCallItem, Tag("<function_call>")]
+    | Annotated[FunctionOutputItem, Tag("<function_call_output>")],
+    Discriminator(
+        _item_tag,
+        custom_error_type="item_type",
+        custom_error_message="an item's `type` must be message, function_call or function_call_output",
+    ),
+]
+
+
+class FunctionTool(Function):
+    type: Literal["function"]
+
+    def for_chat(self) -> Tool:
+        return Tool(type="function", function=self)
+
+
+class FunctionChoice(Body):
+    type: Literal["function"]
+    name: str
+
+    def for_chat(self) -> ChosenTool:
+        return ChosenTool(type="function", function=ChosenFunction(name=self.name))
+
+
+class AllowedFunctions(Body):
+    """The model is told of all tools, and may call these."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[FunctionChoice] = Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)
+
+    def for_chat(self) -> AllowedChoice:
+        tools = AllowedTools(mode=self.mode, tools=[tool.for_chat() for tool in self.tools])
+        return AllowedChoice(type="allowed_tools", allowed_tools=tools)
+
+
+def _choice_tag(choice: Any) -> str:
+    if isinstance(choice, str):
+        return "<word>"
+    return "<allowed>" if _tag(choice) == "<allowed_tools>" else "<function>"
+
+
+class TextFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    name: Name | None = None
+    description: str | None = None  # for a model that reads it; ours follow the schema
+    definition: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None  # true or not, the schema is followed
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        for field, value in (("name", self.name), ("schema", self.definition)):
+            if self.type == "json_schema" and value is None:
+                raise inconsistent(field, "this field is required")
+        return self
+
+    def for_chat(self) -> ResponseFormat:
+        if self.type != "json_schema":
+            return ResponseFormat(type=self.type)
+        schema = JsonSchema.model_validate({"name": self.name, "schema": self.definition})
+        return ResponseFormat(type=self.type, json_schema=schema)
+
+
+class TextOptions(Body):
+    format: TextFormat | None = None
+
+
+class ResponseRequest(Sampled):
+    """Nothing is kept between requests, so each brings its whole conversation."""
+
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "previous_response_id": (None,),
+        "conversation": (None,),
+        "background": (None, False),
+        "truncation": (None, "disabled"),
+        "prompt": (None,),
+        "context_management": (None, []),
+        "moderation": (None,),
+        "image": (None,),
+        "access_programs": (None,),
+    }
+    ID_BEGINS: ClassVar[str] = "resp_"
+    CONVERSATION: ClassVar[str] = "input"
+    n: ClassVar[None] = None  # there is one answer
+
+    input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    include: Strings | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    text: TextOptions | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["none", "auto", "required"], Tag("<word>")]
+            | Annotated[FunctionChoice, Tag("<function>")]
+            | Annotated[AllowedFunctions, Tag("<allowed>")],
+            Discriminator(_choice_tag),
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: bool | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    experts: Experts | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_choice(self._tools, self._choice)
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_output_tokens
+
+    @property
+    def scores_tokens(self) -> bool:
+        return bool(self.top_logprobs) or _LOGPROBS in (self.include or ())
+
+    @property
+    def image_urls(self) -> list[tuple[str, str]]:
+        """Where each image stands in the body, and its URL; oldest first."""
+        return list(self._images())
+
+    def _images(self) -> Iterator[tuple[str, str]]:
+        for i, item in enumerate(self._items):
+            for p, part in enumerate(item.content if isinstance(item, MessageItem) else ()):
+                if isinstance(part, ImagePart):
+                    yield f"input[{i}].content[{p}].image_url", part.image_url
+
+    def for_worker(self) -> tuple[ChatMessage, ...]:
+        """The conversation. What the assistant said and the calls that follow it are one message."""
+        said = [] if self.instructions is None else [ChatMessage("system", self.instructions)]
+        for item in self._items:
+            match item:
+                case MessageItem():
+                    said.append(ChatMessage("system" if item.role == "developer" else item.role, item.text))
+                case FunctionCallItem():
+                    if not said or said[-1].role != "assistant":
+                        said.append(ChatMessage("assistant", ""))
+                    call = ToolCall(item.call_id, item.name, item.arguments)
+                    said[-1] = replace(said[-1], tool_calls=(*said[-1].tool_calls, call))
+                case FunctionOutputItem():
+                    said.append(ChatMessage("tool", item.text, (), item.call_id))
+        return tuple(said)
+
+    @property
+    def tools_for_template(self) -> tuple[dict[str, Any], ...]:
+        """What the model is told of tools: nothing if it may not call any."""
+        return () if self.tool_choice == "none" else tuple(tool.for_template() for tool in self._tools)
+
+    def sampling(self) -> SamplingParams:
+        format = self.text.format.for_chat() if self.text and self.text.format else None
+        kept_to = grammar(format, self._tools, self._choice, self.parallel_tool_calls is not False)
+        return self._sampling((self.top_logprobs or 0) if self.scores_tokens else None, kept_to)
+
+    @property
+    def _items(self) -> list[Item]:
+        return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+
+    @property
+    def _tools(self) -> list[Tool]:
+        return [tool.for_chat() for tool in self.tools or ()]
+
+    @property
+    def _choice(self) -> ToolChoice | None:
+        choice = self.tool_choice
+        return choice if choice is None or isinstance(choice, str) else choice.for_chat()

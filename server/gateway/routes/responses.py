@@ -1,0 +1,79 @@
+"""POST /v1/responses"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.responses import JSONResponse, Response
+
+from server.errors import InvalidRequest
+from server.gateway.keys import Caller
+from server.gateway.openapi import ResponseObject, documented
+from server.gateway.parsing import json_body
+from server.gateway.pipeline import Pipeline
+from server.gateway.responses.output import Output, Told, response_body
+from server.gateway.responses.schemas import CHAT_NAMES, ResponseRequest
+from server.gateway.state import CallerDep, GatewayDep
+from server.gateway.streaming import EventStream, sse
+from server.worker.messages import Delta, Finished, Started
+
+router = APIRouter()
+
+
+@router.post("/v1/responses", **documented("Response", ResponseObject, ResponseRequest, streams=True))
+async def create(
+    body: Annotated[ResponseRequest, Depends(json_body(ResponseRequest))],
+    gateway: GatewayDep,
+    caller: CallerDep,
+) -> Response:
+    events = _answer(gateway.pipeline, body, caller)
+    if body.stream:
+        return EventStream(_numbered(events))
+    async with aclosing(events):
+        async for told in events:
+            last = told
+    return JSONResponse(last["response"])
+
+
+async def _numbered(events: AsyncGenerator[Told, None]) -> AsyncGenerator[bytes, None]:
+    number = 0
+    async with aclosing(events):
+        async for told in events:
+            yield sse({**told, "sequence_number": number}, told["type"])
+            number += 1
+
+
+async def _answer(pipeline: Pipeline, body: ResponseRequest, caller: Caller) -> AsyncGenerator[Told, None]:
+    """All that a stream tells; the last event has the whole response."""
+    output = Output(body.scores_tokens)
+    with _own_names():
+        job = await pipeline.prepare_chat(body)
+        async with aclosing(pipeline.run(job, caller)) as events:
+            async for _, event in events:
+                match event:
+                    case Started():
+                        response = response_body(job, body, output)
+                        for kind in ("response.created", "response.in_progress"):
+                            yield {"type": kind, "response": response}
+                    case Delta():
+                        for told in output.take(event):
+                            yield told
+                    case Finished():
+                        for told in output.finish(event):
+                            yield told
+    yield {"type": f"response.{output.status}", "response": response_body(job, body, output)}
+
+
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """What a worker finds wrong it calls by chat's name."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if own := CHAT_NAMES.get(error.param or ""):
+            error.message = error.message.replace(f"{error.param}: ", f"{own}: ")
+            error.param = own
+        raise
