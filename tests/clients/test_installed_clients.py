@@ -31,7 +31,7 @@ def run(folder: str, *command: str | Path, service: Service, picture: Path) -> N
 
 
 @pytest.mark.clients
-@pytest.mark.parametrize("cases", ["langchain_cases.py", "litellm_cases.py"])
+@pytest.mark.parametrize("cases", ["agents_cases.py", "langchain_cases.py", "litellm_cases.py"])
 def test_python_clients(clients: Path, service: Service, picture: Path, cases: str) -> None:
     pytest_of_clients = (clients / "python", "-m", "pytest", "-c", "cases.ini", cases)
     run("python", *pytest_of_clients, service=service, picture=picture)

@@ -1,6 +1,8 @@
-// The Vercel AI SDK against the service, through its provider for servers like OpenAI's.
+// The Vercel AI SDK against the service: through its provider for servers like OpenAI's, which speaks chat
+// completions, and through OpenAI's own, which speaks the Responses API.
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
+import { createOpenAI } from '@ai-sdk/openai';
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
 import { APICallError, generateObject, generateText, isStepCount, Output, streamObject, streamText, tool } from 'ai';
 import { baseURL, byHand, greedy, isWeather, picture, questions, room, Weather } from './support.js';
@@ -12,16 +14,20 @@ const provider = createOpenAICompatible({
   includeUsage: true,
   supportsStructuredOutputs: true,
 });
+const openai = createOpenAI({ baseURL, apiKey: 'none' });
+// Without `store: false` it refers to earlier items by their ids, as if the server kept them.
+const stateless = { openai: { store: false, parallelToolCalls: false } };
 
 // The same questions in the SDK's own form.
 const text = { type: 'text', text: 'hello' };
-const asked = {
-  text: { model: provider('poet'), messages: [{ role: 'user', content: 'hello' }] },
-  image: {
-    model: provider('sight'),
-    messages: [{ role: 'user', content: [text, { type: 'file', mediaType: 'image/png', data: picture }] }],
-  },
+const messages = {
+  text: [{ role: 'user', content: 'hello' }],
+  image: [{ role: 'user', content: [text, { type: 'file', mediaType: 'image/png', data: picture }] }],
 };
+const asked = Object.fromEntries(Object.entries(questions).flatMap(([kind, { model }]) => [
+  [kind, { kind, model: provider(model), messages: messages[kind] }],
+  [`${kind}, responses`, { kind, model: openai(model), messages: messages[kind], providerOptions: stateless }],
+]));
 const settings = { temperature: greedy.temperature, maxOutputTokens: greedy.max_tokens, maxRetries: 0 };
 const roomy = { ...settings, maxOutputTokens: room.max_tokens };
 const onError = ({ error }) => { throw error; };
@@ -36,7 +42,7 @@ const tools = {
 // One call, then an answer to its result.
 const agent = {
   tools,
-  providerOptions: { llamaAdapter: { parallel_tool_calls: false } }, // this provider passes it on
+  providerOptions: { llamaAdapter: { parallel_tool_calls: false }, ...stateless }, // each takes its own
   stopWhen: isStepCount(2),
   prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? 'required' : 'none' }),
 };
@@ -53,8 +59,8 @@ function isACallAndAnAnswer([first, second, ...more], text) {
   assert.equal(text, second.text);
 }
 
-for (const [kind, question] of Object.entries(asked)) {
-  test(`generateText, ${kind}`, async () => {
+for (const [name, { kind, ...question }] of Object.entries(asked)) {
+  test(`generateText, ${name}`, async () => {
     const answer = await generateText({ ...question, ...settings });
     assert.equal(answer.text, await byHand(questions[kind]));
     assert.ok(['stop', 'length'].includes(answer.finishReason));
@@ -63,7 +69,7 @@ for (const [kind, question] of Object.entries(asked)) {
     assert.deepEqual(answer.toolCalls, []);
   });
 
-  test(`streamText, ${kind}`, async () => {
+  test(`streamText, ${name}`, async () => {
     const stream = streamText({ ...question, ...settings, onError });
     const pieces = await Array.fromAsync(stream.textStream);
     assert.equal(pieces.join(''), await byHand(questions[kind]));
@@ -71,7 +77,7 @@ for (const [kind, question] of Object.entries(asked)) {
     assert.ok((await stream.usage).outputTokens > 0);
   });
 
-  test(`generateObject and streamObject, ${kind}`, async () => {
+  test(`generateObject and streamObject, ${name}`, async () => {
     const asked = { ...question, ...roomy, schema: Weather };
     const { object, finishReason } = await generateObject(asked);
     isWeather(object);
@@ -82,17 +88,17 @@ for (const [kind, question] of Object.entries(asked)) {
     assert.deepEqual(partial.at(-1), object);
   });
 
-  test(`generateText with an output, ${kind}`, async () => {
+  test(`generateText with an output, ${name}`, async () => {
     const { output } = await generateText({ ...question, ...roomy, output: Output.object({ schema: Weather }) });
     isWeather(output);
   });
 
-  test(`generateText with tools, ${kind}`, async () => {
+  test(`generateText with tools, ${name}`, async () => {
     const answer = await generateText({ ...question, ...roomy, ...agent });
     isACallAndAnAnswer(answer.steps, answer.text);
   });
 
-  test(`streamText with tools, ${kind}`, async () => {
+  test(`streamText with tools, ${name}`, async () => {
     const stream = streamText({ ...question, ...roomy, ...agent, onError });
     await stream.consumeStream();
     isACallAndAnAnswer(await stream.steps, await stream.text);
@@ -100,7 +106,7 @@ for (const [kind, question] of Object.entries(asked)) {
 }
 
 test('mistakes are errors that are not tried again', async () => {
-  const unknown = generateText({ ...asked.text, model: provider('nobody'), maxRetries: 0 });
+  const unknown = generateText({ messages: messages.text, model: provider('nobody'), maxRetries: 0 });
   await assert.rejects(unknown, (error) => {
     assert.ok(APICallError.isInstance(error));
     assert.equal(error.statusCode, 404);

@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import OpenAI from 'openai';
-import { zodFunction, zodResponseFormat } from 'openai/helpers/zod';
+import { zodFunction, zodResponseFormat, zodResponsesFunction, zodTextFormat } from 'openai/helpers/zod';
 import { baseURL, byHand, greedy, isWeather, questions, room, Weather } from './support.js';
 
 const client = new OpenAI({ baseURL, apiKey: 'none', maxRetries: 0 });
@@ -78,6 +78,47 @@ for (const [kind, question] of Object.entries(questions)) {
     await completions.runTools({ ...question, ...room, tools: [runnable], tool_choice: called }).done();
     assert.equal(seen.length, 1);
     isWeather(seen[0]);
+  });
+}
+
+// The same questions to the Responses API.
+const toItem = ({ role, content }) => ({ role, content: typeof content === 'string' ? content : content.map(toPart) });
+const toPart = ({ text, image_url }) => (image_url
+  ? { type: 'input_image', image_url: image_url.url, detail: 'auto' }
+  : { type: 'input_text', text });
+
+for (const [kind, { model, messages }] of Object.entries(questions)) {
+  const question = { model, input: messages.map(toItem), temperature: 0 };
+  const roomy = { ...question, max_output_tokens: room.max_tokens };
+
+  test(`a response, ${kind}`, async () => {
+    const asked = { ...question, max_output_tokens: greedy.max_tokens };
+    const answer = await client.responses.create(asked);
+    assert.equal(answer.output_text, await byHand(questions[kind]));
+    const stream = client.responses.stream(asked);
+    const events = await Array.fromAsync(stream);
+    const pieces = events.filter(({ type }) => type === 'response.output_text.delta').map(({ delta }) => delta);
+    assert.equal(pieces.join(''), answer.output_text);
+    const final = await stream.finalResponse();
+    assert.equal(final.output_text, answer.output_text);
+    assert.equal(final.usage.output_tokens, answer.usage.output_tokens);
+  });
+
+  test(`a response keeps to a schema, ${kind}`, async () => {
+    const asked = { ...roomy, text: { format: zodTextFormat(Weather, 'weather') } };
+    isWeather((await client.responses.parse(asked)).output_parsed);
+  });
+
+  test(`a response calls a tool, ${kind}`, async () => {
+    const tool = zodResponsesFunction({ name: 'weather', description: 'Get the weather', parameters: Weather });
+    const asked = { ...roomy, tools: [tool], parallel_tool_calls: false };
+    const { output: [call, ...more] } = await client.responses.parse({ ...asked, tool_choice: 'required' });
+    assert.deepEqual([call.type, call.name, more], ['function_call', 'weather', []]);
+    isWeather(call.parsed_arguments);
+    const result = { type: 'function_call_output', call_id: call.call_id, output: 'rain' };
+    const input = [...question.input, call, result];
+    const told = await client.responses.create({ ...asked, input, tool_choice: 'none' });
+    assert.deepEqual(told.output.map(({ type }) => type), ['message']);
   });
 }
 

@@ -57,6 +57,26 @@ async def test_abatch(chat: ChatOpenAI, question: dict[str, Any], by_hand: str) 
     assert [answer.content for answer in answers] == [by_hand] * 3
 
 
+def test_the_responses_api(url: str, question: dict[str, Any], by_hand: str) -> None:
+    chat = ChatOpenAI(
+        base_url=url,
+        api_key="none",
+        model=question["model"],
+        temperature=0,
+        max_tokens=12,
+        use_responses_api=True,
+    )
+    assert chat.invoke(question["messages"]).text == by_hand
+    assert sum_of(list(chat.stream(question["messages"]))).text == by_hand
+    calling = chat.model_copy(update={"max_tokens": 100}).bind_tools([weather], tool_choice="weather")
+    call = calling.invoke(question["messages"])
+    messages = [*convert_to_messages(question["messages"]), call, weather.invoke(call.tool_calls[0])]
+    told = chat.bind_tools([weather], tool_choice="none").invoke(messages)
+    assert told.tool_calls == []
+    plain = chat.invoke(question["messages"])
+    assert told.usage_metadata["input_tokens"] > plain.usage_metadata["input_tokens"]
+
+
 @pytest.mark.parametrize("question", ["image"], indirect=True)
 def test_an_image_block_of_its_own_kind(chat: ChatOpenAI, image: str, by_hand: str) -> None:
     """LangChain's own form of an image, which it turns into OpenAI's."""
