@@ -114,7 +114,8 @@ Item = Annotated[
     Discriminator(
         _item_tag,
         custom_error_type="item_type",
-        custom_error_message="an item's `type` must be message, function_call or function_call_output",
+        custom_error_message="an item's `type` must be message, function_call or function_call_output; "
+        "nothing is kept that an item_reference could mean",
     ),
 ]
 
