@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from server.errors import ApiError, Conflict, NotFound, Timeout, Unavailable, model_not_found
+from server.errors import ApiError, Conflict, NotFound, ServerFailure, Timeout, Unavailable, model_not_found
 from server.gateway.clients.routing import choose, prefix_key
-from server.gateway.clients.workers import Unreachable, WorkerClient
+from server.gateway.clients.workers import BrokeOff, Unreachable, WorkerClient
 from server.gateway.tasks import cancelled
 from server.settings import GatewaySettings
 from server.worker.messages import (
@@ -38,6 +38,11 @@ Answer = TypeVar("Answer")
 # only be busy; without a second worker everybody would be refused.
 _SILENT_POLLS = 3
 _LOST_POLLS = 3  # in a row that could not even connect, which a worker that is only slow lets us do
+
+# Workers that may fail on one request: it may be what they die of, and would take all of them with it. Who
+# only refuses it, or cannot be connected to, does not count.
+_MOST_FAILURES = 2
+_FAILURES = (BrokeOff, Timeout, ServerFailure)
 
 
 @dataclass(eq=False, slots=True)
@@ -103,7 +108,7 @@ class Worker:
         return time.monotonic() - self._heard
 
     async def next(self, events: AsyncGenerator[Event, None], begun: bool) -> Event | None:
-        """The next event, None at the end. Raises `Unreachable` if the worker is given up meanwhile."""
+        """The next event, None at the end. Raises `BrokeOff` if the worker is given up meanwhile."""
         try:
             async with asyncio.timeout(None) as patience:
                 self._patience[patience] = begun
@@ -112,7 +117,7 @@ class Worker:
                 finally:
                     del self._patience[patience]
         except TimeoutError as error:
-            raise Unreachable("The worker cannot be reached; try again.") from error
+            raise BrokeOff("The worker cannot be reached; try again.") from error
         self._heard = time.monotonic()
         return event
 
@@ -203,13 +208,13 @@ class WorkerPool:
         """Raises `NotFound` for an unknown id, `Unavailable` where nobody can say now."""
         return self._usable(id, ())[0].models[id]
 
-    def _choose(self, request: GenerateRequest, tried: tuple[Worker, ...]) -> Worker:
+    def _choose(self, request: GenerateRequest, tried: Collection[Worker]) -> Worker:
         """See `routing`. Raises as `model` does."""
         usable = {worker.client.url: worker for worker in self._usable(request.model, tried)}
         loads = {url: worker.load for url, worker in usable.items()}
         return usable[choose(prefix_key(request), loads)]
 
-    def _usable(self, model: str, tried: tuple[Worker, ...]) -> list[Worker]:
+    def _usable(self, model: str, tried: Collection[Worker]) -> list[Worker]:
         """Who is ready, holds the model and was not tried; of these who answered the last poll, if any did.
 
         Never empty: raises as `model` does.
@@ -225,10 +230,10 @@ class WorkerPool:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """The events of the best worker; one that fails before its first token is replaced by the next.
 
-        So is one that says nothing any more, while another may do better. Raises `Unreachable` where a worker
-        is lost in the middle of its answer.
+        So is one that says nothing any more, while another may do better. Raises `BrokeOff` where a worker
+        is lost in the middle of its answer, and what the last one raised where `_MOST_FAILURES` have failed.
         """
-        tried: tuple[Worker, ...] = ()
+        tried: dict[Worker, ApiError] = {}
         told: set[type[Event]] = set()  # what precedes the first token is told once, whoever says it
         while True:
             worker = self._choose(request, tried)
@@ -243,12 +248,13 @@ class WorkerPool:
                                 yield event
                 return
             except ApiError as error:
-                if not self._elsewhere(worker, error, request.model, tried) or begun:
+                tried[worker] = error
+                if not self._elsewhere(worker, request.model, tried) or begun:
                     raise
-                tried += (worker,)
 
-    def _elsewhere(self, worker: Worker, error: ApiError, model: str, tried: tuple[Worker, ...]) -> bool:
-        """Whether another worker may do better than `worker`, which answered `error`."""
+    def _elsewhere(self, worker: Worker, model: str, tried: dict[Worker, ApiError]) -> bool:
+        """Whether another worker may do better than `worker`, the last one of `tried`."""
+        error = tried[worker]
         if isinstance(error, Unreachable):
             worker.ready = False  # until the next poll says otherwise
         if error.status < 500 and error.status not in (404, 429):
@@ -256,7 +262,9 @@ class WorkerPool:
         log.warning(
             "a worker failed on a request", extra={"worker": worker.client.url, "cause": error.message}
         )
-        return any(w.ready and model in w.models and w is not worker and w not in tried for w in self.workers)
+        if sum(isinstance(failure, _FAILURES) for failure in tried.values()) >= _MOST_FAILURES:
+            return False
+        return any(w.ready and model in w.models and w not in tried for w in self.workers)
 
     async def gates(self, id: str) -> AdapterGates:
         """Raises `NotFound` for the base and for an unknown id."""
@@ -269,15 +277,15 @@ class WorkerPool:
         return await self._ask(request.model, lambda client: client.detokenize(request))
 
     async def _ask(self, model: str, question: Callable[[WorkerClient], Awaitable[Answer]]) -> Answer:
-        tried: tuple[Worker, ...] = ()
+        tried: dict[Worker, ApiError] = {}
         while True:
             worker = min(self._usable(model, tried), key=lambda worker: worker.load)
             try:
                 return await question(worker.client)
             except ApiError as error:
-                if not self._elsewhere(worker, error, model, tried):
+                tried[worker] = error
+                if not self._elsewhere(worker, model, tried):
                     raise
-                tried += (worker,)
 
     async def load_adapter(self, request: LoadAdapterRequest) -> ModelInfo:
         """Load it on every ready worker, or on none: where one refuses, the others give it back."""

@@ -53,6 +53,10 @@ class Unreachable(Unavailable):
     """The worker cannot be reached, or broke off before its answer was complete."""
 
 
+class BrokeOff(Unreachable):
+    """The worker was lost with the request in its hands."""
+
+
 class WorkerClient:
     """Speaks to the worker at `url`, which is `http://host:port` or `unix:/path`.
 
@@ -105,7 +109,7 @@ class WorkerClient:
         except ValidationError as error:
             raise ServerFailure("A worker sent an event that cannot be understood.") from error
         if not finished:
-            raise Unreachable("A worker broke off before the answer was complete; try again.")
+            raise BrokeOff("A worker broke off before the answer was complete; try again.")
 
     async def ready(self, seconds: float) -> bool:
         """Whether the worker takes requests now. Raises `Unreachable` or `Timeout` where it does not say."""
@@ -198,7 +202,9 @@ async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
 def _unreachable(error: httpx.HTTPError) -> ApiError:
     if isinstance(error, httpx.ReadTimeout):
         return Timeout("The worker went silent; try again.")
-    return Unreachable("The worker cannot be reached or broke off; try again.")
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)):
+        return Unreachable("The worker cannot be reached; try again.")
+    return BrokeOff("The worker broke off; try again.")
 
 
 def _error(response: httpx.Response, content: bytes) -> ApiError:

@@ -168,6 +168,29 @@ async def test_a_stream_that_moves_before_its_first_token_begins_once(launch: La
     assert [c["choices"][0]["delta"].get("role") for c in chunks].count("assistant") == 1
 
 
+async def test_what_workers_die_of_is_not_sent_to_all_of_them(launch: Launch) -> None:
+    async def script(_: object):
+        yield Started(5)
+        raise Died
+
+    refusing = ScriptedWorker(stats=with_load(STATS, 0), refusal=Unavailable("draining"))
+    dying = [ScriptedWorker(stats=with_load(STATS, 50 * i), script=script) for i in range(1, 4)]
+    gateway = await launch(refusing, *dying, worker_poll_seconds=60)
+    response = await gateway.chat()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+    assert sum(len(worker.requests) for worker in dying) == 2
+
+
+async def test_who_cannot_be_connected_to_did_not_fail_on_a_request(launch: Launch) -> None:
+    gone = [ScriptedWorker(stats=with_load(STATS, 0)) for _ in range(2)]
+    last = ScriptedWorker(stats=with_load(STATS, 500))
+    async with serving(last.app) as there:
+        async with serving(gone[0].app) as one, serving(gone[1].app) as other:
+            gateway = await launch(worker_urls=(one, other, there), worker_poll_seconds=60)
+        assert (await gateway.chat()).status_code == 200
+    assert [len(worker.requests) for worker in (*gone, last)] == [0, 0, 1]
+
+
 async def test_what_waits_for_a_worker_that_went_silent_moves(launch: Launch) -> None:
     async def script(_: object):
         yield Started(5)
