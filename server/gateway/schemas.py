@@ -176,12 +176,21 @@ class ToolCallBody(Body):
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    refusal: str | None = None  # an assistant's, in place of its content
     tool_calls: list[ToolCallBody] | None = Field(None, fail_fast=True)
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if (self.model_extra or {}).get("function_call") is not None:
+            raise inconsistent("function_call", "is not supported; send tool_calls")
+        if self.refusal is not None and self.role != "assistant":
+            raise inconsistent("refusal", "only an assistant's message may have a refusal")
+        if (
+            self.content is None
+            and self.refusal is None
+            and not (self.role == "assistant" and self.tool_calls)
+        ):
             raise inconsistent("content", "this field is required")
         if self.tool_calls and self.role != "assistant":
             raise inconsistent("tool_calls", "only an assistant's message may have tool calls")
@@ -199,6 +208,8 @@ class Message(Body):
         """Its text; images travel apart, in order."""
         texts = [part.text for part in self.parts if not isinstance(part, ImagePart)]
         text = self.content if isinstance(self.content, str) else "\n".join(texts)
+        if self.content is None:
+            text = self.refusal or ""
         calls = (
             ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ()
         )

@@ -67,6 +67,11 @@ def image(url: Any) -> dict[str, Any]:
         ({"messages": [{"role": "system", "content": [image({"url": "x"})]}]}, "messages[0].content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x", "refusal": "no"}]}, "messages[0].refusal"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+            "messages[0].function_call",
+        ),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "0.5"}, "temperature"),
@@ -163,6 +168,12 @@ def test_a_mistake_names_its_field(fields: dict[str, Any], param: str) -> None:
 )
 def test_what_asks_for_nothing_special_is_accepted(fields: dict[str, Any]) -> None:
     chat(**fields)
+
+
+def test_a_refusal_is_an_assistants_text() -> None:
+    said = {"role": "assistant", "content": None, "refusal": "I will not.", "function_call": None}
+    [message] = chat(messages=[said]).messages
+    assert message.for_worker().content == "I will not."
 
 
 @pytest.mark.parametrize("top_k", [None, -1, 0, 1, 40])
