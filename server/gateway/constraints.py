@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from server.gateway.body import Body, inconsistent
 from server.worker.messages import Grammar, ToolSchema
@@ -15,10 +17,22 @@ MAX_TOOLS = 128
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
+def _finite(schema: dict[str, Any]) -> dict[str, Any]:
+    """Raises for NaN and Infinity, and for 1e999: a worker would be told null instead."""
+    try:
+        json.dumps(schema, allow_nan=False)
+    except ValueError:
+        raise PydanticCustomError("finite_number", "all numbers must be finite") from None
+    return schema
+
+
+Definition = Annotated[dict[str, Any], AfterValidator(_finite)]
+
+
 class JsonSchema(Body):
     name: Name
     description: str | None = None  # for a model that reads it; ours follow the schema
-    definition: dict[str, Any] | None = Field(None, alias="schema")
+    definition: Definition | None = Field(None, alias="schema")
     strict: bool | None = None  # true or not, the schema is followed
 
 
@@ -42,7 +56,7 @@ class ResponseFormat(Body):
 class Function(Body):
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Definition | None = None
     strict: bool | None = None
 
     @model_validator(mode="after")

@@ -176,6 +176,25 @@ def test_a_refusal_is_an_assistants_text() -> None:
     assert message.for_worker().content == "I will not."
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_schemas_numbers_are_finite(number: str) -> None:
+    schema = {"type": "object", "properties": {"x": {"maximum": "NUMBER"}}}
+    for fields, param in (
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]},
+            "tools[0].function.parameters",
+        ),
+    ):
+        raw = json.dumps({"model": "base", "messages": [{"role": "user", "content": "x"}], **fields})
+        with pytest.raises(InvalidRequest, match="finite") as caught:
+            parse(ChatRequest, raw.replace('"NUMBER"', number).encode())
+        assert caught.value.param == param
+
+
 @pytest.mark.parametrize("top_k", [None, -1, 0, 1, 40])
 def test_a_top_p_of_0_leaves_the_likeliest_token(top_k: int | None) -> None:
     sampling = chat(top_p=0, top_k=top_k).sampling()
