@@ -26,6 +26,7 @@ Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 _GLOBAL_IPV6 = IPv6Network("2000::/3")
 _NAT64 = IPv6Network("64:ff9b::/96")
 _TUNNELS = (IPv6Network("2002::/16"), IPv6Network("2001::/32"))  # 6to4, Teredo: an IPv4 address inside
+_SHARED = ip_network("100.64.0.0/10")  # neither private nor global: pods, carriers and overlays live there
 _METADATA = tuple(  # of clouds; those that no other rule covers, also for `image_allow_private`
     ip_network(net)
     for net in ("168.63.129.16/32", "100.100.100.200/32", "192.0.0.192/32", "fd00:ec2::254/128")
@@ -89,7 +90,7 @@ def is_allowed_address(address: str, allow_private: bool = False) -> bool:
         return False
     if isinstance(ip, IPv6Address) and (ip.scope_id or any(ip in net for net in _TUNNELS)):
         return False
-    if allow_private and (ip.is_private or ip.is_loopback):
+    if allow_private and (ip.is_private or ip.is_loopback or ip in _SHARED):
         return True
     if isinstance(ip, IPv6Address) and ip not in _GLOBAL_IPV6:
         return False

@@ -71,7 +71,7 @@ def test_addresses_that_are_public(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1", "10.1.2.3", "192.168.0.9", "fd12::1", "::1", "::ffff:10.0.0.1"]
+    "address", ["127.0.0.1", "10.1.2.3", "192.168.0.9", "fd12::1", "::1", "::ffff:10.0.0.1", "100.64.0.1"]
 )
 def test_private_addresses_may_be_allowed(address: str) -> None:
     assert is_allowed_address(address, allow_private=True)
@@ -79,7 +79,17 @@ def test_private_addresses_may_be_allowed(address: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["169.254.169.254", "fe80::1", "224.0.0.1", "0.0.0.0", "::", "ff02::1", "168.63.129.16", "fd00:ec2::254"],
+    [
+        "169.254.169.254",
+        "fe80::1",
+        "224.0.0.1",
+        "0.0.0.0",
+        "::",
+        "ff02::1",
+        "168.63.129.16",
+        "fd00:ec2::254",
+        "100.100.100.200",
+    ],
 )
 def test_metadata_link_local_and_multicast_are_never_allowed(address: str) -> None:
     assert not is_allowed_address(address, allow_private=True)
