@@ -123,6 +123,16 @@ class Pipeline:
         if n is not None and n > self._settings.max_n:
             raise InvalidRequest(f"n: at most {self._settings.max_n} choices are allowed (max_n).", param="n")
 
+    def _refuse_crowd(self, model: str, choices: int, param: str) -> None:
+        """Choices run together or not at all: more than fit into empty queues would be a 429 for ever."""
+        most = self._pool.capacity(model)
+        if most is not None and choices > most:
+            raise InvalidRequest(
+                f"{param}: {choices} choices of all prompts are more than the {most} that this model's "
+                "workers take at once (max_num_seqs, max_waiting); ask for fewer.",
+                param=param,
+            )
+
     def _refuse_blindness(
         self, body: Conversation, model: ModelInfo, names: Sequence[str], images: Sequence[Image]
     ) -> None:
@@ -154,6 +164,7 @@ class Pipeline:
             for p, prompt in enumerate(prompts)
             for i in range(n)
         )
+        self._refuse_crowd(body.model, len(choices), "n" if len(prompts) == 1 else "prompt")
         fields = {"id": id, "model": body.model, "user": body.user, "choices": len(choices)}
         log.info("generation", extra=fields)
         return Job(id, int(time.time()), body.model, choices, n, reports, arrived)

@@ -69,7 +69,7 @@ class NativeEngine(EngineBase):
         self._close()
 
     def stats(self) -> EngineStats:
-        return replace(self._stats, adapters_loaded=len(self._models) - 1)
+        return replace(self._stats, adapters_loaded=len(self._models) - 1, max_requests=self._max_requests)
 
     async def _take(self, model: ServedModel) -> None:
         """Fill its slots before its first request can come, a part of the work between two steps."""

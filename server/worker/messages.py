@@ -309,6 +309,7 @@ class EngineStats:
     steps: int
     ready: bool = True
     draining: bool = False
+    max_requests: int = 0  # that may run and wait together; 0: not told
 
 
 EVENT: TypeAdapter[Started | Scheduled | PromptScored | Delta | Finished | Failed] = TypeAdapter(Event)

@@ -90,7 +90,9 @@ class VllmEngine(EngineBase):
         self._exports.cleanup()
 
     def stats(self) -> EngineStats:
-        return replace(self._vllm.stats(), adapters_loaded=len(self._models) - 1)
+        return replace(
+            self._vllm.stats(), adapters_loaded=len(self._models) - 1, max_requests=self._max_requests
+        )
 
     async def _take(self, model: ServedModel) -> None:
         """Write the adapter as vLLM reads it, and let it be read. Raises `ModelError`."""

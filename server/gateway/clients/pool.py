@@ -204,6 +204,12 @@ class WorkerPool:
         """What each ready worker that holds this id says of it."""
         return [worker.models[id] for worker in self.workers if worker.ready and id in worker.models]
 
+    def capacity(self, model: str) -> int | None:
+        """How many requests all its workers, ready or not, take at once. None if one has never told."""
+        may_hold = [worker for worker in self.workers if model in worker.models or not worker.models]
+        each = [worker.stats.max_requests if worker.stats else 0 for worker in may_hold]
+        return sum(each) if all(each) else None
+
     def model(self, id: str) -> ModelInfo:
         """Raises `NotFound` for an unknown id, `Unavailable` where nobody can say now."""
         return self._usable(id, ())[0].models[id]

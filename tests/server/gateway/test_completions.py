@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -20,7 +21,7 @@ from server.worker.messages import (
     Usage,
     score_pieces,
 )
-from tests.server.gateway.scripted import ScriptedWorker, Stack, story
+from tests.server.gateway.scripted import STATS, Launch, ScriptedWorker, Stack, story, until
 
 PROMPT = PromptScored(
     (
@@ -108,6 +109,21 @@ async def test_choices_of_prompts_are_numbered_prompt_by_prompt(
     ]
     # Each prompt counts once, each completion for itself.
     assert body["usage"] == {"prompt_tokens": 6, "completion_tokens": 4, "total_tokens": 10}
+
+
+async def test_what_empty_queues_could_not_hold_is_a_mistake(launch: Launch) -> None:
+    workers = [ScriptedWorker(stats=replace(STATS, max_requests=3)) for _ in range(2)]
+    gateway = await launch(*workers)
+    response = await complete(gateway, prompt=["a", "b", "c"], n=2)
+    assert response.status_code == 200, response.text
+    for fields, param in (({"prompt": ["a"] * 7}, "prompt"), ({"prompt": "a", "n": 7}, "n")):
+        response = await complete(gateway, **fields)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+        assert "the 6 that" in response.json()["error"]["message"]
+    workers[1].stats = STATS  # which tells no limit
+    polls = workers[1].polls
+    await until(lambda: workers[1].polls >= polls + 2)
+    assert (await complete(gateway, prompt=["a"] * 7)).status_code == 200
 
 
 async def test_echo_without_logprobs(gateway: Stack, worker: ScriptedWorker) -> None:
