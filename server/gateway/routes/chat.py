@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.gateway.answers import (
     Choice,
@@ -15,6 +15,7 @@ from server.gateway.answers import (
     chat_logprobs,
     collect,
     experts_body,
+    json_answer,
     new_call_id,
     usage_body,
 )
@@ -38,7 +39,7 @@ async def create(
         return EventStream(_stream(gateway.pipeline, body, caller))
     job = await gateway.pipeline.prepare_chat(body)
     choices = await collect(job, gateway.pipeline.run(job, caller))
-    return JSONResponse(_completion(job, choices, bool(body.logprobs)))
+    return await json_answer(lambda: _completion(job, choices, bool(body.logprobs)))
 
 
 def _completion(job: Job, choices: list[Choice], with_logprobs: bool) -> dict[str, Any]:

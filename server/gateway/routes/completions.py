@@ -7,9 +7,9 @@ from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from server.gateway.answers import Choice, LegacyLogprobs, collect, usage_body
+from server.gateway.answers import Choice, LegacyLogprobs, collect, json_answer, usage_body
 from server.gateway.keys import Caller
 from server.gateway.openapi import Completion, documented
 from server.gateway.parsing import json_body
@@ -43,7 +43,7 @@ async def create(
     job = gateway.pipeline.prepare_completion(body)
     echoes = await _echoes(gateway, job, body)
     choices = await collect(job, gateway.pipeline.run(job, caller))
-    return JSONResponse(_completion(job, choices, echoes, body.logprobs is not None))
+    return await json_answer(lambda: _completion(job, choices, echoes, body.logprobs is not None))
 
 
 async def _echoes(gateway: Gateway, job: Job, body: CompletionRequest) -> list[str]:

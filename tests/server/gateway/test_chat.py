@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import threading
 
 import pytest
 
 from server.errors import RateLimited
+from server.gateway.answers import json_answer
 from server.worker.messages import (
     ChatMessage,
     Delta,
@@ -178,6 +181,14 @@ async def test_several_choices(gateway: Stack, worker: ScriptedWorker) -> None:
         ]
         assert mine[-1]["finish_reason"] == "stop"
     assert usage["usage"]["completion_tokens"] == 2
+
+
+async def test_answers_are_made_beside_the_event_loop() -> None:
+    """Those with log-probabilities may have 30 MB and take seconds."""
+    response = await json_answer(lambda: {"thread": threading.get_ident(), "text": "\u2028é"})
+    body = json.loads(response.body)
+    assert body["thread"] != threading.get_ident()
+    assert body["text"] == "\u2028é"
 
 
 async def test_logprobs(gateway: Stack, worker: ScriptedWorker) -> None:
