@@ -96,6 +96,14 @@ def start_streams(service: Service) -> list[Stream]:
     return streams
 
 
+def nothing_comes(streams: list[Stream], service: Service) -> bool:
+    """Whether the gateway, which was not idle meanwhile, had nothing more to tell any stream."""
+    before = [len(stream.events) for stream in streams]
+    for _ in range(3):
+        ready_workers(service)
+    return [len(stream.events) for stream in streams] == before
+
+
 def streams_cut_at(
     worker: psutil.Process, other: psutil.Process, service: Service
 ) -> tuple[list[Stream], list[Stream]]:
@@ -106,9 +114,10 @@ def streams_cut_at(
     other.suspend()
     streams = [Stream(service, f"{i}: tell", max_tokens=3000) for i in range(STREAMS)]
     until(lambda: any(stream.has_text for stream in streams))
-    time.sleep(0.3)  # until all that it has taken have some
+    until(lambda: all(stream.has_text for stream in streams if stream.begun))  # all that it has taken
     worker.suspend()
-    time.sleep(0.5)  # until all that it has written is read
+    until(lambda: worker.status() == psutil.STATUS_STOPPED)
+    until(lambda: nothing_comes(streams, service))
     cut = [stream for stream in streams if stream.has_text and stream.events[-1] != "[DONE]"]
     other.resume()
     assert cut, "every stream was over before its worker could be stopped"
