@@ -24,7 +24,10 @@ _NO_BLOCK = -1
 
 @dataclass(frozen=True, slots=True)
 class BlockStats:
-    """Blocks now, and tokens since the start: looked up in the prefix cache, and found there."""
+    """Blocks now, and tokens since the start: looked up in the prefix cache, and found there.
+
+    A sequence counts once, when it is first admitted: not again after a preemption.
+    """
 
     total: int
     used: int  # held by sequences
@@ -110,7 +113,7 @@ class BlockManager:
             self._hold(block)
             seq.block_table.append(block)
         seq.num_computed_tokens = len(seq.block_table) * self.block_size
-        if self._looks_up(seq):
+        if self._looks_up(seq) and not seq.num_preemptions:  # what it finds of its own spares no caller
             self._queries += len(seq)
             self._hits += seq.num_computed_tokens
         self.append(seq)

@@ -248,6 +248,8 @@ def test_a_preempted_sequence_finds_its_own_blocks_in_the_cache() -> None:
     starts = [start for names in planned for name, start, *_ in names if name == "young"]
     assert starts.count(0) == 1
     assert young.num_cached_tokens == 0  # what the first admission found, not the second
+    stats = sched.blocks.stats  # nor does the second make the cache look better than callers find it
+    assert (stats.prefix_queries, stats.prefix_hits) == (8, 0)
 
 
 def test_cached_tokens_are_counted_and_skipped() -> None:
