@@ -140,6 +140,11 @@ class ImageQueue:
         """It no longer waits; what is under way for it goes on, for whoever asks next."""
         self._waiting.pop(request_id, None)
 
+    def forget_unwanted(self) -> None:
+        """What is under way for nobody ends, lest it keeps an encoder that has no adapter any more."""
+        if self._waiting.keys().isdisjoint(self._batch):
+            self._end()
+
     def work(self, seconds: float) -> tuple[list[str], list[str]]:
         """Encode for so long, a layer at least; one batch, without end. Whose features are there now, and
         whose cannot be had."""

@@ -112,6 +112,7 @@ class StepLoop:
     def forget(self, adapter_key: tuple[str, int]) -> None:
         """Drop all that was cached for one version of an adapter; nothing of it may be running."""
         self.runner.forget(adapter_key)
+        self._images.forget_unwanted()
         self._scheduler.forget(lambda key: isinstance(key, tuple) and key[0] == adapter_key)
 
     def step(self, deliver: Callable[[], None] = lambda: None) -> None:

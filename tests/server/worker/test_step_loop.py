@@ -373,6 +373,24 @@ def test_images_whose_requests_left_stay_within_the_cache():
     assert deployment.encoder.calls == 6
 
 
+def test_a_forgotten_adapter_leaves_no_encoding_under_way():
+    """The next image may be long from now, and until then its encoder would stay in memory."""
+    deployment = Deployment()
+    pace = Pace(stretch=1.0)
+    loop = deployment.loop(pace=pace)
+    pace.observe(1, 0, 0.001)
+    quick = replace(deployment.request(0, random.Random(0), adapter=None, image=None), max_tokens=40)
+    loop.add(quick, lambda event: None)
+    loop.step()
+    sees, image = deployment.adapters[-1], ImageInput("x", torch.ones(3, 4, 4))
+    loop.add(deployment.request(1, random.Random(1), adapter=sees, image=image), lambda event: None)
+    loop.step()  # its first layer
+    loop.abort("1")
+    assert loop._images._layers is not None
+    loop.forget(sees.key)
+    assert loop._images._layers is None
+
+
 def test_a_layer_has_ended_when_the_device_is_done_with_it(monkeypatch: pytest.MonkeyPatch):
     """A GPU takes all layers of an image at once, and computes them when the clock is read no more."""
     deployment = Deployment()
