@@ -96,6 +96,11 @@ class Frontend:
             raise self._too_long(str(error), param) from None
         except SequenceRejected as error:
             raise InvalidRequest(f"{param}: {error}.", param=param) from None
+        if params.min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens {params.min_tokens} is more than the {max_tokens} tokens that may be generated.",
+                param="min_tokens",
+            )
         self._check_bias(params.logit_bias)
         return Prepared(
             request_id=request.request_id,

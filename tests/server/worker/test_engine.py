@@ -184,6 +184,7 @@ async def test_seeded_sampling_repeats_itself_whatever_is_beside_it(engine: Nati
         (chat("x", model="nobody"), NotFound, "nobody"),
         (chat("x " * 600), InvalidRequest, "context"),
         (chat("x", max_tokens=5000), InvalidRequest, "max_tokens"),
+        (chat("x", sampling=SamplingParams(min_tokens=5000)), InvalidRequest, "min_tokens 5000"),
         (GenerateRequest("r", "tiny", TokenPrompt((1, 99999))), InvalidRequest, "99999"),
         (GenerateRequest("r", "tiny", TokenPrompt(())), InvalidRequest, "at least one token"),
         (chat("x", model="sight", images=(b"no image",)), InvalidRequest, "image"),
