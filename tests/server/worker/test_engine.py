@@ -200,6 +200,12 @@ async def test_what_cannot_be_answered_is_refused_before_the_first_event(
     assert text_of(await collect(engine, chat("still here?")))
 
 
+def test_prompts_beside_decodes_keep_a_pace_unless_told_otherwise(folder: Path):
+    """Without one a chunk is as long as the budget, and streams halt for all of it."""
+    engine = build_engine(settings(folder, adapters=()))
+    assert engine._step_loop._scheduler.pace is not None
+
+
 async def test_an_empty_prompt_is_not_called_too_long(engine: NativeEngine):
     """Clients shorten what they send where they read that code."""
     for prompt in (TokenPrompt(()), TextPrompt("", add_special_tokens=False)):
