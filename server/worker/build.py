@@ -109,6 +109,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
     )
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
     step_loop = StepLoop(runner, scheduler, tokenizer, overlap=device.type == "cuda")
+    log.info("warming up; a first start compiles kernels, which takes minutes, and keeps them for the next")
     runner.warm([model.adapter for model in models if model.adapter])
     if device.type == "cuda":
         _try_longest(step_loop, scheduler)

@@ -200,6 +200,13 @@ async def test_what_cannot_be_answered_is_refused_before_the_first_event(
     assert text_of(await collect(engine, chat("still here?")))
 
 
+def test_a_start_tells_of_compiling_before_it_is_silent(folder: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", "server.worker.build"):
+        build_engine(settings(folder, adapters=()))
+    said = [record.getMessage().split()[0] for record in caplog.records]
+    assert said == ["warming", "loaded"]
+
+
 def test_prompts_beside_decodes_keep_a_pace_unless_told_otherwise(folder: Path):
     """Without one a chunk is as long as the budget, and streams halt for all of it."""
     engine = build_engine(settings(folder, adapters=()))
