@@ -14,7 +14,7 @@ from server.commands.eval import app as eval_commands
 from server.commands.plan import app as plan_command
 from server.commands.top import app as top_command
 from server.commands.train import app as train_command
-from server.options import load, settings_options
+from server.options import UsageError, load, settings_options
 from server.serving import StartupError
 from server.settings import ExpertSettings, GatewaySettings, WorkerSettings
 
@@ -187,6 +187,9 @@ def main() -> None:
     """Exit code 0; 1 with one sentence where something is wrong with what was asked; 2 for bad usage."""
     try:
         app(prog_name="llama-adapter")
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except (StartupError, ModelError) as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:

@@ -25,6 +25,11 @@ _FLAGS = {
     "image_allowed_hosts": "--image-allowed-host",
 }
 
+
+class UsageError(StartupError):
+    """An option, or a variable of the environment, has a value that it cannot have."""
+
+
 Settings = TypeVar("Settings", bound=BaseSettings)
 Command = Callable[..., None]
 
@@ -58,7 +63,7 @@ def flag(name: str) -> str:
 
 
 def load(settings: type[Settings], given: Mapping[str, Any]) -> Settings:
-    """`settings` from what is given, the environment and the defaults. Raises `StartupError`."""
+    """`settings` from what is given, the environment and the defaults. Raises `UsageError`."""
     known = {
         name: _value(settings.model_fields[name], value)
         for name, value in given.items()
@@ -68,9 +73,9 @@ def load(settings: type[Settings], given: Mapping[str, Any]) -> Settings:
         return settings(**known)
     except ValidationError as error:
         faults = (_sentence(settings.model_fields, dict(fault)) for fault in error.errors())
-        raise StartupError(" ".join(faults)) from None
+        raise UsageError(" ".join(faults)) from None
     except SettingsError as error:
-        raise StartupError(
+        raise UsageError(
             f'{error}; lists and tables in the environment are JSON, such as ["a", "b"].'
         ) from None
 
@@ -103,7 +108,7 @@ def _value(field: FieldInfo, value: Any) -> Any:
     pairs = [item.partition("=") for item in value]
     wrong = [name for name, equals, _ in pairs if not equals]
     if wrong:
-        raise StartupError(f"{wrong[0]!r} should be NAME=VALUE.")
+        raise UsageError(f"{wrong[0]!r} should be NAME=VALUE.")
     return {name: rest for name, _, rest in pairs}
 
 

@@ -198,7 +198,7 @@ def test_exit_codes() -> None:
     assert llama_adapter("version").stdout.startswith("llama-adapter-server ")
     assert llama_adapter("worker", "--dtype", "float8").returncode == 2
     failed = llama_adapter("gateway", "--port", "70000")
-    assert (failed.returncode, failed.stdout) == (1, "")
+    assert (failed.returncode, failed.stdout) == (2, "")
     assert re.fullmatch(r"error: --port .*not 70000\.\n", failed.stderr)
 
     told = llama_adapter("--version")
