@@ -6,6 +6,7 @@ names with `__`), else from the default here. A bad value stops start-up with a 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,8 +49,12 @@ Origin = Annotated[str, AfterValidator(_check_origin)]  # of a browser's page
 
 
 def default_cache_dir() -> Path:
-    """`~/.cache/llama-adapter`, where converted bases live."""
-    return Path.home() / ".cache" / "llama-adapter"
+    """`llama-adapter` in the user's folder for caches, where converted bases live.
+
+    Its `~` is looked up when settings are loaded: the help is for those without a home, too.
+    """
+    users = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (users if users.is_absolute() else Path("~/.cache")) / "llama-adapter"
 
 
 class _Settings(BaseSettings):

@@ -58,7 +58,8 @@ def default(field: FieldInfo) -> str:
         ("Expert settings", ExpertSettings),
     ],
 )
-def test_every_setting(title: str, settings: type[BaseSettings]) -> None:
+def test_every_setting(title: str, settings: type[BaseSettings], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     expected = [
         f"| `{name}` | `{flag(name)}` | {default(field)} | {field.description} |"
         for name, field in settings.model_fields.items()

@@ -26,7 +26,7 @@ from train.recipe import Recipe, load_recipe
 from train.report import write_report
 
 _KEPT, _GO_ON = "what was saved before is kept", "go on with resume=true"
-DEFAULT_CACHE = Path.home() / ".cache" / "llama-adapter"
+DEFAULT_CACHE = Path("~/.cache/llama-adapter")
 
 
 def train(recipe_name: str, overrides: Sequence[str] = (), cache_dir: Path = DEFAULT_CACHE) -> None:
@@ -72,7 +72,7 @@ def train_one(
 
 
 def _run(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSignal, console: Console) -> bool:
-    run = build(recipe, cache_dir, processes, stop, console)
+    run = build(recipe, cache_dir.expanduser(), processes, stop, console)
     start, total = run.trainer.finished_steps, len(run.plan)
     if not processes.first:
         return run.train(stop, None)

@@ -114,6 +114,25 @@ def test_a_home_in_a_path_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
         load(WorkerSettings, {"adapter_root": Path("~nobody-of-this-name/x")})
 
 
+def test_bases_lie_in_the_users_folder_for_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMA_ADAPTER_CACHE_DIR", raising=False)
+    for users, folder in (("/caches", Path("/caches")), ("", Path.home() / ".cache"), ("a/b", None)):
+        monkeypatch.setenv("XDG_CACHE_HOME", users)  # one that is relative counts for nothing
+        expected = (folder or Path.home() / ".cache") / "llama-adapter"
+        assert load(WorkerSettings, {}).cache_dir == expected
+
+
+def test_who_has_no_home_can_name_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a container's user of any number."""
+    for name in ("LLAMA_ADAPTER_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert "--cache-dir" in help_of("worker")
+    with pytest.raises(StartupError, match=r"--cache-dir.*home"):
+        load(WorkerSettings, {})
+    assert load(WorkerSettings, {"cache_dir": tmp_path}).cache_dir == tmp_path
+
+
 def test_tables_are_given_as_pairs() -> None:
     settings = load(GatewaySettings, {"expert_urls": ["ocr=http://a:1", "caption=unix:/x=y"], "port": None})
     assert settings.expert_urls == {"ocr": "http://a:1", "caption": "unix:/x=y"}
