@@ -130,6 +130,13 @@ def test_every_base_image_is_pinned() -> None:
     assert re.search(r"^ARG PYTHON_IMAGE=\S+:\d+\.\d+\.\d+-slim-\w+$", DOCKERFILE.read_text(), re.MULTILINE)
 
 
+def test_every_environment_comes_with_a_list_of_licences() -> None:
+    built = re.findall(r"^COPY --from=(\S+) /opt/venv /opt/venv\n", DOCKERFILE.read_text(), re.MULTILINE)
+    assert len(built) == 6
+    for stage in built:
+        assert "--output-file /opt/venv/LICENCES.md" in stages()[stage][-1][1], stage
+
+
 @pytest.mark.parametrize("target", ["worker-cuda", "worker-vllm", "train"])
 def test_what_may_run_on_a_gpu_has_a_compiler(target: str) -> None:
     """Triton builds with it what launches a kernel."""
