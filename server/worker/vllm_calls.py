@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ from server.worker.vllm_grammar import GrammarProcessor, grammar_args
 log = logging.getLogger(__name__)
 
 _OF_MINUS_ONE = 2**63 - 1  # a seed, where vLLM takes -1 for none
+_LIFE_SECONDS = 0.5  # between looks whether the engine that is to answer lives
 _LEADER_SECONDS = 5.0  # between a follower's looks for its leader, and for one of them
 _LEADER_FAILURES = 3  # in a row, until it is gone
 
@@ -88,21 +89,31 @@ class Vllm:
         return self._stats.snapshot(config.cache_config.num_gpu_blocks or 0, engines)
 
     async def add_adapter(self, name: str, folder: Path) -> LoRARequest:
-        """Raises `Unavailable` where the engine died; so does `remove_adapter`."""
+        """Raises `Unavailable` where the engine died, or dies meanwhile; so does `remove_adapter`."""
         lora = LoRARequest(name, self._next_id, str(folder))
         self._next_id += 1
-        with _needs_life():
-            if self._shared:
-                files = await asyncio.to_thread(packed, folder)
-                await self._llm.collective_rpc("hold_adapter", args=(str(folder), files))
-            await self._llm.add_lora(lora)
+        if self._shared:
+            files = await asyncio.to_thread(packed, folder)
+            await self._answer(self._llm.collective_rpc("hold_adapter", args=(str(folder), files)))
+        await self._answer(self._llm.add_lora(lora))
         return lora
 
     async def remove_adapter(self, lora: LoRARequest) -> None:
-        with _needs_life():
-            await self._llm.remove_lora(lora.lora_int_id)
-            if self._shared:
-                await self._llm.collective_rpc("drop_adapter", args=(lora.lora_path,))
+        await self._answer(self._llm.remove_lora(lora.lora_int_id))
+        if self._shared:
+            await self._answer(self._llm.collective_rpc("drop_adapter", args=(lora.lora_path,)))
+
+    async def _answer(self, call: Coroutine[Any, Any, Any]) -> None:
+        """Wait for a call while the engine lives: vLLM never answers those pending when it dies."""
+        task = asyncio.create_task(call)
+        try:
+            with _needs_life():
+                while not (await asyncio.wait((task,), timeout=_LIFE_SECONDS))[0]:
+                    if not self.healthy:
+                        raise EngineDeadError
+                task.result()
+        finally:
+            task.cancel()
 
     async def generate(
         self, prepared: Prepared, lora: LoRARequest | None, rows_RC: Tensor | None

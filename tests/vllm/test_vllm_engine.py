@@ -241,6 +241,23 @@ async def test_an_engine_that_died_takes_no_adapter(
     assert "late" not in [model.id for model in started[0].models()]
 
 
+async def test_an_adapter_on_its_way_when_the_engine_dies_is_not_waited_for(
+    started: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM itself never answers then."""
+    assert isinstance(started[0], VllmEngine)
+    vllm = started[0]._vllm._llm
+
+    async def die(*_: object) -> None:
+        monkeypatch.setattr(vllm.engine_core.resources, "engine_dead", True)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(vllm, "add_lora", die)
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(started[0].load_adapter("late", "v1"), 10)
+    assert "late" not in [model.id for model in started[0].models()]
+
+
 async def test_an_adapter_that_vllm_cannot_carry_is_refused(
     started: tuple[Engine, Engine], folder: Path
 ) -> None:
