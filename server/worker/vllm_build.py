@@ -115,7 +115,9 @@ def follow(settings: WorkerSettings) -> None:
     _check_shares(settings.tensor_parallel, config)
     options = _options(settings, path, config, _room_for(settings, []))
     log.info("computes for %s:%d", settings.master_addr, settings.master_port)
-    _import_vllm().follow(options)
+    calls = _import_vllm()
+    with _starting():
+        calls.follow(options)
     raise StartupError("what computed here for machine 0 has ended; the lines above say why.")
 
 

@@ -180,11 +180,15 @@ def _needs_life() -> Iterator[None]:
 def follow(options: dict[str, Any]) -> None:
     """Compute the share of a machine that is not the first; returns when the process that does so has ended.
 
-    SIGTERM ends this process with 0. So does the end of machine 0, with 1.
+    SIGTERM ends this process with 0. So does the end of machine 0, with 1. Raises `ValueError` and
+    `RuntimeError` for what vLLM refuses or fails in when it starts.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     config = _engine_args(options).create_engine_config(UsageContext.ENGINE_CONTEXT, headless=True)
-    executor = MultiprocExecutor(config, monitor_workers=False)
+    try:
+        executor = MultiprocExecutor(config, monitor_workers=False)
+    except Exception as error:  # no narrower one is raised for what its processes have logged
+        raise RuntimeError(str(error)) from error
     leader = (options["master_addr"], options["master_port"])
     threading.Thread(target=_end_with, args=leader, name="leader-watch", daemon=True).start()
     try:

@@ -70,7 +70,10 @@ def test_what_vllm_says_when_it_does_not_start_is_one_sentence(
         raise error
 
     write_tiny_base(tmp_path)
-    monkeypatch.setattr(vllm_build, "_import_vllm", lambda: SimpleNamespace(Vllm=fail))
-    with pytest.raises(StartupError) as refused:
-        start(tmp_path)
-    assert str(refused.value) == f"vLLM did not start: {sentence}"
+    monkeypatch.setattr(vllm_build, "_import_vllm", lambda: SimpleNamespace(Vllm=fail, follow=fail))
+    shared = {"tensor_parallel": 2, "nnodes": 2, "master_addr": "a", "vllm_adapters": "all", "node_rank": 1}
+    follower = WorkerSettings(engine="vllm", base=str(tmp_path), **shared)  # type: ignore[arg-type]
+    for begin in (lambda: start(tmp_path), lambda: follow(follower)):
+        with pytest.raises(StartupError) as refused:
+            begin()
+        assert str(refused.value) == f"vLLM did not start: {sentence}"
