@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import threading
+from multiprocessing.util import Finalize
+from pathlib import Path
 
 TEXT_ARCHITECTURE = "LlamaAdapterForCausalLM"
 ENDS_WITH_PARENT = "LLAMA_ADAPTER_VLLM_ENDS_WITH_PARENT"  # set in the environment of vLLM's processes
+
+_removals: list[Finalize[None]] = []
 
 
 def register() -> None:
@@ -32,6 +37,13 @@ def _end_with_parent() -> None:
 
     def wait() -> None:
         parent.join()
+        for remove in _removals:
+            remove()
         os._exit(1)
 
     threading.Thread(target=wait, name="parent-watch", daemon=True).start()
+
+
+def remove_at_end(folder: Path) -> None:
+    """Remove `folder` when this process ends, also with its parent; not when it is killed itself."""
+    _removals.append(Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -220,3 +221,37 @@ def test_a_folder_is_handed_to_a_machine_that_lacks_it(tmp_path: Path) -> None:
     machine.drop_adapter(str(there))
     machine.drop_adapter(str(there))
     assert not there.exists()
+
+
+_FOLLOWER = """
+import multiprocessing, os, sys, time
+from models.vllm_plugin import _end_with_parent
+from models.vllm_plugin.sharing import SharedAdapters
+
+def hold(held, ending):
+    _end_with_parent()
+    SharedAdapters().hold_adapter(sys.argv[1], {"weights": b"of the leader"})
+    held.set()
+    ending.wait()
+
+fork = multiprocessing.get_context("fork")
+held, ending = fork.Event(), fork.Event()
+process = fork.Process(target=hold, args=(held, ending))
+process.start()
+held.wait()
+print(os.path.isdir(sys.argv[1]), flush=True)
+if sys.argv[2] == "leader gone":
+    os._exit(1)
+ending.set()
+process.join()
+"""
+
+
+@pytest.mark.parametrize("end", ["told to end", "leader gone"])
+def test_a_follower_that_ends_leaves_no_adapters_behind(tmp_path: Path, end: str) -> None:
+    folder = tmp_path / "exports" / "1-poet"
+    command = [sys.executable, "-c", _FOLLOWER, str(folder), end]
+    # Its output ends when both of its processes have.
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=30, check=False)
+    assert found.stdout == "True\n"
+    assert list(tmp_path.iterdir()) == []
