@@ -24,7 +24,7 @@ class _Message:
     index: int
     id: str = field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
     texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    scored: list[dict[str, Any]] = field(default_factory=list)  # its tokens, where they are asked for
 
     def body(self, status: Status) -> dict[str, Any]:
         content = [] if status == "in_progress" else [self._part()]
@@ -40,8 +40,8 @@ class _Message:
 
     def add(self, text: str, logprobs: Sequence[TokenLogprob]) -> list[Told]:
         self.texts.append(text)
-        self.logprobs += logprobs
         scored = scored_tokens(logprobs)
+        self.scored += scored
         return [{"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": scored}]
 
     def end(self, status: Status) -> list[Told]:
@@ -54,8 +54,9 @@ class _Message:
         ]
 
     def _part(self) -> dict[str, Any]:
-        scored = scored_tokens(self.logprobs)
-        return {"type": "output_text", "text": "".join(self.texts), "annotations": [], "logprobs": scored}
+        text = "".join(self.texts)
+        # A list of its own: what was told must not change as the answer grows.
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self.scored)}
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self.id, "output_index": self.index, "content_index": 0}
@@ -133,7 +134,7 @@ class Output:
         self.finished = event
         last = self._items[-1]
         if isinstance(last, _Message):
-            last.logprobs += self._unsaid
+            last.scored += scored_tokens(self._unsaid)
         return told + last.end(self.status)
 
     @property

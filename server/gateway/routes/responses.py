@@ -7,9 +7,10 @@ from contextlib import aclosing, contextmanager
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.errors import InvalidRequest
+from server.gateway.answers import json_answer
 from server.gateway.keys import Caller
 from server.gateway.openapi import ResponseObject, documented
 from server.gateway.parsing import json_body
@@ -35,7 +36,7 @@ async def create(
     async with aclosing(events):
         async for told in events:
             last = told
-    return JSONResponse(last["response"])
+    return await json_answer(lambda: last["response"])
 
 
 async def _numbered(events: AsyncGenerator[Told, None]) -> AsyncGenerator[bytes, None]:
