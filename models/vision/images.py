@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from models.vision.metered_file import METADATA_BYTES, MeteredFile
@@ -15,6 +16,7 @@ MAX_SIDE = 65_535  # JPEG's own; a PNG of one column has a memory block a row, w
 _PIXEL_READS = 100_000  # a PNG of 20 MiB in chunks of 1 KiB takes 61,440; those of libpng have 8 KiB
 _MAX_SCANS = 64  # of a progressive JPEG: encoders make ten; one of sixty bytes passes over all pixels
 _SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # marker, length, components
+_PNG_DEPTH = 24  # the byte of IHDR, the first chunk, that tells the bits of a sample
 _MAX_EXIF = 2**18  # bytes searched for the orientation; a camera's have 64 KiB at most
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation → what turns the stored picture upright (EXIF 2.32, table 6).
@@ -68,6 +70,8 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
                 raise ImageError("data", f"The JPEG has over {_MAX_SCANS} scans; save it with fewer.")
             file.allow(_PIXEL_READS, len(data) + METADATA_BYTES)
             image.load()
+            if image.format == "PNG":
+                _scale_transparent_color(image, depth=data[_PNG_DEPTH])
             return _rgb(_upright(image))
     except ImageError:
         raise
@@ -103,10 +107,28 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
+def _scale_transparent_color(image: Image.Image, depth: int) -> None:
+    """Pillow makes a PNG's samples 8 bits, but leaves the colour that is transparent at the file's depth."""
+    color = image.info.get("transparency")
+    if isinstance(color, tuple) and depth == 16:
+        image.info["transparency"] = tuple(sample >> 8 for sample in color)
+    elif isinstance(color, int) and image.mode == "L" and depth in (2, 4):
+        image.info["transparency"] = color * 255 // (2**depth - 1)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.mode.startswith("I"):
+        return _rgb_of_16_bit_grey(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     pasted = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", pasted.size, "white"), pasted).convert("RGB")
+
+
+def _rgb_of_16_bit_grey(image: Image.Image) -> Image.Image:
+    """`convert` would clip values at 255, and compare the transparent one with what is left of them."""
+    values_HW = np.asarray(image)
+    grey_HW = (values_HW // 257).astype(np.uint8)
+    if (transparent := image.info.get("transparency")) is not None:
+        grey_HW[values_HW == transparent] = 255
+    return Image.fromarray(grey_HW).convert("RGB")

@@ -90,6 +90,42 @@ def test_transparency_lies_over_white() -> None:
     assert decode_image(encode(palette, "PNG", transparency=b"\x80")).getpixel((0, 0)) == (132, 137, 142)
 
 
+def grey_png(depth: int, samples: list[int], transparent: int) -> bytes:
+    """One row of grey in which a PNG makes one value transparent."""
+    bits = "".join(f"{sample:0{depth}b}" for sample in samples)
+    row = int(bits.ljust(-len(bits) % 8 + len(bits), "0"), 2).to_bytes(-(-len(bits) // 8))
+    return png_row(len(samples), depth, 0, row, struct.pack(">H", transparent))
+
+
+def png_row(width: int, depth: int, color: int, row: bytes, transparent: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, 1, depth, color, 0, 0, 0)
+    pixels = chunk(b"tRNS", transparent) + chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("depth", "samples", "transparent", "seen"),
+    [
+        (1, [0, 1], 0, [255, 255]),
+        (2, [0, 1, 2, 3], 1, [0, 255, 170, 255]),
+        (4, [0, 1, 8, 15], 8, [0, 17, 255, 255]),
+        (8, [0, 1, 128], 1, [0, 255, 128]),
+        (16, [0, 128, 255, 32768], 0, [255, 0, 0, 127]),
+        (16, [0, 128, 255, 32768], 128, [0, 255, 0, 127]),
+        (16, [32767, 32768, 32769, 65535], 32768, [127, 255, 127, 255]),
+    ],
+)
+def test_one_transparent_grey(depth: int, samples: list[int], transparent: int, seen: list[int]) -> None:
+    decoded = decode_image(grey_png(depth, samples, transparent))
+    assert [decoded.getpixel((x, 0)) for x in range(decoded.width)] == [(value,) * 3 for value in seen]
+
+
+def test_one_transparent_color_of_sixteen_bits() -> None:
+    row = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 1, 2, 3)
+    decoded = decode_image(png_row(2, 16, 2, row, row[:6]))
+    assert [decoded.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (0, 0, 0)]
+
+
 @pytest.mark.parametrize("fmt", ["GIF", "WEBP", "PNG"])
 def test_an_animation_gives_its_first_frame(fmt: str) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
