@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from models.checkpoints.mapped import drop_pages
@@ -90,7 +91,7 @@ class BaseCheckpoint:
                 tensor = entry.read()
             except CheckpointError:
                 raise
-            except (RuntimeError, ValueError, OSError) as error:
+            except (SafetensorError, RuntimeError, ValueError, OSError) as error:
                 raise CheckpointError(
                     f"{entry.file}: {entry.key} cannot be read ({error}); fetch the file again"
                 ) from error

@@ -116,6 +116,21 @@ def test_integers(folder: Path) -> None:
     refuse(folder, QUERY, "int8", "unquantised")
 
 
+@pytest.mark.parametrize("stored", ["F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ"])
+def test_floats_of_less_than_sixteen_bits(folder: Path, stored: str) -> None:
+    """Some of them torch has no type for."""
+    bits = int(stored[1])
+    change_weights(folder, lambda weights: weights.update({QUERY: torch.ones(512 * bits, dtype=torch.uint8)}))
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header[QUERY] |= {"dtype": stored, "shape": [64, 64]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+    refuse(folder, QUERY)
+
+
 @pytest.mark.parametrize("size", [0, 7, 100, -1000])
 def test_truncated_safetensors(folder: Path, size: int) -> None:
     file = folder / "model.safetensors"
