@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numba.extending
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
 from torch import Tensor
+
+from models.kernels.compiled_cache import cached_jit
 
 SUPPORTED_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
@@ -23,19 +24,18 @@ _OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "arcp", "nsz"},  # sums in any order; what is no number stays none
     "nogil": True,
     "error_model": "numpy",
-    "cache": True,
 }
 
 # What it decorates takes numba's typing context first, which callers do not pass.
 intrinsic: Callable[..., Any] = numba.extending.intrinsic
-jit = numba.njit(**_OPTIONS)
+jit = cached_jit(**_OPTIONS)
 # Of a function with many arrays a call costs tens of nanoseconds.
-inlined_jit = numba.njit(forceinline=True, **_OPTIONS)
+inlined_jit = cached_jit(forceinline=True, **_OPTIONS)
 # Compiled with its caller only: LLVM would do all that it calls once more.
-merged_jit = numba.njit(inline="always", **_OPTIONS)
+merged_jit = cached_jit(inline="always", **_OPTIONS)
 # Sums stay in the order in which they are written.
-exact_jit = numba.njit(forceinline=True, **(_OPTIONS | {"fastmath": False}))
-parallel_jit = numba.njit(parallel=True, **_OPTIONS)
+exact_jit = cached_jit(forceinline=True, **(_OPTIONS | {"fastmath": False}))
+parallel_jit = cached_jit(parallel=True, **_OPTIONS)
 
 
 def array(x: Tensor) -> Any:

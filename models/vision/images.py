@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from models.vision.metered_file import METADATA_BYTES, MeteredFile
@@ -127,6 +126,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _rgb_of_16_bit_grey(image: Image.Image) -> Image.Image:
     """`convert` would clip values at 255, and compare the transparent one with what is left of them."""
+    import numpy as np  # decoding alone needs it, and the gateway, which imports this, does not decode
+
     values_HW = np.asarray(image)
     grey_HW = (values_HW // 257).astype(np.uint8)
     if (transparent := image.info.get("transparency")) is not None:

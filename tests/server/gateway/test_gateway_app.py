@@ -65,7 +65,7 @@ async def test_errors_have_one_shape_on_every_route(launch: Launch, worker: Scri
     assert_error(await http.get("/v1/models/nothing"), 404, "model_not_found")
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/chat/completions"])
+@pytest.mark.parametrize("path", ["/v1/responses/resp_1", "/v1/embeddings", "/chat/completions"])
 async def test_a_route_of_openais_that_is_not_here_tells_which_are(gateway: Stack, path: str) -> None:
     error = assert_error(
         await gateway.http.post(path, json={"model": "base", "input": "Hi"}), 404, "not_found"
