@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -243,6 +244,7 @@ class ResponseRequest(Sampled):
     def for_worker(self) -> tuple[ChatMessage, ...]:
         """The conversation. What the assistant said and the calls that follow it are one message."""
         said = [] if self.instructions is None else [ChatMessage("system", self.instructions)]
+        calls = defaultdict[int, list[ToolCall]](list)  # by their message's index
         for item in self._items:
             match item:
                 case MessageItem():
@@ -250,10 +252,11 @@ class ResponseRequest(Sampled):
                 case FunctionCallItem():
                     if not said or said[-1].role != "assistant":
                         said.append(ChatMessage("assistant", ""))
-                    call = ToolCall(item.call_id, item.name, item.arguments)
-                    said[-1] = replace(said[-1], tool_calls=(*said[-1].tool_calls, call))
+                    calls[len(said) - 1].append(ToolCall(item.call_id, item.name, item.arguments))
                 case FunctionOutputItem():
                     said.append(ChatMessage("tool", item.text, (), item.call_id))
+        for index, made in calls.items():
+            said[index] = replace(said[index], tool_calls=tuple(made))
         return tuple(said)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from server.errors import InvalidRequest
+from server.gateway.responses.schemas import ResponseRequest
 from server.worker.messages import (
     ChatMessage,
     Delta,
@@ -216,6 +218,16 @@ async def test_calls_after_a_result_are_a_message_of_their_own(
     await ask(gateway, [call, result, call | {"call_id": "2"}, result | {"call_id": "2"}])
     roles = [(message.role, len(message.tool_calls)) for message in worker.requests[0].prompt.messages]
     assert roles == [("assistant", 1), ("tool", 0), ("assistant", 1), ("tool", 0)]
+
+
+def test_many_calls_in_a_row_are_read_in_time_that_grows_with_their_number() -> None:
+    """All that a body may hold: copied once for each, they would take eight seconds."""
+    call = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}"}
+    body = ResponseRequest.model_validate({"model": "base", "input": [call] * 50_000})
+    began = time.process_time()
+    (message,) = body.for_worker()
+    assert time.process_time() - began < 3
+    assert len(message.tool_calls) == 50_000
 
 
 @pytest.mark.parametrize(
