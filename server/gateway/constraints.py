@@ -138,10 +138,9 @@ def _named(choice: ToolChoice | None) -> set[str]:
 
 
 def grammar(
-    format: ResponseFormat | None, tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool
+    answer: Grammar | None, tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool
 ) -> Grammar | None:
-    """What the answer has to keep to; None for free text."""
-    answer = format.grammar() if format else None
+    """What the answer has to keep to, if its text is to keep to `answer`; None for free text."""
     if choice == "none" or not tools:
         return answer
     if named := _named(choice):

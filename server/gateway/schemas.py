@@ -275,8 +275,9 @@ class ChatRequest(_Generation):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def sampling(self) -> SamplingParams:
+        answer = self.response_format.grammar() if self.response_format else None
         parallel = self.parallel_tool_calls is not False
-        kept_to = grammar(self.response_format, self.tools or (), self.tool_choice, parallel)
+        kept_to = grammar(answer, self.tools or (), self.tool_choice, parallel)
         return self._sampling((self.top_logprobs or 0) if self.logprobs else None, kept_to)
 
 

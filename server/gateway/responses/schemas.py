@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from server.gateway.body import Body, inconsistent
 from server.gateway.constraints import (
@@ -16,17 +16,16 @@ from server.gateway.constraints import (
     AllowedTools,
     ChosenFunction,
     ChosenTool,
+    Definition,
     Function,
-    JsonSchema,
     Name,
-    ResponseFormat,
     Tool,
     ToolChoice,
     check_choice,
     grammar,
 )
 from server.gateway.schemas import MAX_TOKENS, MAX_TOP_LOGPROBS, Experts, RefusalPart, Sampled, Strings
-from server.worker.messages import ChatMessage, SamplingParams, ToolCall
+from server.worker.messages import ChatMessage, Grammar, SamplingParams, ToolCall
 
 _LOGPROBS = "message.output_text.logprobs"
 
@@ -121,14 +120,20 @@ Item = Annotated[
 ]
 
 
-class FunctionTool(Function):
+class Repeated(Body):
+    """Comes back with the answer, but for unknown fields: 1e999 among them would come back as Infinity."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class FunctionTool(Function, Repeated):
     type: Literal["function"]
 
     def for_chat(self) -> Tool:
         return Tool(type="function", function=self)
 
 
-class FunctionChoice(Body):
+class FunctionChoice(Repeated):
     type: Literal["function"]
     name: str
 
@@ -136,7 +141,7 @@ class FunctionChoice(Body):
         return ChosenTool(type="function", function=ChosenFunction(name=self.name))
 
 
-class AllowedFunctions(Body):
+class AllowedFunctions(Repeated):
     """The model is told of all tools, and may call these."""
 
     type: Literal["allowed_tools"]
@@ -154,11 +159,11 @@ def _choice_tag(choice: Any) -> str:
     return "<allowed>" if _tag(choice) == "<allowed_tools>" else "<function>"
 
 
-class TextFormat(Body):
+class TextFormat(Repeated):
     type: Literal["text", "json_object", "json_schema"]
     name: Name | None = None
     description: str | None = None  # for a model that reads it; ours follow the schema
-    definition: dict[str, Any] | None = Field(None, alias="schema")
+    definition: Definition | None = Field(None, alias="schema")
     strict: bool | None = None  # true or not, the schema is followed
 
     @model_validator(mode="after")
@@ -168,14 +173,13 @@ class TextFormat(Body):
                 raise inconsistent(field, "this field is required")
         return self
 
-    def for_chat(self) -> ResponseFormat:
-        if self.type != "json_schema":
-            return ResponseFormat(type=self.type)
-        schema = JsonSchema.model_validate({"name": self.name, "schema": self.definition})
-        return ResponseFormat(type=self.type, json_schema=schema)
+    def grammar(self) -> Grammar | None:
+        if self.type == "json_schema":
+            return Grammar("json_schema", self.definition)
+        return Grammar("json_object") if self.type == "json_object" else None
 
 
-class TextOptions(Body):
+class TextOptions(Repeated):
     format: TextFormat | None = None
 
 
@@ -265,8 +269,8 @@ class ResponseRequest(Sampled):
         return () if self.tool_choice == "none" else tuple(tool.for_template() for tool in self._tools)
 
     def sampling(self) -> SamplingParams:
-        format = self.text.format.for_chat() if self.text and self.text.format else None
-        kept_to = grammar(format, self._tools, self._choice, self.parallel_tool_calls is not False)
+        answer = self.text.format.grammar() if self.text and self.text.format else None
+        kept_to = grammar(answer, self._tools, self._choice, self.parallel_tool_calls is not False)
         return self._sampling((self.top_logprobs or 0) if self.scores_tokens else None, kept_to)
 
     @property

@@ -369,6 +369,27 @@ async def test_mistakes_are_named(gateway: Stack, fields: dict[str, Any], param:
         assert response.json()["error"]["param"] == param, response.text
 
 
+@pytest.mark.parametrize("stream", ["true", "false"])
+async def test_numbers_that_json_cannot_hold_are_refused_or_left_out(gateway: Stack, stream: str) -> None:
+    async def answer(fields: str) -> httpx.Response:
+        body = f'{{"model": "base", "input": "Hi", "stream": {stream}, {fields}}}'
+        return await gateway.http.post("/v1/responses", content=body)
+
+    schema = '{"type": "json_schema", "name": "x", "schema": {"minimum": 1e999}}'
+    refused = await answer(f'"text": {{"format": {schema}}}')
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "text.format.schema"
+    tools = '[{"type": "function", "name": "now", "size": 1e999}]'
+    for unknown in (
+        '"text": {"format": {"type": "text", "size": 1e999}, "size": 1e999}',
+        '"tool_choice": {"type": "function", "name": "now", "size": 1e999}',
+        f'"tool_choice": {{"type": "allowed_tools", "mode": "auto", "tools": {tools}, "size": 1e999}}',
+    ):
+        heard = await answer(f'"tools": {tools}, {unknown}')
+        assert heard.status_code == 200, heard.text
+        assert "size" not in heard.text
+
+
 async def test_images_that_nobody_would_see(gateway: Stack) -> None:
     refused = await ask(gateway, [{"role": "user", "content": [IMAGE]}])
     assert refused.status_code == 400
