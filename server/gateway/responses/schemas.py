@@ -129,6 +129,14 @@ class Repeated(Body):
 class FunctionTool(Function, Repeated):
     type: Literal["function"]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_function(cls, tool: Any) -> Any:
+        """First, since a tool of another type has no `name`, and would be refused for that."""
+        if isinstance(tool, dict) and tool.get("type", "function") != "function":
+            raise inconsistent("type", "must be function; this server has no tools of its own")
+        return tool
+
     def for_chat(self) -> Tool:
         return Tool(type="function", function=self)
 

@@ -343,7 +343,7 @@ async def test_images_and_experts(launch: Launch, worker: ScriptedWorker) -> Non
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "ftp://x"}]}]},
             "input[0].content[0].image_url",
         ),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].name"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "mcp", "name": "x"}]}, "tools[0].type"),
         ({"tools": [NOW, NOW]}, "tools"),
         ({"tools": [NOW], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
