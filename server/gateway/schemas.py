@@ -32,16 +32,27 @@ Strings = Annotated[list[str], Field(fail_fast=True)]
 Experts = Literal["auto"] | Strings
 
 
+def at_most(limit: int) -> BeforeValidator:
+    """Counts the entries of a dictionary first: its own limit comes after all its mistakes."""
+
+    def check(entries: Any) -> Any:
+        if isinstance(entries, dict) and len(entries) > limit:
+            raise PydanticCustomError("too_long", "at most {limit} entries are allowed", {"limit": limit})
+        return entries
+
+    return BeforeValidator(check)
+
+
 def _biases(entries: Any) -> Any:
-    """JSON's keys are strings. Counted here: a dictionary's own limit comes after all its mistakes."""
+    """JSON's keys are strings."""
     if not isinstance(entries, dict):
         return entries
-    if len(entries) > MAX_BIASES:
-        raise PydanticCustomError("too_long", "at most {limit} tokens can be biased", {"limit": MAX_BIASES})
     return {int(key) if _TOKEN_ID.fullmatch(key) else key: bias for key, bias in entries.items()}
 
 
-LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_biases)]
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_biases), at_most(MAX_BIASES)
+]
 
 
 class StreamOptions(Body):

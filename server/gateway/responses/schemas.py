@@ -24,7 +24,15 @@ from server.gateway.constraints import (
     check_choice,
     grammar,
 )
-from server.gateway.schemas import MAX_TOKENS, MAX_TOP_LOGPROBS, Experts, RefusalPart, Sampled, Strings
+from server.gateway.schemas import (
+    MAX_TOKENS,
+    MAX_TOP_LOGPROBS,
+    Experts,
+    RefusalPart,
+    Sampled,
+    Strings,
+    at_most,
+)
 from server.worker.messages import ChatMessage, Grammar, SamplingParams, ToolCall
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -226,7 +234,7 @@ class ResponseRequest(Sampled):
         | None
     ) = None
     parallel_tool_calls: bool | None = None
-    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], at_most(16)] | None = None
     experts: Experts | None = None
 
     @model_validator(mode="after")
