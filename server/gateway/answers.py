@@ -105,21 +105,23 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     return {"content": scored_tokens(tokens), "refusal": None}
 
 
-def scored_tokens(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+def scored_tokens(
+    tokens: Sequence[TokenLogprob], unknown_bytes: list[int] | None = None
+) -> list[dict[str, Any]]:
     """Each token with its log-probability, and those that were as likely."""
+
+    def scored(token: str, logprob: float | None) -> dict[str, Any]:
+        # A token that is a part of a character has no text of its own, hence no bytes that we know.
+        known = "\N{REPLACEMENT CHARACTER}" not in token
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if known else unknown_bytes}
+
     return [
         {
-            **_scored(token.token, token.logprob),
-            "top_logprobs": [_scored(top.token, top.logprob) for top in token.top],
+            **scored(token.token, token.logprob),
+            "top_logprobs": [scored(top.token, top.logprob) for top in token.top],
         }
         for token in tokens
     ]
-
-
-def _scored(token: str, logprob: float | None) -> dict[str, Any]:
-    # A token that is a part of a character has no text of its own, hence no bytes that we know.
-    known = "\N{REPLACEMENT CHARACTER}" not in token
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if known else None}
 
 
 class LegacyLogprobs:

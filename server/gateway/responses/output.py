@@ -40,7 +40,7 @@ class _Message:
 
     def add(self, text: str, logprobs: Sequence[TokenLogprob]) -> list[Told]:
         self.texts.append(text)
-        scored = scored_tokens(logprobs)
+        scored = _scored(logprobs)
         self.scored += scored
         return [{"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": scored}]
 
@@ -101,6 +101,10 @@ class _Call:
         return {"item_id": self.id, "output_index": self.index}
 
 
+def _scored(logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    return scored_tokens(logprobs, unknown_bytes=[])  # null, as in chat, is not of this API's types
+
+
 def _added(index: int, item: dict[str, Any]) -> Told:
     return {"type": "response.output_item.added", "output_index": index, "item": item}
 
@@ -134,7 +138,7 @@ class Output:
         self.finished = event
         last = self._items[-1]
         if isinstance(last, _Message):
-            last.scored += scored_tokens(self._unsaid)
+            last.scored += _scored(self._unsaid)
         return told + last.end(self.status)
 
     @property

@@ -291,16 +291,18 @@ async def test_log_probabilities(gateway: Stack, worker: ScriptedWorker, fields:
         Started(5),
         Delta("", (1,), (TokenLogprob(1, "He", -0.5, best),)),
         Delta("Hello", (2,), (TokenLogprob(2, "llo", -1.0, best),)),
-        Delta("", (3,), (TokenLogprob(3, "</s>", -2.0, best),)),
-        Finished("stop", Usage(5, 3)),
+        Delta("\N{SNOWMAN}", (3,), (TokenLogprob(3, "\N{REPLACEMENT CHARACTER}", -1.5, best),)),
+        Delta("", (4,), (TokenLogprob(4, "</s>", -2.0, best),)),
+        Finished("stop", Usage(5, 4)),
     ]
     events = await told(gateway, **fields)
     assert worker.requests[0].sampling.logprobs == len(best)
-    (delta,) = [event for event in events if event["type"].endswith("text.delta")]
+    delta, _ = (event for event in events if event["type"].endswith("text.delta"))
     assert [token["token"] for token in delta["logprobs"]] == ["He", "llo"]
     scored = events[-1]["response"]["output"][0]["content"][0]["logprobs"]
-    assert [token["logprob"] for token in scored] == [-0.5, -1.0, -2.0]
+    assert [token["logprob"] for token in scored] == [-0.5, -1.0, -1.5, -2.0]
     assert scored[0]["bytes"] == [72, 101]
+    assert scored[2]["bytes"] == []  # a part of a character
     assert [top["token"] for top in scored[0]["top_logprobs"]] == [token.token for token in best]
 
 
