@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -16,7 +17,10 @@ DONE = b"data: [DONE]\n\n"
 def sse(data: dict[str, Any], event: str = "") -> bytes:
     """One event of one line of data. In ASCII, since many clients split lines at U+2028 and U+0085 too."""
     head = b"event: %s\n" % event.encode("ascii") if event else b""
-    return b"%sdata: %s\n\n" % (head, json.dumps(data, separators=(",", ":")).encode("ascii"))
+    text = to_json(data)  # in a fifth of json's time, but of itself in UTF-8
+    if not text.isascii():
+        text = json.dumps(data, separators=(",", ":")).encode("ascii")
+    return b"%sdata: %s\n\n" % (head, text)
 
 
 class EventStream(Response):
