@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from server.errors import InvalidRequest
+from server.errors import ApiError, InvalidRequest
 from server.gateway.answers import json_answer
 from server.gateway.keys import Caller
 from server.gateway.openapi import ResponseObject, documented
@@ -40,11 +40,18 @@ async def create(
 
 
 async def _numbered(events: AsyncGenerator[Told, None]) -> AsyncGenerator[bytes, None]:
+    """A failure before the first event is raised, to become an HTTP status; after it, an event."""
     number = 0
     async with aclosing(events):
-        async for told in events:
-            yield sse({**told, "sequence_number": number}, told["type"])
-            number += 1
+        try:
+            async for told in events:
+                yield sse({**told, "sequence_number": number}, told["type"])
+                number += 1
+        except ApiError as error:
+            if number == 0:
+                raise
+            body = error.body()  # at both places where clients look for it
+            yield sse({**body["error"], **body, "type": "error", "sequence_number": number}, "error")
 
 
 async def _answer(pipeline: Pipeline, body: ResponseRequest, caller: Caller) -> AsyncGenerator[Told, None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from server.gateway.responses.schemas import ResponseRequest
 from server.worker.messages import (
     ChatMessage,
     Delta,
+    Event,
     Finished,
     Grammar,
     Started,
@@ -470,15 +472,24 @@ async def test_the_stock_client(gateway: Stack, worker: ScriptedWorker) -> None:
         assert [(call.type, call.name) for call in called.output] == [("function_call", "weather")]
 
 
-async def test_a_stream_that_breaks_raises(gateway: Stack, worker: ScriptedWorker) -> None:
-    async def script(_: object):
-        yield Started(1)
-        yield Delta("some", (1,))
-        raise Died
+async def breaking(_: object) -> AsyncGenerator[Event, None]:
+    yield Started(1)
+    yield Delta("some", (1,))
+    raise Died
 
-    worker.script = script
+
+async def test_a_stream_that_breaks_raises(gateway: Stack, worker: ScriptedWorker) -> None:
+    worker.script = breaking
     async with client(gateway) as api:
         stream = await api.responses.create(model="base", input="Hi", stream=True)
         with pytest.raises(openai.APIError, match="broke off"):
             async for _ in stream:
                 pass
+
+
+async def test_a_stream_that_breaks_says_so_in_its_last_event(gateway: Stack, worker: ScriptedWorker) -> None:
+    worker.script = breaking
+    *_, last = await told(gateway)
+    assert (last["type"], last["code"], last["param"]) == ("error", "unavailable", None)
+    assert "broke off" in last["message"]
+    assert last["message"] == last["error"]["message"]
