@@ -15,8 +15,8 @@ Reply = tuple[int, Any]
 
 
 @contextmanager
-def answering(reply: Callable[[dict[str, Any]], Reply], concurrency: int = 8) -> Iterator[Endpoint]:
-    """An endpoint that is a script: a request's body → status and body."""
+def listening(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[str]:
+    """The address of an API that is a script: a request's body → status and body."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -35,12 +35,20 @@ def answering(reply: Callable[[dict[str, Any]], Reply], concurrency: int = 8) ->
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            target = Target(f"http://127.0.0.1:{server.server_port}/v1", "m", "k", {"experts": []}, True)
-            with Endpoint(target, concurrency) as endpoint:
-                yield endpoint
+            yield f"http://127.0.0.1:{server.server_port}/v1"
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def answering(reply: Callable[[dict[str, Any]], Reply], concurrency: int = 8) -> Iterator[Endpoint]:
+    """An endpoint at such an address."""
+    with (
+        listening(reply) as url,
+        Endpoint(Target(url, "m", "k", {"experts": []}, True), concurrency) as endpoint,
+    ):
+        yield endpoint
 
 
 def said(text: str | None) -> Reply:

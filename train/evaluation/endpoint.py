@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,32 +39,37 @@ class Target:
 
 
 class Endpoint(AbstractContextManager["Endpoint"]):
-    """Asks one model. Every failure is an EvaluationError that says what to mend."""
+    """Asks one model. Every failure is an EvaluationError that says what to mend.
+
+    On an event loop of its own, so that Ctrl-C, or a failure, cancels the requests under way.
+    """
 
     def __init__(self, target: Target, concurrency: int = 8, seconds: float = 600.0) -> None:
         self._target = target
         self._concurrency = concurrency
-        self._client = openai.OpenAI(
+        self._runner = asyncio.Runner()
+        self._client = openai.AsyncOpenAI(
             base_url=target.url,
             api_key=target.api_key,
             max_retries=_RETRIES,
             timeout=seconds,
-            http_client=openai.DefaultHttpxClient(trust_env=not target.local),
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=not target.local),
         )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._client.close()
+        with self._runner as runner:
+            runner.run(self._client.close())
 
-    def ask(self, question: str, image: Path | None, max_tokens: int) -> str:
+    async def ask(self, question: str, image: Path | None, max_tokens: int) -> str:
         """The model's greedy answer to one question, about an image file or none."""
         content: list[dict[str, Any]] = [{"type": "text", "text": question}] if question else []
         if image is not None:
             content.append({"type": "image_url", "image_url": {"url": _data_url(image)}})
         messages: Any = [{"role": "user", "content": content if image is not None else question}]
-        answer = self._call(
-            lambda: self._client.chat.completions.create(
+        answer = await self._call(
+            self._client.chat.completions.create(
                 model=self._target.model,
                 messages=messages,
                 temperature=0,
@@ -77,10 +82,10 @@ class Endpoint(AbstractContextManager["Endpoint"]):
             raise self._unknown_answer()
         return answer.choices[0].message.content or ""
 
-    def score(self, token_ids: Sequence[int]) -> list[float | None]:
+    async def score(self, token_ids: Sequence[int]) -> list[float | None]:
         """log p of each token after those before it; nothing is before the first one, which may have none."""
-        answer = self._call(
-            lambda: self._client.completions.create(
+        answer = await self._call(
+            self._client.completions.create(
                 model=self._target.model,
                 prompt=list(token_ids),
                 echo=True,
@@ -101,25 +106,37 @@ class Endpoint(AbstractContextManager["Endpoint"]):
             )
         return list(values)
 
-    def each(self, ask: Callable[[Item], Answer], items: Sequence[Item], title: str) -> list[Answer]:
+    def each(
+        self, ask: Callable[[Item], Awaitable[Answer]], items: Sequence[Item], title: str
+    ) -> list[Answer]:
         """`ask` of every item, `concurrency` at once, with a progress bar; the first failure ends it."""
-        bar = Progress(console=Console(stderr=True))
-        with bar as progress, ThreadPoolExecutor(self._concurrency) as pool:
+        with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task(title, total=len(items))
-            futures = [pool.submit(ask, item) for item in items]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    progress.advance(task)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            return [future.result() for future in futures]
+            return self._runner.run(self._each(ask, items, lambda: progress.advance(task)))
 
-    def _call(self, call: Callable[[], Any], subject: str) -> Any:
+    async def _each(
+        self, ask: Callable[[Item], Awaitable[Answer]], items: Sequence[Item], progress: Callable[[], None]
+    ) -> list[Answer]:
+        places = asyncio.Semaphore(self._concurrency)
+
+        async def one(item: Item) -> Answer:
+            async with places:
+                answer = await ask(item)
+            progress()
+            return answer
+
+        tasks = [asyncio.create_task(one(item)) for item in items]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _call(self, call: Awaitable[Any], subject: str) -> Any:
         url, model = self._target.url, self._target.model
         try:
-            return call()
+            return await call
         except openai.APITimeoutError as error:
             raise EvaluationError(f"{url}: no answer in time; ask less at once (--concurrency)") from error
         except openai.APIConnectionError as error:

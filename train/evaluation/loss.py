@@ -91,10 +91,10 @@ def endpoint_loss(
     return _result(sum(sums) / store.summary.targets, store, template)
 
 
-def _score(endpoint: Endpoint, store: Store, row: int) -> float:
+async def _score(endpoint: Endpoint, store: Store, row: int) -> float:
     """Summed −log p of a row's targets."""
     ids, generated = store.tokens(row)
-    logprobs = endpoint.score([int(id) for id in ids])
+    logprobs = await endpoint.score([int(id) for id in ids])
     targets = [logprob for logprob, target in zip(logprobs[1:], generated[1:], strict=True) if target]
     scored = [logprob for logprob in targets if logprob is not None]
     if len(scored) < len(targets):

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from scripted_endpoint import Reply, listening, said
 from service import Service, serving, until
 from tiny_base import write_adapter, write_tiny_base
 from train_files import write_captions, write_instructions, write_lines
@@ -27,6 +29,9 @@ from server.serving import StartupError
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "evaluate.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", GUIDE, re.S) for line in block.splitlines()]
+
+# Who runs these tests in the background of a script has SIGINT ignored, and so have we and our children.
+HEARD = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
@@ -230,10 +235,8 @@ def test_what_cannot_be_evaluated_is_told(arguments: list[str], sentence: str, f
 def test_no_service_outlives_its_evaluation(number: signal.Signals, folder: Path) -> None:
     rows = folder / "pictures" / "captions.jsonl"
     command = [sys.executable, "-m", "server.cli", "eval", "captions", rows, "--images", rows.parent]
-    # Who runs these tests in the background of a script has SIGINT ignored, and so have we and our children.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     words = [*map(str, [*command, *local(folder)])]
-    with subprocess.Popen(words, stderr=subprocess.DEVNULL, preexec_fn=heard) as process:
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL, preexec_fn=HEARD) as process:
         try:
             evaluation = psutil.Process(process.pid)
             until(lambda: len(evaluation.children(recursive=True)) >= 2, 60)  # the service and its worker
@@ -242,6 +245,31 @@ def test_no_service_outlives_its_evaluation(number: signal.Signals, folder: Path
             process.send_signal(number)
         assert process.wait(60) == (130 if number == signal.SIGINT else -number)
     until(lambda: not any(child.is_running() for child in started), 60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_no_answers(number: signal.Signals, folder: Path) -> None:
+    asked, over = threading.Event(), threading.Event()
+
+    def never(body: dict[str, Any]) -> Reply:
+        asked.set()
+        over.wait(60)
+        return said("late")
+
+    rows = folder / "pictures" / "captions.jsonl"
+    command = [sys.executable, "-m", "server.cli", "eval", "captions", rows, "--images", rows.parent]
+    with listening(never) as url:
+        words = [*map(str, [*command, "--url", url, "--model", "m"])]
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=HEARD) as process:
+            try:
+                assert asked.wait(60)
+                process.send_signal(number)
+                _, error = process.communicate(timeout=20)
+            finally:
+                over.set()
+                process.kill()
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert "Traceback" not in error
 
 
 def test_an_unknown_model_is_told(folder: Path, service: Service) -> None:

@@ -16,6 +16,15 @@ from train.errors import EvaluationError
 from train.evaluation.endpoint import Endpoint, Target
 
 
+def asked(endpoint: Endpoint, question: str, image: Path | None = None) -> str:
+    """One answer."""
+    return endpoint.each(lambda text: endpoint.ask(text, image, 7), [question], "questions")[0]
+
+
+def tokens_scored(endpoint: Endpoint, ids: list[int]) -> list[float | None]:
+    return endpoint.each(endpoint.score, [ids], "rows")[0]
+
+
 def test_a_question_with_a_picture_is_asked_greedily(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.webp")
     seen: list[dict[str, Any]] = []
@@ -25,8 +34,8 @@ def test_a_question_with_a_picture_is_asked_greedily(tmp_path: Path) -> None:
         return said("a cat")
 
     with answering(reply) as endpoint:
-        assert endpoint.ask("what?", tmp_path / "a.webp", 7) == "a cat"
-        assert endpoint.ask("and now?", None, 7) == "a cat"
+        assert asked(endpoint, "what?", tmp_path / "a.webp") == "a cat"
+        assert asked(endpoint, "and now?") == "a cat"
     first, second = seen
     assert (first["path"], first["key"]) == ("/v1/chat/completions", "Bearer k")
     assert (first["model"], first["temperature"], first["max_tokens"]) == ("m", 0, 7)
@@ -41,7 +50,7 @@ def test_a_question_with_a_picture_is_asked_greedily(tmp_path: Path) -> None:
 
 def test_nothing_said_is_an_empty_answer() -> None:
     with answering(lambda body: said(None)) as endpoint:
-        assert endpoint.ask("what?", None, 7) == ""
+        assert asked(endpoint, "what?") == ""
 
 
 def test_tokens_are_scored_without_writing_any() -> None:
@@ -50,7 +59,7 @@ def test_tokens_are_scored_without_writing_any() -> None:
         return scored([None, *(-float(id) for id in body["prompt"][1:])])
 
     with answering(reply) as endpoint:
-        assert endpoint.score([5, 6, 7]) == [None, -6, -7]
+        assert tokens_scored(endpoint, [5, 6, 7]) == [None, -6, -7]
 
 
 @pytest.mark.parametrize("logprobs", [None, [], [None, -1.0]])
@@ -59,7 +68,7 @@ def test_an_endpoint_that_scores_otherwise_is_refused(logprobs: list[float | Non
         answering(lambda body: scored(logprobs)) as endpoint,
         pytest.raises(EvaluationError, match="of 3 tokens with `echo`"),
     ):
-        endpoint.score([1, 2, 3])
+        tokens_scored(endpoint, [1, 2, 3])
 
 
 def failure(message: str) -> dict[str, Any]:
@@ -84,7 +93,7 @@ def test_a_wrong_endpoint_is_told_in_one_sentence(reply: Reply, sentence: str) -
         answering(lambda body: reply) as endpoint,
         pytest.raises(EvaluationError, match=sentence) as caught,
     ):
-        endpoint.ask("what?", None, 7)
+        asked(endpoint, "what?")
     assert len(str(caught.value)) < 600
     assert "\n" not in str(caught.value)
 
@@ -94,13 +103,13 @@ def test_nobody_at_home() -> None:
         Endpoint(Target("http://127.0.0.1:9/v1", "m", local=True)) as endpoint,
         pytest.raises(EvaluationError, match=r"127\.0\.0\.1:9/v1: cannot be reached .* --url"),
     ):
-        endpoint.ask("what?", None, 7)
+        asked(endpoint, "what?")
 
 
 def test_a_busy_endpoint_is_asked_again() -> None:
     replies = [(503, failure("busy")), (429, failure("slowly")), said("now")]
     with answering(lambda body: replies.pop(0)) as endpoint:
-        assert endpoint.ask("what?", None, 7) == "now"
+        assert asked(endpoint, "what?") == "now"
 
 
 def test_answers_come_in_order_and_no_more_are_asked_at_once_than_allowed() -> None:
