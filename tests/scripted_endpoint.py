@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from train.evaluation.endpoint import Endpoint, Target
@@ -42,11 +43,13 @@ def listening(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[str]:
 
 
 @contextmanager
-def answering(reply: Callable[[dict[str, Any]], Reply], concurrency: int = 8) -> Iterator[Endpoint]:
+def answering(
+    reply: Callable[[dict[str, Any]], Reply], concurrency: int = 8, kept: Path | None = None
+) -> Iterator[Endpoint]:
     """An endpoint at such an address."""
     with (
         listening(reply) as url,
-        Endpoint(Target(url, "m", "k", {"experts": []}, True), concurrency) as endpoint,
+        Endpoint(Target(url, "m", "k", {"experts": []}, True), concurrency, kept=kept) as endpoint,
     ):
         yield endpoint
 

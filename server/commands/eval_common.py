@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -80,13 +79,15 @@ def tell(faults: Sequence[str]) -> None:
 
 def report(result: Result, settings: EvaluationSettings) -> None:
     """The table, and the files that were asked for. Raises `StartupError` where they cannot be written."""
+    from train.evaluation.results import prediction_line
+
     print(result.table())
-    lines = [json.dumps(row, ensure_ascii=False) for row in result.predictions]
-    for file, text in ((settings.output, result.as_json()), (settings.predictions, "\n".join(lines))):
+    lines = "".join(map(prediction_line, result.predictions))
+    for file, text in ((settings.output, result.as_json() + "\n"), (settings.predictions, lines)):
         if file is None:
             continue
         try:
             # A lone surrogate in an answer is written as the escape that JSON has for it.
-            file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise StartupError(f"{file}: cannot be written ({error.strerror}); name another file.") from error

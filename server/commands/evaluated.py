@@ -42,13 +42,15 @@ def evaluated(settings: EvaluationSettings, no_experts: bool = False) -> Iterato
         key = settings.api_key.get_secret_value() if settings.api_key else os.environ.get("OPENAI_API_KEY")
         body = _NO_EXPERTS if no_experts else {}
         target = Target(settings.url, settings.model, key or "none", body)
-        with Endpoint(target, settings.concurrency) as endpoint:
+        with Endpoint(target, settings.concurrency, kept=_kept(settings)) as endpoint:
             yield endpoint, settings.model
         return
     base = settings.base or DEFAULT_BASE
     with (
         _service(base, settings.adapter) as (url, model),
-        Endpoint(Target(url, model, body=_NO_EXPERTS, local=True), settings.concurrency) as endpoint,
+        Endpoint(
+            Target(url, model, body=_NO_EXPERTS, local=True), settings.concurrency, kept=_kept(settings)
+        ) as endpoint,
     ):
         yield endpoint, settings.adapter or base
 
@@ -64,6 +66,12 @@ def check_choice(settings: EvaluationSettings) -> None:
             "nothing to evaluate is named; give --adapter FOLDER, --url URL --model ID, or --base for the "
             "base alone."
         )
+
+
+def _kept(settings: EvaluationSettings) -> Path | None:
+    """Where answers are written as they come: a pipe or a terminal gets them once, at the end."""
+    file = settings.predictions
+    return file if file is not None and (file.is_file() or not file.exists()) else None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from train.data.rows import Row
 from train.errors import EvaluationError
 from train.evaluation.caption_metrics import check_scorers, score_captions
 from train.evaluation.endpoint import Endpoint
-from train.evaluation.results import Result
+from train.evaluation.results import Prediction, Result
 from train.evaluation.samples import Wanted, check_image, fault, read_wanted
 from train.recipe import SourceRecipe
 
@@ -64,10 +64,17 @@ def asked(endpoint: Endpoint, question: str, max_tokens: int) -> Captioner:
     """The endpoint's greedy answers."""
 
     def caption(images: Sequence[Path]) -> list[str]:
-        answers = endpoint.each(lambda image: endpoint.ask(question, image, max_tokens), images, "captions")
+        answers = endpoint.each(
+            lambda image: endpoint.ask(question, image, max_tokens), images, "captions", _shown
+        )
         return [" ".join(answer.split()) for answer in answers]
 
     return caption
+
+
+def _shown(image: Path, answer: str) -> Prediction:
+    """What is kept before there are scores."""
+    return {"shown": str(image), "caption": " ".join(answer.split())}
 
 
 def shuffled(captioner: Captioner, seed: int) -> Captioner:

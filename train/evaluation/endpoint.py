@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from train.errors import EvaluationError
+from train.evaluation.results import Kept, Prediction
 
 _RETRIES = 4  # of what the client takes for passing: 408, 409, 429, 5xx, a broken connection
 _MAX_MESSAGE = 300
@@ -41,11 +42,15 @@ class Target:
 class Endpoint(AbstractContextManager["Endpoint"]):
     """Asks one model. Every failure is an EvaluationError that says what to mend.
 
-    On an event loop of its own, so that Ctrl-C, or a failure, cancels the requests under way.
+    On an event loop of its own, so that Ctrl-C, or a failure, cancels the requests under way. `kept`: the
+    file that answers are written to as they come, so that neither loses those from before.
     """
 
-    def __init__(self, target: Target, concurrency: int = 8, seconds: float = 600.0) -> None:
+    def __init__(
+        self, target: Target, concurrency: int = 8, seconds: float = 600.0, kept: Path | None = None
+    ) -> None:
         self._target = target
+        self._kept = kept
         self._concurrency = concurrency
         self._runner = asyncio.Runner()
         self._client = openai.AsyncOpenAI(
@@ -107,22 +112,40 @@ class Endpoint(AbstractContextManager["Endpoint"]):
         return list(values)
 
     def each(
-        self, ask: Callable[[Item], Awaitable[Answer]], items: Sequence[Item], title: str
+        self,
+        ask: Callable[[Item], Awaitable[Answer]],
+        items: Sequence[Item],
+        title: str,
+        prediction: Callable[[Item, Answer], Prediction] | None = None,
     ) -> list[Answer]:
-        """`ask` of every item, `concurrency` at once, with a progress bar; the first failure ends it."""
-        with Progress(console=Console(stderr=True)) as progress:
+        """`ask` of every item, `concurrency` at once, with a progress bar; the first failure ends it.
+
+        `prediction` is what is kept of an answer.
+        """
+        with ExitStack() as stack:
+            kept = stack.enter_context(Kept(self._kept)) if self._kept else None
+            progress = stack.enter_context(Progress(console=Console(stderr=True)))
             task = progress.add_task(title, total=len(items))
-            return self._runner.run(self._each(ask, items, lambda: progress.advance(task)))
+
+            def told(item: Item, answer: Answer) -> None:
+                if kept is not None and prediction is not None:
+                    kept.add(prediction(item, answer))
+                progress.advance(task)
+
+            return self._runner.run(self._each(ask, items, told))
 
     async def _each(
-        self, ask: Callable[[Item], Awaitable[Answer]], items: Sequence[Item], progress: Callable[[], None]
+        self,
+        ask: Callable[[Item], Awaitable[Answer]],
+        items: Sequence[Item],
+        told: Callable[[Item, Answer], None],
     ) -> list[Answer]:
         places = asyncio.Semaphore(self._concurrency)
 
         async def one(item: Item) -> Answer:
             async with places:
                 answer = await ask(item)
-            progress()
+            told(item, answer)
             return answer
 
         tasks = [asyncio.create_task(one(item)) for item in items]

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from train.data.rows import Row, open_text
 from train.errors import DataError, EvaluationError
 from train.evaluation.endpoint import Endpoint
-from train.evaluation.results import Result
+from train.evaluation.results import Prediction, Result
 from train.evaluation.samples import ImageFolder, checked
 
 PERCEPTION = (
@@ -111,7 +111,10 @@ def mme_scores(right: Sequence[bool]) -> dict[str, float | int]:
 def evaluate_mme(questions: Sequence[Question], endpoint: Endpoint, max_tokens: int) -> Result:
     """A row per subtask, then the sums; a sum that lacks subtasks says of how many it is."""
     answers = endpoint.each(
-        lambda question: endpoint.ask(question.text, question.image, max_tokens), questions, "questions"
+        lambda question: endpoint.ask(question.text, question.image, max_tokens),
+        questions,
+        "questions",
+        _prediction,
     )
     read = [read_yes_no(answer) for answer in answers]
     rows: list[dict[str, Any]] = []
@@ -120,18 +123,19 @@ def evaluate_mme(questions: Sequence[Question], endpoint: Endpoint, max_tokens: 
         scores = mme_scores([read[i] == questions[i].answer for i in mine])
         rows.append({"subtask": subtask, **scores, "unread": [read[i] for i in mine].count(None)})
     sums = [_sum(rows, name, parts) for name, parts in (("perception", PERCEPTION), ("cognition", COGNITION))]
-    predictions = [
-        {
-            "subtask": question.subtask,
-            "image": str(question.image),
-            "question": question.text,
-            "answer": answer,
-            "read": found,
-            "right": question.answer,
-        }
-        for question, answer, found in zip(questions, answers, read, strict=True)
-    ]
+    predictions = list(map(_prediction, questions, answers))
     return Result("mme", [*rows, *(row for row in sums if row)], predictions=predictions)
+
+
+def _prediction(question: Question, answer: str) -> Prediction:
+    return {
+        "subtask": question.subtask,
+        "image": str(question.image),
+        "question": question.text,
+        "answer": answer,
+        "read": read_yes_no(answer),
+        "right": question.answer,
+    }
 
 
 def _sum(rows: Sequence[dict[str, Any]], name: str, parts: Sequence[str]) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from train.data.rows import read_rows
 from train.errors import EvaluationError
 from train.evaluation.endpoint import Endpoint
-from train.evaluation.results import Result
+from train.evaluation.results import Prediction, Result
 from train.evaluation.samples import ImageFolder, checked
 
 YesNo = Literal["yes", "no"]
@@ -95,7 +95,10 @@ def pope_scores(labels: Sequence[YesNo], read: Sequence[YesNo | None]) -> dict[s
 def evaluate_pope(questions: Sequence[Question], endpoint: Endpoint, max_tokens: int) -> Result:
     """A row per file, and their mean where there are several."""
     answers = endpoint.each(
-        lambda question: endpoint.ask(question.text, question.image, max_tokens), questions, "questions"
+        lambda question: endpoint.ask(question.text, question.image, max_tokens),
+        questions,
+        "questions",
+        _prediction,
     )
     read = [read_yes_no(answer) for answer in answers]
     rows = []
@@ -107,16 +110,16 @@ def evaluate_pope(questions: Sequence[Question], endpoint: Endpoint, max_tokens:
         means = {name: sum(float(row[name]) for row in rows) / len(rows) for name in _MEASURES}
         counts = {name: sum(int(row[name]) for row in rows) for name in ("questions", "unread")}
         rows.append({"file": "mean", **means, **counts})
-    predictions = [
-        {
-            "file": question.group,
-            "question_id": question.id,
-            "image": str(question.image),
-            "text": question.text,
-            "answer": answer,
-            "read": found,
-            "label": question.label,
-        }
-        for question, answer, found in zip(questions, answers, read, strict=True)
-    ]
-    return Result("pope", rows, predictions=predictions)
+    return Result("pope", rows, predictions=list(map(_prediction, questions, answers)))
+
+
+def _prediction(question: Question, answer: str) -> Prediction:
+    return {
+        "file": question.group,
+        "question_id": question.id,
+        "image": str(question.image),
+        "text": question.text,
+        "answer": answer,
+        "read": read_yes_no(answer),
+        "label": question.label,
+    }

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from train.errors import EvaluationError
 
 Scores = Mapping[str, Any]
+Prediction = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +24,7 @@ class Result:
     measure: str
     scores: Scores | Sequence[Scores]
     about: Mapping[str, Any] = field(default_factory=dict)
-    predictions: Sequence[Mapping[str, Any]] = ()
+    predictions: Sequence[Prediction] = ()
     digits: int = 2  # of the table's figures
 
     def table(self) -> str:
@@ -43,3 +50,41 @@ class Result:
         return json.dumps(
             {"measure": self.measure, **self.about, "scores": self.scores}, indent=2, ensure_ascii=False
         )
+
+
+def prediction_line(prediction: Prediction) -> str:
+    """A lone surrogate in an answer needs the escape that JSON has for it: `errors="backslashreplace"`."""
+    return json.dumps(prediction, ensure_ascii=False) + "\n"
+
+
+class Kept(AbstractContextManager["Kept"]):
+    """A file of predictions as they come, in no order. What it held before goes with the first one.
+
+    An EvaluationError that leaves the context says that it has them.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._stream: TextIO | None = None
+        self._count = 0
+
+    def add(self, prediction: Prediction) -> None:
+        """Raises EvaluationError where it cannot be written."""
+        try:
+            if self._stream is None:
+                self._stream = self._file.open("w", encoding="utf-8", errors="backslashreplace")
+            self._stream.write(prediction_line(prediction))
+            self._stream.flush()
+        except OSError as error:
+            raise EvaluationError(f"{self._file}: cannot be written ({error.strerror})") from error
+        self._count += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is None:
+            return
+        with contextlib.suppress(OSError):  # what a failed flush left to be written
+            self._stream.close()
+        if isinstance(error, EvaluationError):
+            raise EvaluationError(f"{error}; {self._count} answers are kept in {self._file}") from error

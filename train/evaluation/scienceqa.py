@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from train.data.rows import Row
 from train.errors import DataError, EvaluationError
 from train.evaluation.endpoint import Endpoint
-from train.evaluation.results import Result
+from train.evaluation.results import Prediction, Result
 from train.evaluation.samples import all_rows, check_image, checked, read_wanted
 from train.recipe import SourceRecipe
 
@@ -119,20 +119,24 @@ def _percent(hits: Iterable[bool]) -> float | None:
 def evaluate_scienceqa(problems: Sequence[Problem], endpoint: Endpoint, max_tokens: int) -> Result:
     """Ask and count. An answer that names no choice is wrong, and counted as `unread`."""
     answers = endpoint.each(
-        lambda problem: endpoint.ask(problem.question, problem.image, max_tokens), problems, "problems"
+        lambda problem: endpoint.ask(problem.question, problem.image, max_tokens),
+        problems,
+        "problems",
+        _prediction,
     )
     letters = [
         read_letter(answer, problem.choices) for problem, answer in zip(problems, answers, strict=True)
     ]
     counts = {"problems": len(problems), "unread": letters.count(None)}
-    predictions = [
-        {
-            "id": problem.id,
-            "image": str(problem.image) if problem.image else None,
-            "answer": answer,
-            "read": letter,
-            "right": problem.answer,
-        }
-        for problem, answer, letter in zip(problems, answers, letters, strict=True)
-    ]
+    predictions = list(map(_prediction, problems, answers))
     return Result("scienceqa", accuracy_table(problems, letters) | counts, predictions=predictions)
+
+
+def _prediction(problem: Problem, answer: str) -> Prediction:
+    return {
+        "id": problem.id,
+        "image": str(problem.image) if problem.image else None,
+        "answer": answer,
+        "read": read_letter(answer, problem.choices),
+        "right": problem.answer,
+    }

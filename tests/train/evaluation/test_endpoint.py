@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import threading
 import time
 from pathlib import Path
@@ -145,3 +146,39 @@ def test_the_first_failure_ends_the_asking() -> None:
             lambda question: endpoint.ask(question, None, 1), list(map(str, range(50))), "questions"
         )
     assert len(asked) < 50
+
+
+@pytest.mark.parametrize("good", [0, 3])
+def test_a_failure_keeps_the_answers_from_before(good: int, tmp_path: Path) -> None:
+    file = tmp_path / "predictions.jsonl"
+    file.write_text("of an earlier evaluation")
+    asked: list[str] = []
+
+    def reply(body: dict[str, Any]) -> Reply:
+        asked.append(body["messages"][0]["content"])
+        return (400, failure("no")) if len(asked) > good else said("\ud800 yes")
+
+    with answering(reply, 1, file) as endpoint, pytest.raises(EvaluationError, match="answers 400") as caught:
+        endpoint.each(
+            lambda question: endpoint.ask(question, None, 1),
+            list(map(str, range(9))),
+            "questions",
+            lambda question, answer: {"question": question, "answer": answer},
+        )
+    if not good:
+        assert file.read_text() == "of an earlier evaluation"
+        assert "kept" not in str(caught.value)
+        return
+    assert str(caught.value).endswith(f"; 3 answers are kept in {file}")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines == [{"question": question, "answer": "\ud800 yes"} for question in asked[:good]]
+
+
+def test_answers_that_cannot_be_kept_are_told(tmp_path: Path) -> None:
+    with (
+        answering(lambda body: said("yes"), kept=tmp_path / "none" / "predictions.jsonl") as endpoint,
+        pytest.raises(EvaluationError, match=r"predictions\.jsonl: cannot be written \(No such file"),
+    ):
+        endpoint.each(
+            lambda question: endpoint.ask(question, None, 1), ["what?"], "questions", lambda *both: {"a": 1}
+        )
