@@ -12,6 +12,8 @@ from train_files import text_recipe, write_recipe
 
 from train.build import Run, build
 from train.data.batches import Pass, _filler, make_passes
+from train.data.store import Store
+from train.errors import TrainError
 from train.processes import Processes, StopSignal
 from train.recipe import load_recipe
 
@@ -65,3 +67,15 @@ def test_filler_changes_nothing(run: Run):
     assert grads.keys() == wanted_grads.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, wanted_grads[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_cannot_read_is_one_sentence(run: Run, workers: int, monkeypatch: pytest.MonkeyPatch):
+    def gone(store: Store, row: int) -> None:
+        raise TrainError("a.png: was readable when the training began")
+
+    monkeypatch.setattr(Store, "tokens", gone)
+    steps = run.steps.load(0, workers)
+    with pytest.raises(TrainError) as caught:
+        next(steps)
+    assert str(caught.value) == "a.png: was readable when the training began"

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from train.data.plan import Plan
 from train.data.store import NO_IMAGE, Store
 from train.data.workers import quiet_worker
+from train.errors import TrainError
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,11 @@ class ImageReader(Protocol):
         """Image number `image` of a store; with a seed, varied as the recipe says."""
 
 
-class Steps(Dataset[Step]):
-    """All steps of a plan, as the process `rank` of `world` sees them."""
+class Steps(Dataset[Step | str]):
+    """All steps of a plan, as the process `rank` of `world` sees them; in place of one, why there is none.
+
+    What is raised in a worker process would arrive with the traceback in its sentence.
+    """
 
     def __init__(
         self,
@@ -87,7 +91,13 @@ class Steps(Dataset[Step]):
         self._world = world
         self._seed = seed
 
-    def __getitem__(self, number: int) -> Step:
+    def __getitem__(self, number: int) -> Step | str:
+        try:
+            return self._step(number)
+        except TrainError as error:
+            return str(error)
+
+    def _step(self, number: int) -> Step:
         source = int(self._plan.source_of_step[number])
         store = self._stores[source]
         rows = self._plan.rows(number)
@@ -104,15 +114,21 @@ class Steps(Dataset[Step]):
         )
 
     def load(self, start: int, workers: int) -> Iterator[Step]:
-        """Steps from `start` on, read ahead by worker processes."""
-        loader: DataLoader[Step] = DataLoader(
+        """Steps from `start` on, read ahead by worker processes. Raises TrainError at one that cannot be."""
+        loader: DataLoader[Step | str] = DataLoader(
             self,
             batch_size=None,
             sampler=range(start, len(self._plan)),
             num_workers=workers,
             worker_init_fn=quiet_worker,
         )
-        return iter(loader)
+        return map(_checked, iter(loader))
+
+
+def _checked(step: Step | str) -> Step:
+    if isinstance(step, str):
+        raise TrainError(step)
+    return step
 
 
 def share(rows: Iterable[int], store: Store, rank: int, world: int) -> list[int]:
