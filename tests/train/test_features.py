@@ -121,6 +121,20 @@ def test_an_interrupted_cache_goes_on(paths: list[Path], tmp_path: Path):
         np.testing.assert_allclose(features[cache.row(rows[i])], expected, atol=1e-6)
 
 
+def test_features_that_are_not_on_disk_have_no_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A machine that loses power keeps what it likes of the rest: a hash there would vouch for zeros."""
+
+    def broken(handle: int) -> None:
+        raise OSError("Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", broken)
+        with pytest.raises(OSError, match="Input/output"):
+            FeatureCache(tmp_path, (3,)).add([bytes(32)], torch.ones(1, 3))
+    assert not (tmp_path / "hashes.bin").read_bytes()
+    assert len(FeatureCache(tmp_path, (3,))) == 0
+
+
 def test_a_row_gets_its_own_image_from_another_cache(tiny: Path, tmp_path: Path):
     """A training goes on when the cache was emptied, or on another machine, and others have filled it."""
     images = Images(ComputeRecipe(workers=0), VISION, MeanColor(), tmp_path, StopSignal())

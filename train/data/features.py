@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ class ImageFiles(Dataset[Decoded]):
 class FeatureCache:
     """Features of one encoder by image hash: two files, `rows.f32` and `hashes.bin`, that only grow.
 
-    A row is written before its hash, so that an interrupted run leaves nothing false behind.
+    A row is on disk before its hash, so that a run, or a machine, that stops leaves nothing false behind.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
@@ -98,6 +99,7 @@ class FeatureCache:
             rows.seek(count * self._row_bytes)
             rows.write(features.to(torch.float32).cpu().contiguous().numpy().tobytes())
             rows.flush()
+            os.fsync(rows.fileno())
             hashes.seek(count * HASH_BYTES)
             hashes.write(b"".join(digests))
         self._index |= {digest: count + i for i, digest in enumerate(digests)}
