@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from models.adapter import Adapter
 from train.data.batches import ImageReader
 from train.data.store import NO_IMAGE, Store
+from train.errors import TrainError
 
 _LEAST_SPREAD = 0.05  # of a feature that hardly ever differs: it shall not become the loudest
 
@@ -22,10 +23,16 @@ def standardize(adapter: Adapter, stores: Iterable[Store], read_image: ImageRead
 
     The norm makes an image's features alike in sum only: scales of an encoder that are pooled side by side
     (V1 eq. 9) stay as far apart as they are, and of EfficientNet's the most telling ones are the faintest.
+    Raises TrainError where there are not two images to compare.
     """
     norm = adapter.vision.input_norm
     assert isinstance(norm, nn.LayerNorm)
     features = [read_image(store, image, None) for store in stores for image in _trained_images(store)]
+    if len(features) < 2:
+        raise TrainError(
+            f"init.features: `standardized` compares the images of the data, which have {len(features)}; set "
+            "it to `plain`"
+        )
     normed_JF = F.layer_norm(torch.stack(features), norm.normalized_shape).flatten(0, -2)
     spread_F, mean_F = torch.std_mean(normed_JF, dim=0)
     weight_F: Tensor = 1 / spread_F.clamp(min=_LEAST_SPREAD)

@@ -1,5 +1,6 @@
 """Features start standardized over the images that are trained on, and only where that is asked for."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_files import text_recipe, write_captions, write_recipe
+from train_files import text_recipe, write_captions, write_lines, write_recipe
 
 from train.build import Run, build
 from train.data.batches import make_passes
+from train.errors import TrainError
 from train.processes import Processes, StopSignal
 from train.recipe import load_recipe
 
@@ -81,3 +83,24 @@ def test_plain_is_the_default(recipe: str, tmp_path: Path):
     norm = built(recipe, tmp_path).adapter.vision.input_norm
     assert isinstance(norm, nn.LayerNorm)
     assert torch.equal(norm.weight, torch.ones(1752))
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_without_images_to_compare_there_is_no_spread(images: int, recipe: str, tmp_path: Path):
+    """One image's would be NaN, and the first step would blame the learning rate."""
+    rows = [
+        {"instruction": f"Say {i}.", "output": "one", **({"image": "img/0.png"} if i < images else {})}
+        for i in range(8)
+    ]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    source = {"format": "alpaca", "path": str(file), "images": str(tmp_path / "pictures")}
+    with pytest.raises(
+        TrainError, match=rf"`standardized` compares .* which have {images}; set it to `plain`"
+    ):
+        built(
+            recipe,
+            tmp_path,
+            "init.features=standardized",
+            "adapter.template=chat",
+            f"data={json.dumps({'instruct': source})}",
+        )
