@@ -7,13 +7,12 @@ import base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import openai
-from openai.types import Completion
-from openai.types.chat import ChatCompletion
 from rich.console import Console
 from rich.progress import Progress
 
@@ -83,9 +82,10 @@ class Endpoint(AbstractContextManager["Endpoint"]):
             ),
             str(image) if image is not None else repr(question[:60]),
         )
-        if not isinstance(answer, ChatCompletion) or not answer.choices:
+        text = self._of_choice(answer, "message", "content")
+        if not isinstance(text, str | None):
             raise self._unknown_answer()
-        return answer.choices[0].message.content or ""
+        return text or ""
 
     async def score(self, token_ids: Sequence[int]) -> list[float | None]:
         """log p of each token after those before it; nothing is before the first one, which may have none."""
@@ -100,13 +100,11 @@ class Endpoint(AbstractContextManager["Endpoint"]):
             ),
             f"{len(token_ids)} tokens",
         )
-        if not isinstance(answer, Completion) or not answer.choices:
-            raise self._unknown_answer()
-        scored = answer.choices[0].logprobs
-        values = scored.token_logprobs if scored is not None else None
-        if not values or len(values) != len(token_ids):
+        values = getattr(self._of_choice(answer, "logprobs"), "token_logprobs", None)
+        scored = len(values) if isinstance(values, list) else 0
+        if not isinstance(values, list) or scored != len(token_ids):
             raise EvaluationError(
-                f"{self._target.url}: scores {len(values or ())} of {len(token_ids)} tokens with `echo` and "
+                f"{self._target.url}: scores {scored} of {len(token_ids)} tokens with `echo` and "
                 "`logprobs`; the loss needs an endpoint that scores prompts token by token"
             )
         return list(values)
@@ -179,6 +177,13 @@ class Endpoint(AbstractContextManager["Endpoint"]):
         except openai.APIStatusError as error:
             raise EvaluationError(f"{subject}: {url} answers {error.status_code}: {_told(error)}") from error
         except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
+            raise self._unknown_answer() from error
+
+    def _of_choice(self, answer: Any, *names: str) -> Any:
+        """A field of the first choice. The client builds answers of whatever it is sent, unchecked."""
+        try:
+            return reduce(getattr, names, answer.choices[0])
+        except (AttributeError, IndexError, TypeError) as error:
             raise self._unknown_answer() from error
 
     def _unknown_answer(self) -> EvaluationError:

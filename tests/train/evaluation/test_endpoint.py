@@ -72,6 +72,15 @@ def test_an_endpoint_that_scores_otherwise_is_refused(logprobs: list[float | Non
         tokens_scored(endpoint, [1, 2, 3])
 
 
+@pytest.mark.parametrize("logprobs", ["x", {"token_logprobs": "abc"}])
+def test_scores_that_are_no_numbers_are_refused(logprobs: object) -> None:
+    with (
+        answering(lambda body: (200, {"choices": [{"logprobs": logprobs}]})) as endpoint,
+        pytest.raises(EvaluationError, match="scores 0 of 3 tokens"),
+    ):
+        tokens_scored(endpoint, [1, 2, 3])
+
+
 def failure(message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "t", "param": None, "code": None}}
 
@@ -85,6 +94,10 @@ def failure(message: str) -> dict[str, Any]:
         ((400, failure("too long")), r"'what\?': http.* answers 400: too long"),
         ((200, "<html>hello"), "not as OpenAI's API does"),
         ((200, {"choices": []}), "not as OpenAI's API does"),
+        ((200, {"choices": [None]}), "not as OpenAI's API does"),
+        ((200, {"choices": [{}]}), "not as OpenAI's API does"),
+        ((200, {"choices": [{"message": "hello"}]}), "not as OpenAI's API does"),
+        ((200, {"choices": [{"message": {"content": [{"text": "hello"}]}}]}), "not as OpenAI's API does"),
         ((200, []), "not as OpenAI's API does"),
         ((200, {"hello": 1}), "not as OpenAI's API does"),
     ],
