@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -13,6 +14,10 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.low_freq_factor < self.high_freq_factor < math.inf and 1 <= self.factor < math.inf):
+            raise ValueError(f"{self} is no rotation; it needs 0 < low < high < inf and 1 <= factor < inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +44,5 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise ValueError(f"rms_norm_eps {self.rms_norm_eps} is not a positive, finite number")

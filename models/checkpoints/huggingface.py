@@ -128,7 +128,7 @@ class _Rope(BaseModel):
     factor: float | None = Field(None, ge=1)
     low_freq_factor: float | None = Field(None, gt=0)
     high_freq_factor: float | None = Field(None, gt=0)
-    original_max_position_embeddings: int | None = Field(None, gt=0)
+    original_max_position_embeddings: int | None = Field(None, gt=0, lt=1 << 31)
 
     @model_validator(mode="after")
     def _known_and_complete(self) -> Self:

@@ -100,6 +100,11 @@ class _Params(BaseModel):
             return 131072
         return 8192 if self.rope_theta >= 500000 else 2048
 
+    def scaling(self) -> RopeScaling | None:
+        if self.rope_scaling_factor is None or not self.use_scaled_rope:
+            return None
+        return RopeScaling(self.rope_scaling_factor, 1.0, self.high_freq_factor, 8192)
+
 
 def _shard_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("consolidated.*.pth"))
@@ -148,9 +153,6 @@ def _config(folder: Path, params: _Params, named: dict[str, Entry]) -> ModelConf
     for name in ("embed.weight", "layers.0.w1.weight"):
         if name not in named or len(named[name].shape) != 2:
             raise CheckpointError(f"{folder}: {NAMES.original(name)} missing; fetch the checkpoint again")
-    scaling = None
-    if params.rope_scaling_factor is not None and params.use_scaled_rope:
-        scaling = RopeScaling(params.rope_scaling_factor, 1.0, params.high_freq_factor, 8192)
     try:
         return ModelConfig(
             vocab_size=named["embed.weight"].shape[0],
@@ -164,7 +166,7 @@ def _config(folder: Path, params: _Params, named: dict[str, Entry]) -> ModelConf
             rope_theta=params.rope_theta,
             max_position_embeddings=params.context(),
             tie_word_embeddings="lm_head.weight" not in named,
-            rope_scaling=scaling,
+            rope_scaling=params.scaling(),
         )
     except ValueError as error:
         raise CheckpointError(

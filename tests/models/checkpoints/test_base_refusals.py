@@ -143,6 +143,20 @@ def test_weights_missing_altogether(folder: Path) -> None:
     refuse(folder, "holds no weights")
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_llama3_scaling_is_accepted(folder: Path) -> None:
+    change_config(folder, rope_scaling=LLAMA3)
+    assert open_base(folder).config.rope_scaling is not None
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -154,6 +168,14 @@ def test_weights_missing_altogether(folder: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "GGUF"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "linear"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, ["low < high"]),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": float("inf")}}, ["low < high"]),
+        ({"rope_scaling": LLAMA3 | {"factor": float("inf")}}, ["factor < inf"]),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10**400}},
+            ["original_max_position_embeddings"],
+        ),
+        ({"rms_norm_eps": float("inf")}, ["rms_norm_eps inf"]),
         ({"rope_theta": "many"}, ["rope_theta"]),
         ({"rope_theta": -1}, ["rope_theta"]),
         ({"hidden_size": None}, ["hidden_size"]),
@@ -275,6 +297,11 @@ def test_meta_shards_of_two_models(tmp_path: Path) -> None:
         ({"n_layers": 10**8}, ["n_layers"]),
         ({"use_scaled_rope": True}, ["rope_scaling_factor", "8 for Llama 3.1"]),
         ({"n_kv_heads": 3}, ["num_kv_heads 3"]),
+        ({"norm_eps": float("inf")}, ["rms_norm_eps inf"]),
+        (
+            {"use_scaled_rope": True, "rope_scaling_factor": 8, "high_freq_factor": 1},
+            ["high_freq_factor=1.0", "low < high"],
+        ),
     ],
 )
 def test_params_json(tmp_path: Path, params: dict[str, object], words: list[str]) -> None:
