@@ -12,13 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from models.checkpoints.fields import read_json
-from models.checkpoints.torch_files import first_line, load_pickle
+from models.checkpoints.torch_files import check_dense, first_line, load_pickle
 from models.errors import CheckpointError
 
 _WEIGHTS_OF_FOLDER = (
@@ -132,10 +131,7 @@ def _checked(path: Path, model: object) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {key!r} is a {type(value).__name__}, not a tensor; save the tensors alone"
             )
-        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-            raise CheckpointError(
-                f"{path}: {key} is {value.layout} on {value.device}; save it as a plain dense tensor"
-            )
+        check_dense(path, key, value)
         # Multimodal training checkpoints call the base `llma`; extracted files say `llama`.
         name = ".".join("llama" if part == "llma" else part for part in key.split("."))
         if name in tensors:

@@ -49,7 +49,18 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{file}: {key!r} is a {type(value).__name__}, not a tensor; use a file of weights alone"
             )
+        check_dense(file, key, value)
     return state
+
+
+def check_dense(file: Path, key: str, tensor: Tensor) -> None:
+    """Raises CheckpointError for what a pickle may also bring: sparse, nested, quantised, without values."""
+    kind = "nested" if tensor.is_nested else f"{tensor.dtype} in {tensor.layout}"
+    strided = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    if not strided or tensor.device.type != "cpu":
+        raise CheckpointError(
+            f"{file}: {key} is {kind} on {tensor.device}; save it as a plain dense tensor of floats"
+        )
 
 
 def load_pickle(file: Path, *, legacy: bool = False) -> object:

@@ -256,6 +256,20 @@ def test_pickle_of_something_else(folder: Path, value: object) -> None:
     refuse(folder, "pytorch_model.bin", "not")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "change",
+    [Tensor.to_sparse, lambda w: w.to("meta"), lambda w: torch.nested.nested_tensor([w])],
+    ids=["sparse", "meta", "nested"],
+)
+def test_tensors_of_a_pickle_that_are_not_dense(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
+    write_meta(tmp_path, random_weights(), TINY)
+    file, key = tmp_path / "consolidated.00.pth", "tok_embeddings.weight"
+    state = torch.load(file, weights_only=True)
+    torch.save(state | {key: change(state[key])}, file)
+    refuse(tmp_path, "consolidated.00.pth", key, "dense")
+
+
 @pytest.mark.parametrize("size", [0, 10, 2000, -1000])
 def test_truncated_meta_shard(tmp_path: Path, size: int) -> None:
     write_meta(tmp_path, random_weights(), TINY, shards=2)

@@ -173,12 +173,19 @@ def test_a_storage_that_claims_more_than_its_record_is_refused(tmp_path: Path):
         (PROMPT, torch.zeros(9, 4, 12), "has shape .* not 2 axes"),
         (PROMPT, torch.zeros(0, 48), "has shape .* at least 1"),
         (PROMPT, torch.zeros(9, 48).to_sparse(), "sparse"),
+        (PROMPT, torch.zeros(9, 48, device="meta"), "meta"),
         (PROMPT, [1.0, 2.0], "is a list, not a tensor"),
         (7, torch.zeros(1), "7 is a Tensor"),
     ],
 )
 def test_wrong_contents_are_named(tmp_path: Path, key: str, value: object, match: str):
     refuse(saved({**tensors(), key: value}, tmp_path / "x.pth"), match)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_named(tmp_path: Path):
+    nested = torch.nested.nested_tensor([torch.zeros(9, 48)])
+    refuse(saved({**tensors(), PROMPT: nested}, tmp_path / "x.pth"), r"adapter_query\.weight .*dense")
 
 
 @pytest.mark.parametrize(
