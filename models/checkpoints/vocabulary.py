@@ -74,9 +74,19 @@ def _read_backend(file: Path) -> Tokenizer:
         backend = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception for every kind of damage
         raise CheckpointError(f"{file}: not a tokenizer ({error}); fetch it again") from error
+    _check_ids(file, backend)
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _check_ids(file: Path, backend: Tokenizer) -> None:
+    """`tokenizers` asks for memory for each id up to the greatest, and ends the process if there is none."""
+    ids = backend.get_vocab().values()
+    greatest = max(ids, default=0)
+    if greatest >= 1 << 24 or len(set(ids)) < len(ids):
+        fault = f"a token has the id {greatest}" if greatest >= 1 << 24 else "two tokens share an id"
+        raise CheckpointError(f"{file}: {fault}, as in no sound vocabulary; fetch it again")
 
 
 def _of_folder(folder: Path, backend: Tokenizer) -> Vocabulary:

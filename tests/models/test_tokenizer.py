@@ -359,6 +359,17 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, byte_level: Path) -> No
     refuse(tmp_path, "WordPiece", "belongs to the base")
 
 
+@pytest.mark.parametrize(("id", "words"), [(1 << 24, "id 16777216"), (3, "share an id")])
+def test_ids_that_no_vocabulary_has_are_refused(
+    tmp_path: Path, byte_level: Path, id: int, words: str
+) -> None:
+    """The library asks for memory for every id up to the greatest, and ends the process if there is none."""
+    spec = json.loads((byte_level / "tokenizer.json").read_text())
+    spec["model"]["vocab"]["odd one"] = id
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    refuse(tmp_path, "tokenizer.json", words, "fetch it again")
+
+
 def test_a_chat_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
     write_byte_level(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
