@@ -27,9 +27,10 @@ def accessing(path: Path, verb: str = "read") -> Iterator[None]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A file that holds one JSON object. Raises CheckpointError for any other."""
+    """A file that holds one JSON object of valid Unicode. Raises CheckpointError for any other."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # an escape may be half of a surrogate pair
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):

@@ -165,6 +165,6 @@ def _chat_template(folder: Path, tokenizer: dict[str, Any]) -> str | None:
             raise CheckpointError(f"{file}: cannot be read ({error}); fetch it again") from error
     template = tokenizer.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None

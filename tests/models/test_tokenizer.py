@@ -311,6 +311,7 @@ def test_half_a_surrogate_pair_is_the_callers_mistake(tokenizer: Tokenizer) -> N
             {
                 "tokenizer_config.json": {
                     "chat_template": [
+                        {"name": ["odd"], "template": "o"},
                         {"name": "tool_use", "template": "t"},
                         {"name": "default", "template": "d"},
                     ]
@@ -392,6 +393,19 @@ def test_a_piece_that_is_a_book_is_refused(tmp_path: Path, sentencepiece_file: P
     file = tmp_path / "tokenizer.model"
     file.write_bytes(proto.SerializeToString())
     refuse(file, "200000 characters, of at most 1000", "belongs to the base")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("tokenizer_config.json", {"bos_token": "\ud800"}),
+        ("added_tokens.json", {"\ud800": 400}),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path, name: str, values: dict[str, object]) -> None:
+    write_byte_level(tmp_path)
+    (tmp_path / name).write_text(json.dumps(values))
+    refuse(tmp_path, name, "cannot be read as JSON", "fetch it again")
 
 
 def test_special_token_outside_the_vocabulary_is_refused(byte_level: Path, tmp_path: Path) -> None:
