@@ -44,5 +44,9 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+        if not 1 <= self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta {self.rope_theta} is below 1; frequencies would grow without end")
+        if self.max_position_embeddings > 1 << 24:  # for each of which vLLM keeps a rotation
+            raise ValueError(f"max_position_embeddings {self.max_position_embeddings} is over {1 << 24}")
         if not 0 < self.rms_norm_eps < math.inf:
             raise ValueError(f"rms_norm_eps {self.rms_norm_eps} is not a positive, finite number")

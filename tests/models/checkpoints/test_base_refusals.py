@@ -178,6 +178,8 @@ def test_llama3_scaling_is_accepted(folder: Path) -> None:
         ({"rms_norm_eps": float("inf")}, ["rms_norm_eps inf"]),
         ({"rope_theta": "many"}, ["rope_theta"]),
         ({"rope_theta": -1}, ["rope_theta"]),
+        ({"rope_theta": 1e-300}, ["rope_theta 1e-300"]),
+        ({"max_position_embeddings": 10**30}, ["max_position_embeddings", "over 16777216"]),
         ({"hidden_size": None}, ["hidden_size"]),
         ({"num_hidden_layers": 10**9}, ["num_hidden_layers"]),
         ({"num_key_value_heads": 3}, ["num_kv_heads 3"]),
@@ -312,6 +314,7 @@ def test_meta_shards_of_two_models(tmp_path: Path) -> None:
         ({"use_scaled_rope": True}, ["rope_scaling_factor", "8 for Llama 3.1"]),
         ({"n_kv_heads": 3}, ["num_kv_heads 3"]),
         ({"norm_eps": float("inf")}, ["rms_norm_eps inf"]),
+        ({"max_position_embeddings": 10**30}, ["max_position_embeddings", "over 16777216"]),
         (
             {"use_scaled_rope": True, "rope_scaling_factor": 8, "high_freq_factor": 1},
             ["high_freq_factor=1.0", "low < high"],
