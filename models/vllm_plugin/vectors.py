@@ -72,7 +72,8 @@ class Tuned:
     def _rows(self, start: int, end: int) -> Tensor:
         assert self.step.own_N1 is not None
         rows: Tensor = self.flat_SF[:, start:end][self.step.slot_N]
-        return rows * self.step.own_N1
+        # Chosen, not multiplied: another's may have overflowed, and infinity times 0 is NaN.
+        return torch.where(self.step.own_N1, rows, 0)
 
 
 def base_spec(config: Any) -> BaseSpec:
