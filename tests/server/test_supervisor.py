@@ -135,10 +135,10 @@ def test_a_killed_supervisor_leaves_no_orphans(base: Path) -> None:
         assert not alive
 
 
-def failing(*arguments: str) -> str:
-    """What `serve` says when it cannot start; exit code 1 and no traceback are checked."""
+def failing(*arguments: str, code: int = 1) -> str:
+    """What `serve` says when it cannot start; its exit code and that there is no traceback are checked."""
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
@@ -163,7 +163,7 @@ def test_what_the_supervisor_itself_can_see_fails_at_once(base: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert "in use" in failing("--base", str(base), "--port", port)
-    assert "--max-num-seqs" in failing("--base", str(base), "--max-num-seqs", "0")
+    assert "--max-num-seqs" in failing("--base", str(base), "--max-num-seqs", "0", code=2)
     assert "--adapter-dir" in failing("--base", str(base), "--adapter-dir", "/nowhere")
     assert "known" in failing("--base", "no-such-model")
 
