@@ -251,7 +251,7 @@ def main(
 
     from models.pull import resolve_base
 
-    base = resolve_base("smollm2-135m", default_cache_dir().expanduser())
+    base = resolve_base("smollm2-135m", default_cache_dir())
     output.mkdir(parents=True, exist_ok=True)
     load = Load(
         rounds=3 if quick else rounds,

@@ -177,9 +177,7 @@ def main(
     from models.pull import resolve_base
 
     if error:
-        print(
-            error_table(resolve_base("smollm2-135m", default_cache_dir().expanduser()), text_tokens, window)
-        )
+        print(error_table(resolve_base("smollm2-135m", default_cache_dir()), text_tokens, window))
     if speed:
         print(speed_table(rounds, tokens, threads))
 

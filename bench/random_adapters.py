@@ -61,7 +61,7 @@ def main(
     kind: Annotated[Kind, typer.Option(help="what they tune")] = Kind.v1,
     count: Annotated[int, typer.Option(help="how many")] = 1,
 ) -> None:
-    spec = base_spec(open_base(resolve_base(base, default_cache_dir().expanduser())).config)
+    spec = base_spec(open_base(resolve_base(base, default_cache_dir())).config)
     for number in range(count):
         torch.manual_seed(number)
         adapter = Adapter(config(kind, spec))

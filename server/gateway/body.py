@@ -15,6 +15,15 @@ def inconsistent(field: str, message: LiteralString) -> PydanticCustomError:
     return PydanticCustomError(INCONSISTENT, message, {"field": field})
 
 
+def type_tag(thing: Any, otherwise: str | None = None) -> str | None:
+    """For a discriminator: the `type` of a dictionary or an instance; `otherwise` if a dictionary has none.
+
+    In brackets, lest it is taken for a field's name where an error says its place.
+    """
+    kind = thing.get("type", otherwise) if isinstance(thing, dict) else getattr(thing, "type", None)
+    return f"<{kind}>" if isinstance(kind, str) else None
+
+
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 

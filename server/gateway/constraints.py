@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.gateway.body import Body, inconsistent
+from server.gateway.body import Body, inconsistent, type_tag
 from server.worker.messages import Grammar, ToolSchema
 
 MAX_TOOLS = 128
@@ -102,11 +102,11 @@ class AllowedChoice(Body):
     allowed_tools: AllowedTools
 
 
-def _kind_of_choice(choice: Any) -> str:
+def choice_tag(choice: Any) -> str:
+    """For a discriminator: a word, tools that are allowed, or one tool."""
     if isinstance(choice, str):
         return "<word>"
-    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
-    return "<allowed>" if kind == "allowed_tools" else "<tool>"
+    return "<allowed>" if type_tag(choice) == "<allowed_tools>" else "<tool>"
 
 
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
@@ -114,7 +114,7 @@ ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<word>")]
     | Annotated[ChosenTool, Tag("<tool>")]
     | Annotated[AllowedChoice, Tag("<allowed>")],
-    Discriminator(_kind_of_choice),
+    Discriminator(choice_tag),
 ]
 
 

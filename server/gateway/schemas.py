@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.gateway.body import Body, inconsistent
+from server.gateway.body import Body, inconsistent, type_tag
 from server.gateway.constraints import ResponseFormat, ToolChoice, Tools, check_choice, grammar
 from server.worker.messages import ChatMessage, Grammar, SamplingParams, ToolCall
 
@@ -30,6 +30,8 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Strings = Annotated[list[str], Field(fail_fast=True)]
 Experts = Literal["auto"] | Strings
+# Of an image. Has no effect: experts and encoders choose their own size.
+Detail = Literal["auto", "low", "high", "original"]
 
 
 def at_most(limit: int) -> BeforeValidator:
@@ -147,8 +149,7 @@ class RefusalPart(Body):
 
 class ImageUrl(Body):
     url: str = Field(min_length=1)
-    # Has no effect: experts and encoders choose their own size.
-    detail: Literal["auto", "low", "high", "original"] | None = None
+    detail: Detail | None = None
 
 
 class ImagePart(Body):
@@ -156,17 +157,12 @@ class ImagePart(Body):
     image_url: ImageUrl
 
 
-def _part_type(part: Any) -> str | None:
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return f"<{kind}>" if isinstance(kind, str) else None  # brackets: a tag, not a field's name
-
-
 Part = Annotated[
     Annotated[TextPart, Tag("<text>")]
     | Annotated[ImagePart, Tag("<image_url>")]
     | Annotated[RefusalPart, Tag("<refusal>")],
     Discriminator(
-        _part_type,
+        type_tag,
         custom_error_type="part_type",
         custom_error_message="a part's `type` must be text or image_url",
     ),

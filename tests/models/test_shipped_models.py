@@ -60,10 +60,10 @@ def test_an_adapter_is_small_and_loads(folder: Path):
 @pytest.mark.weights
 @adapters
 def test_an_adapter_is_of_the_base_that_is_served(folder: Path):
-    base = read_base(resolve_base("smollm2-135m", default_cache_dir().expanduser()))
+    base = read_base(resolve_base("smollm2-135m", default_cache_dir()))
     assert verify(folder, base)["verified"] == "values and base"
 
 
 @pytest.mark.weights
 def test_the_sizes_above_are_the_base_s():
-    assert read_base(resolve_base("smollm2-135m", default_cache_dir().expanduser())).config == SMOLLM2
+    assert read_base(resolve_base("smollm2-135m", default_cache_dir())).config == SMOLLM2

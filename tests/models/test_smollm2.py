@@ -27,7 +27,7 @@ CODE = "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonac
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return pull("smollm2-135m", default_cache_dir().expanduser())
+    return pull("smollm2-135m", default_cache_dir())
 
 
 def logits(base: Llama, ids: list[int]) -> torch.Tensor:

@@ -53,7 +53,7 @@ async def test_two_copies_share_the_requests(folder: Path, monkeypatch: pytest.M
 
 @pytest.mark.weights
 def test_smollm_answers_as_in_the_native_engine(tmp_path: Path) -> None:
-    base = resolve_base("smollm2-135m", default_cache_dir().expanduser())
+    base = resolve_base("smollm2-135m", default_cache_dir())
     deployment = Deployment(base, tmp_path)
     spec = base_spec(deployment.base.config)
     config = AdapterConfig(base=spec, prompt=PromptConfig(length=10, layers=tuple(range(2, 30))))

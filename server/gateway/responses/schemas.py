@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from server.gateway.body import Body, inconsistent
+from server.gateway.body import Body, inconsistent, type_tag
 from server.gateway.constraints import (
     MAX_TOOLS,
     AllowedChoice,
@@ -22,11 +22,13 @@ from server.gateway.constraints import (
     Tool,
     ToolChoice,
     check_choice,
+    choice_tag,
     grammar,
 )
 from server.gateway.schemas import (
     MAX_TOKENS,
     MAX_TOP_LOGPROBS,
+    Detail,
     Experts,
     RefusalPart,
     Sampled,
@@ -49,17 +51,7 @@ class TextPart(Body):
 class ImagePart(Body):
     type: Literal["input_image"]
     image_url: str = Field(min_length=1)
-    # Has no effect: experts and encoders choose their own size.
-    detail: Literal["auto", "low", "high", "original"] | None = None
-
-
-def _tag(thing: Any, otherwise: str | None = None) -> str | None:
-    kind = thing.get("type", otherwise) if isinstance(thing, dict) else getattr(thing, "type", None)
-    return f"<{kind}>" if isinstance(kind, str) else None  # brackets: a tag, not a field's name
-
-
-def _item_tag(item: Any) -> str | None:
-    return _tag(item, otherwise="message")
+    detail: Detail | None = None
 
 
 TextParts = Annotated[list[TextPart], Field(fail_fast=True)]
@@ -69,7 +61,7 @@ Part = Annotated[
     | Annotated[ImagePart, Tag("<input_image>")]
     | Annotated[RefusalPart, Tag("<refusal>")],
     Discriminator(
-        _tag,
+        type_tag,
         custom_error_type="part_type",
         custom_error_message="a part's `type` must be input_text, output_text or input_image",
     ),
@@ -113,6 +105,10 @@ class FunctionOutputItem(Body):
     @property
     def text(self) -> str:
         return self.output if isinstance(self.output, str) else "\n".join(part.text for part in self.output)
+
+
+def _item_tag(item: Any) -> str | None:
+    return type_tag(item, otherwise="message")
 
 
 Item = Annotated[
@@ -169,12 +165,6 @@ class AllowedFunctions(Repeated):
         return AllowedChoice(type="allowed_tools", allowed_tools=tools)
 
 
-def _choice_tag(choice: Any) -> str:
-    if isinstance(choice, str):
-        return "<word>"
-    return "<allowed>" if _tag(choice) == "<allowed_tools>" else "<function>"
-
-
 class TextFormat(Repeated):
     type: Literal["text", "json_object", "json_schema"]
     name: Name | None = None
@@ -227,9 +217,9 @@ class ResponseRequest(Sampled):
     tool_choice: (
         Annotated[
             Annotated[Literal["none", "auto", "required"], Tag("<word>")]
-            | Annotated[FunctionChoice, Tag("<function>")]
+            | Annotated[FunctionChoice, Tag("<tool>")]
             | Annotated[AllowedFunctions, Tag("<allowed>")],
-            Discriminator(_choice_tag),
+            Discriminator(choice_tag),
         ]
         | None
     ) = None

@@ -91,7 +91,7 @@ def test_the_embedded_base_keeps_its_logits(bits: Bits, mean: float, same: float
     from models.pull import pull
     from models.tokenizer import load_tokenizer
 
-    folder = pull("smollm2-135m", default_cache_dir().expanduser())
+    folder = pull("smollm2-135m", default_cache_dir())
     ids = load_tokenizer(folder).encode(Path("docs/design.md").read_text())[:256]
     base = load_base(folder, torch.float32)[0]
     expected = base.logits(base(torch.tensor(ids), torch.arange(len(ids)), DenseAttend(1)))
