@@ -29,3 +29,5 @@ class Body(BaseModel):
 
     # field → the values that ask for nothing; anything else is a 400
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    # where one of these has another name here, that
+    INSTEAD: ClassVar[dict[str, str]] = {}

@@ -113,8 +113,11 @@ def parse(schema: type[Schema], raw: bytes) -> Schema:
         raise _refusal(_most_telling(error)) from None
     for name, harmless in schema.UNSUPPORTED.items():
         if (body.model_extra or {}).get(name) not in harmless:
+            instead = schema.INSTEAD.get(name)
             raise InvalidRequest(
-                f"{name} is not supported by this server; leave it out.",
+                f"{name} is not a field of this route; send {instead}."
+                if instead
+                else f"{name} is not supported by this server; leave it out.",
                 param=name,
                 code="unsupported_parameter",
             )

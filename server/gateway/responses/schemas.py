@@ -39,8 +39,16 @@ from server.worker.messages import ChatMessage, Grammar, SamplingParams, ToolCal
 
 _LOGPROBS = "message.output_text.logprobs"
 
-# The worker's words for fields, which are chat's, and the field here that is at fault.
-CHAT_NAMES = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
+# Chat's names of fields, which are the worker's too, and what they are called here.
+CHAT_NAMES = {
+    "messages": "input",
+    "response_format": "text.format",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "logprobs": f'include: ["{_LOGPROBS}"]',
+}
 
 
 class TextPart(Body):
@@ -202,7 +210,16 @@ class ResponseRequest(Sampled):
         "moderation": (None,),
         "image": (None,),
         "access_programs": (None,),
+        "messages": (None, []),
+        "response_format": (None, {"type": "text"}),
+        "max_tokens": (None,),
+        "max_completion_tokens": (None,),
+        "functions": (None, []),
+        "function_call": (None, "none", "auto"),
+        "logprobs": (None, False),
+        "n": (None, 1),
     }
+    INSTEAD: ClassVar[dict[str, str]] = CHAT_NAMES
     ID_BEGINS: ClassVar[str] = "resp_"
     CONVERSATION: ClassVar[str] = "input"
     n: ClassVar[None] = None  # there is one answer

@@ -416,6 +416,34 @@ async def test_numbers_that_json_cannot_hold_are_refused_or_left_out(gateway: St
         assert "size" not in heard.text
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "advice"),
+    [
+        ("max_tokens", 5, "send max_output_tokens."),
+        ("max_completion_tokens", 5, "send max_output_tokens."),
+        ("response_format", {"type": "json_object"}, "send text.format."),
+        ("messages", [{"role": "user", "content": "Hi"}], "send input."),
+        ("functions", [NOW], "send tools."),
+        ("function_call", {"name": "now"}, "send tool_choice."),
+        ("logprobs", True, 'send include: ["message.output_text.logprobs"].'),
+        ("n", 2, "leave it out."),
+    ],
+)
+async def test_what_chat_calls_otherwise_is_refused(
+    gateway: Stack, field: str, value: Any, advice: str
+) -> None:
+    response = await ask(gateway, **{field: value})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", field)
+    assert error["message"].endswith(advice)
+
+
+async def test_what_chat_calls_otherwise_may_ask_for_nothing(gateway: Stack) -> None:
+    nothing = {"max_tokens": None, "n": 1, "logprobs": False, "response_format": {"type": "text"}}
+    assert (await ask(gateway, **nothing)).status_code == 200
+
+
 async def test_images_that_nobody_would_see(gateway: Stack) -> None:
     refused = await ask(gateway, [{"role": "user", "content": [IMAGE]}])
     assert refused.status_code == 400
