@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from PIL import Image
+
+from train import main
 
 WORDS = ("river", "stone", "lantern", "copper", "winter", "market", "engine", "garden")
 
@@ -61,3 +64,8 @@ def text_recipe(base: Path, output: Path, data: Path, **sections: Any) -> dict[s
 def write_recipe(file: Path, recipe: dict[str, Any]) -> str:
     file.write_text(yaml.safe_dump(recipe))
     return str(file)
+
+
+def train(recipe: str, overrides: Sequence[str] = ()) -> None:
+    """Train with a cache of the test's own, beside the recipe."""
+    main.train(recipe, overrides, Path(recipe).parent / "cache")

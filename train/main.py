@@ -1,12 +1,11 @@
 """The train job: parse, build, train, save, close.
 
 llama-adapter train RECIPE.yaml [key=value …]
-torchrun --nproc-per-node 2 -m train.main RECIPE.yaml [key=value …]
+torchrun --nproc-per-node 2 --no-python llama-adapter train RECIPE.yaml [key=value …]
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,6 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from models.checkpoints.native import save_adapter
-from models.errors import ModelError
 from train.build import build
 from train.errors import Interrupted, TrainError
 from train.log import open_log
@@ -26,10 +24,9 @@ from train.recipe import Recipe, load_recipe
 from train.report import write_report
 
 _KEPT, _GO_ON = "what was saved before is kept", "go on with resume=true"
-DEFAULT_CACHE = Path("~/.cache/llama-adapter")
 
 
-def train(recipe_name: str, overrides: Sequence[str] = (), cache_dir: Path = DEFAULT_CACHE) -> None:
+def train(recipe_name: str, overrides: Sequence[str], cache_dir: Path) -> None:
     """Train by a recipe. A signal saves and returns. Raises ModelError, which says what to do."""
     recipe = load_recipe(recipe_name, overrides)
     console = new_console()
@@ -72,7 +69,7 @@ def train_one(
 
 
 def _run(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSignal, console: Console) -> bool:
-    run = build(recipe, cache_dir.expanduser(), processes, stop, console)
+    run = build(recipe, cache_dir, processes, stop, console)
     start, total = run.trainer.finished_steps, len(run.plan)
     if not processes.first:
         return run.train(stop, None)
@@ -87,12 +84,3 @@ def _run(recipe: Recipe, cache_dir: Path, processes: Processes, stop: StopSignal
     report = write_report(recipe.output, recipe, run.dtype, run.adapter, run.groups.num_trained, summaries)
     console.print(f"{recipe.output / 'adapter'} and {report}")
     return True
-
-
-if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m train.main RECIPE.yaml [key=value …]")
-    try:
-        train(sys.argv[1], sys.argv[2:])
-    except ModelError as error:
-        sys.exit(f"error: {error}")

@@ -12,15 +12,13 @@ from rich.console import Console
 
 from train.build import RECIPE, WHERE, check_same
 from train.errors import TrainError
-from train.main import DEFAULT_CACHE, new_console, train_one
+from train.main import new_console, train_one
 from train.processes import Processes, StopSignal, join, stop_signal
 from train.study import StudyRun, load_study, plan_runs
 from train.study_report import read_result, write_study_report
 
 
-def run_study(
-    name: str, overrides: Sequence[str] = (), output: Path | None = None, cache_dir: Path = DEFAULT_CACHE
-) -> None:
+def run_study(name: str, overrides: Sequence[str], output: Path | None, cache_dir: Path) -> None:
     """Train every variant, then report. A signal saves and returns; the same call goes on.
 
     Raises ModelError, which says what to do.

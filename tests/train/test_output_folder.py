@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_files import write_lines
+from train_files import train, write_lines
 
 from models.adapter import Adapter
 from train import main
@@ -18,7 +18,6 @@ from train.checkpoints import Checkpoints
 from train.data.store import remove_stores
 from train.errors import TrainError
 from train.log import read_log
-from train.main import train
 from train.output import claimed, write_whole
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from train_files import train
 
 from train.forward import Forward
 from train.log import read_log
-from train.main import train
 
 pytestmark = pytest.mark.long
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 from tiny_base import write_tiny_base
-from train_files import text_recipe, write_recipe
+from train_files import text_recipe, train, write_recipe
 from typer.testing import CliRunner
 
 from models.checkpoints.manifest import read_manifest
@@ -36,6 +37,11 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "deep"
     write_tiny_base(folder, num_layers=30)
     return folder
+
+
+def conduct(name: str, overrides: Sequence[str], output: Path) -> None:
+    """A study with a cache of the test's own."""
+    run_study(name, overrides, output, output.parent / "cache")
 
 
 def shrunk(study: Study, base: Path, instructions: Path, captions: Path) -> list[str]:
@@ -165,7 +171,7 @@ def write_study(folder: Path, study: dict[str, Any]) -> str:
 
 def test_prompts_without_gates(study: dict[str, Any], tmp_path: Path):
     """`ones` stay what they are, and act from the beginning."""
-    run_study(write_study(tmp_path, study), (), tmp_path / "out")
+    conduct(write_study(tmp_path, study), (), tmp_path / "out")
     assert (weights(tmp_path / "out" / "ones" / "seed-0")["gate"] == 1).all()
     first = {
         name: read_log(tmp_path / "out" / name / "seed-0")[0]["held_out"]["instruct"]
@@ -176,12 +182,12 @@ def test_prompts_without_gates(study: dict[str, Any], tmp_path: Path):
 
 def test_a_repeated_study_trains_what_is_missing_only(study: dict[str, Any], tmp_path: Path):
     output = tmp_path / "out"
-    run_study(write_study(tmp_path, study), (), output)
+    conduct(write_study(tmp_path, study), (), output)
     logs = {file: file.stat().st_mtime_ns for file in output.glob("*/*/log.jsonl")}
     assert len(logs) == 3
     study["seeds"] = [0, 7]
     study["variants"]["raw"] = {"what": "raw gates", "overrides": ["adapter.gate.activation=raw"]}
-    run_study(write_study(tmp_path, study), ["compute.threads=1"], output)
+    conduct(write_study(tmp_path, study), ["compute.threads=1"], output)
     assert {file: file.stat().st_mtime_ns for file in logs} == logs
     assert len(list(output.glob("*/*/log.jsonl"))) == 8
     report = (output / "report.md").read_text()
@@ -211,14 +217,14 @@ def test_an_interrupted_study_goes_on_to_the_same_bits(study: dict[str, Any], tm
             return saved
 
         patch.setattr(Checkpoints, "save", save_and_stop)
-        run_study(name, (), output)
+        conduct(name, (), output)
     assert [path.parent.parent.name for path in output.glob("*/*/report.md")] == ["zeros"]
     assert [line["step"] for line in read_log(output / "normal" / "seed-0")][-1] == 4
     assert not (output / "ones").exists()
     assert not (output / "report.md").exists()
-    run_study(name, (), output)
+    conduct(name, (), output)
     assert (output / "report.md").is_file()
-    run_study(name, (), tmp_path / "whole")
+    conduct(name, (), tmp_path / "whole")
     for variant in study["variants"]:
         parts, whole = (weights(folder / variant / "seed-0") for folder in (output, tmp_path / "whole"))
         assert all(torch.equal(parts[key], whole[key]) for key in whole)
@@ -235,28 +241,28 @@ def test_a_signal_in_the_last_step_loses_no_measure(study: dict[str, Any], tmp_p
             return save(self, step, *rest)
 
         patch.setattr(Checkpoints, "save", stop_and_save)
-        run_study(name, (), output)
+        conduct(name, (), output)
     assert not (output / "zeros" / "seed-0" / "report.md").exists()
     assert not (output / "normal").exists()
-    run_study(name, (), output)
+    conduct(name, (), output)
     assert read_log(output / "zeros" / "seed-0")[-1].keys() >= {"step", "held_out"}
     assert (output / "report.md").is_file()
 
 
 def test_trainings_of_another_recipe_are_not_mixed(study: dict[str, Any], tmp_path: Path):
     name, output = write_study(tmp_path, study), tmp_path / "out"
-    run_study(name, (), output)
+    conduct(name, (), output)
     for changed in ("optimizer.lr=0.02", "keep.evaluate_rows=3"):
         key = changed.partition("=")[0].replace(".", r"\.")
         with pytest.raises(TrainError, match=rf"zeros/seed-0/recipe\.yaml: .* {key} changed"):
-            run_study(name, [changed], output)
+            conduct(name, [changed], output)
 
 
 def test_nothing_held_out_is_said_after_the_first_training(study: dict[str, Any], tmp_path: Path):
     with pytest.raises(
         TrainError, match=r"zeros.*no row of 'instruct' was held out.*data\.instruct\.holdout"
     ):
-        run_study(write_study(tmp_path, study), ["data.instruct.holdout=1e-9"], tmp_path / "out")
+        conduct(write_study(tmp_path, study), ["data.instruct.holdout=1e-9"], tmp_path / "out")
     assert not (tmp_path / "out" / "normal").exists()
 
 
@@ -289,7 +295,7 @@ def test_mistakes_in_a_study_are_named(
     study: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
 ):
     with pytest.raises(RecipeError, match=rf"gates\.yaml: .*{message}"):
-        run_study(write_study(tmp_path, study | change), (), tmp_path / "out")
+        conduct(write_study(tmp_path, study | change), (), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -308,14 +314,14 @@ def test_what_a_study_would_not_heed_is_refused(
     study: dict[str, Any], tmp_path: Path, given: str, message: str
 ):
     with pytest.raises(RecipeError, match=message):
-        run_study(write_study(tmp_path, study), [given], tmp_path / "out")
+        conduct(write_study(tmp_path, study), [given], tmp_path / "out")
 
 
 def test_a_report_that_cannot_be_written(study: dict[str, Any], tmp_path: Path):
     output = tmp_path / "out"
     (output / "report.md").mkdir(parents=True)
     with pytest.raises(TrainError, match=r"out: Is a directory; mend it and repeat the command"):
-        run_study(write_study(tmp_path, study), (), output)
+        conduct(write_study(tmp_path, study), (), output)
 
 
 def test_the_command(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -349,8 +355,6 @@ def test_the_example_in_the_docs_is_a_study(tmp_path: Path):
 
 
 def test_a_source_that_is_only_measured(tiny: Path, instructions: Path, tmp_path: Path):
-    from train.main import train
-
     recipe = text_recipe(tiny, tmp_path / "run", instructions, keep={"evaluate_every": 100})
     recipe["data"]["other"] = recipe["data"]["instruct"] | {"epochs": 0}
     train(write_recipe(tmp_path / "r.yaml", recipe), ())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_base import write_tiny_base
-from train_files import text_recipe, write_captions, write_instructions, write_recipe
+from train_files import text_recipe, train, write_captions, write_instructions, write_recipe
 
 from models.checkpoints.base import load_base
 from models.checkpoints.native import load_adapter
@@ -18,7 +18,6 @@ from train.data.batches import make_passes
 from train.data.features import live_pixels
 from train.data.store import Store
 from train.forward import Forward
-from train.main import train
 
 pytestmark = pytest.mark.long
 
@@ -101,7 +100,7 @@ async def test_served_logprobs_are_the_trained_ones(kind: str, tmp_path: Path):
             "images": str(captions.parent),
             "question": "What?",
         }
-    train(write_recipe(tmp_path / "r.yaml", recipe), cache_dir=tmp_path / "cache")
+    train(write_recipe(tmp_path / "r.yaml", recipe))
     for name in recipe["data"]:
         store = Store(tmp_path / "run" / "data" / name)
         row = int(store.train[3])

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from train_files import text_recipe, write_lines, write_recipe
+from train_files import text_recipe, train, write_lines, write_recipe
 
 from models.checkpoints.manifest import read_manifest
 from models.checkpoints.native import load_unchecked
 from train.checkpoints import Checkpoints
 from train.errors import TrainError
 from train.log import read_log
-from train.main import train
 from train.recipe import OptimizerRecipe
 from train.trainer import Trainer, learning_rate
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from train_files import text_recipe, write_instructions, write_recipe
+from train_files import text_recipe, train, write_instructions, write_recipe
 
 from models.checkpoints.manifest import read_manifest
 from models.checkpoints.native import load_unchecked
 from train.log import read_log
-from train.main import train
 
 pytestmark = pytest.mark.long
 
@@ -39,7 +38,10 @@ def start() -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def start(
-        recipe: str, overrides: list[str], world: int = 1, program: Sequence[str] = ("-m", "train.main")
+        recipe: str,
+        overrides: list[str],
+        world: int = 1,
+        program: Sequence[str] = ("-m", "server.cli", "train"),
     ) -> list[subprocess.Popen[str]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -123,7 +125,7 @@ import sys
 from pathlib import Path
 from train.main import train
 
-train(sys.argv[1], sys.argv[2:])
+train(sys.argv[1], sys.argv[2:], Path("unused"))
 threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 sys.exit(", ".join(name for name in threads if "gloo" in name or "tcpstore" in name) or 0)
 """
