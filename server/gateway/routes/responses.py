@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Annotated
@@ -22,6 +23,9 @@ from server.gateway.streaming import EventStream, sse
 from server.worker.messages import Delta, Finished, Started
 
 router = APIRouter()
+
+# In a sentence; `messages` is a word of any other, so only where it begins one as the field at fault.
+_CHAT_NAME = re.compile(r"^messages(?=: )|\b(?:max_tokens|response_format)\b")
 
 
 @router.post("/v1/responses", **documented("Response", ResponseObject, ResponseRequest, streams=True))
@@ -81,7 +85,6 @@ def _own_names() -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        if own := CHAT_NAMES.get(error.param or ""):
-            error.message = error.message.replace(f"{error.param}: ", f"{own}: ")
-            error.param = own
+        error.message = _CHAT_NAME.sub(lambda name: CHAT_NAMES[name[0]], error.message)
+        error.param = CHAT_NAMES.get(error.param or "", error.param)
         raise

@@ -451,16 +451,21 @@ async def test_images_that_nobody_would_see(gateway: Stack) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_workers_refusal_names_the_field_as_it_is_called_here(
-    gateway: Stack, worker: ScriptedWorker, stream: bool
+@pytest.mark.parametrize(
+    ("said", "param", "told", "own"),
+    [
+        ("response_format: no.", "response_format", "text.format: no.", "text.format"),
+        ("messages: lower max_tokens.", "messages", "input: lower max_output_tokens.", "input"),
+        ("Not with response_format or tools.", "ignore_eos", "Not with text.format or tools.", "ignore_eos"),
+        ("Such messages: no.", None, "Such messages: no.", None),
+    ],
+)
+async def test_a_workers_refusal_names_the_fields_as_they_are_called_here(
+    gateway: Stack, worker: ScriptedWorker, stream: bool, said: str, param: str, told: str, own: str
 ) -> None:
-    worker.refusal = InvalidRequest("response_format: no.", param="response_format", code="invalid_schema")
+    worker.refusal = InvalidRequest(said, param=param, code="invalid_schema")
     error = (await ask(gateway, stream=stream)).json()["error"]
-    assert (error["message"], error["param"], error["code"]) == (
-        "text.format: no.",
-        "text.format",
-        "invalid_schema",
-    )
+    assert (error["message"], error["param"], error["code"]) == (told, own, "invalid_schema")
 
 
 async def test_nothing_is_kept(gateway: Stack) -> None:
