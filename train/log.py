@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ class Log:
         # Without a step to go on from, what is there tells of another training, perhaps by another recipe.
         kept = [line for line in read_log(folder) if line["step"] <= start] if start else []
         self._evaluated = {line["step"] for line in kept if "held_out" in line}
-        write_whole(folder / LOG, (json.dumps(line) + "\n" for line in kept))
+        write_whole(folder / LOG, map(_line, kept))
         self._lines = (folder / LOG).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
         self._total, self._told = total, time.monotonic()
@@ -77,7 +78,7 @@ class Log:
             self._progress.console.print(f"step {step}: held-out loss {text}", highlight=False)
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.write(_line({"step": step, **values}))
         self._lines.flush()
         for name, value in _points(values):
             self._board.add_scalar(name, value, step)
@@ -98,10 +99,40 @@ def open_log(folder: Path, start: int, total: int, console: Console) -> Iterator
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """All complete lines of a log, in order."""
+    """All whole lines of a log, in order, with NaN where there was no number.
+
+    Raises TrainError for a damaged line, unless it is the last: that one is torn where the run was killed.
+    """
     file = folder / LOG
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    texts = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text, object_hook=_with_nan)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+        elif number < len(texts):
+            raise TrainError(f"{file}:{number}: is damaged; remove the line, whose numbers are lost")
+    return lines
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    """JSON has neither NaN nor infinity: null stands for both."""
+    return json.dumps(_finite(values), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in values.items()}
 
 
 def _points(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
