@@ -29,7 +29,7 @@ from train.forward import Forward
 from train.groups import Groups
 from train.log import Log
 from train.memory import keep_freed_memory
-from train.output import write_whole
+from train.output import put_in_place, write_whole
 from train.processes import Processes, StopSignal
 from train.products import multiplies_bfloat16, pack_products
 from train.recipe import ComputeRecipe, Recipe, recipe_text
@@ -291,7 +291,7 @@ def _prepare(
                 status.update(f"reading {name}: {count:,} rows")
 
         summary = prepare(name, recipe.data[name], encoder, partial, read_images, progress).summary
-    partial.replace(folder / name)
+    put_in_place(partial, folder / name)
     console.print(
         f"{name}: {summary.used:,} rows to train on, {summary.held_out:,} held out, "
         f"{summary.bad:,} bad, {summary.truncated:,} cut at {recipe.compute.max_tokens} tokens"

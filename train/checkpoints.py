@@ -6,7 +6,6 @@ half of one; older ones are removed only after that.
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import zipfile
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from models.adapter import Adapter
 from models.checkpoints.native import save_adapter
 from train.errors import TrainError
+from train.output import put_in_place
 
 _STATE = "trainer.pt"
 _PARTIAL = ".partial"
@@ -51,11 +51,11 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             save_adapter(adapter, partial)
-            _write_state(partial / _STATE, state)
+            with (partial / _STATE).open("wb") as stream:
+                torch.save(state, stream)
             if target.exists():
                 shutil.rmtree(target)
-            partial.rename(target)
-            _sync(self._folder)
+            put_in_place(partial, target)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap OSErrors
             shutil.rmtree(partial, ignore_errors=True)
             raise TrainError(
@@ -87,19 +87,3 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _write_state(file: Path, state: dict[str, Any]) -> None:
-    with file.open("wb") as stream:
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """A rename is on disk when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

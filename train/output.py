@@ -41,3 +41,19 @@ def write_whole(file: Path, parts: Iterable[str]) -> None:
         beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename a folder, whose files are on disk before its name is: a power cut leaves no half of it."""
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    partial.rename(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,5 +1,6 @@
 """An output folder: nobody's data is lost in it, no run is mixed with another, a full disk takes nothing."""
 
+import errno
 import json
 import resource
 import shutil
@@ -66,6 +67,24 @@ def test_write_whole_takes_nothing_from_a_full_disk(tmp_path: Path):
         write_whole(file, ["x" * 1000])
     assert file.read_text() == "a\nb\n"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.long
+def test_rows_that_are_not_on_disk_are_prepared_again(
+    recipe: str, run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A machine that loses power keeps what it likes of the rest: rows of zeros would be trained on."""
+
+    def broken(handle: int) -> None:
+        if "/data" in str(Path(f"/proc/self/fd/{handle}").readlink()):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", broken)
+        with pytest.raises(TrainError, match="Input/output error"):
+            train(recipe, ["optimizer.max_steps=1"])
+    assert [path.name for path in (run / "data").iterdir()] == [".instruct.partial"]
+    train(recipe, ["optimizer.max_steps=1"])
 
 
 @pytest.mark.long
