@@ -57,3 +57,9 @@ def test_parts_of_epochs_and_a_limit():
 def test_a_source_smaller_than_a_step():
     with pytest.raises(TrainError, match=r"data\.s1: has 3 rows .* lower optimizer\.batch_size"):
         plan([40, 3], 4)
+
+
+def test_many_sources():
+    """A type of 8 bits would call the 257th source 0."""
+    steps = plan([4] * 300, 4)
+    assert sorted(steps.source_of_step.tolist()) == list(range(300))

@@ -35,9 +35,9 @@ class Plan:
         self._seed = seed
         self._permutations: dict[int, tuple[int, NDArray[np.int64]]] = {}
         counts = [self._steps(source) for source in sources]
-        order = np.repeat(np.arange(len(sources), dtype=np.uint8), counts)
+        order = np.repeat(np.arange(len(sources), dtype=np.uint32), counts)
         np.random.default_rng([seed, 0]).shuffle(order)
-        self.source_of_step: NDArray[np.uint8] = order[:max_steps]
+        self.source_of_step: NDArray[np.uint32] = order[:max_steps]
 
     def __len__(self) -> int:
         return len(self.source_of_step)
