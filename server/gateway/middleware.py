@@ -41,7 +41,6 @@ from server.errors import (
 from server.gateway.auth import OPEN_PATHS
 from server.gateway.limiter import Limiter
 from server.gateway.metrics import GatewayMetrics
-from server.gateway.streaming import sse
 from server.serving import Drain
 from server.telemetry import accepted_id, request_id
 
@@ -148,15 +147,11 @@ class Errors:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun = streaming = False
+        begun = False
 
         async def watched_send(message: Message) -> None:
-            nonlocal begun, streaming
-            if message["type"] == "http.response.start":
-                begun = True
-                streaming = (
-                    Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
-                )
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
             await send(message)
 
         try:
@@ -167,16 +162,16 @@ class Errors:
             error = _as_api_error(caught)
             if not begun:
                 await _answer(error)(scope, receive, send)
-            elif streaming:
-                await _end_stream(error, send)
+            elif "last_word" in scope:  # a stream's
+                await _end_stream(scope["last_word"](error), send)
             else:
                 raise
 
 
-async def _end_stream(error: ApiError, send: Send) -> None:
+async def _end_stream(event: bytes, send: Send) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_LAST_WORD_SECONDS):
-            await send({"type": "http.response.body", "body": sse(error.body()), "more_body": False})
+            await send({"type": "http.response.body", "body": event, "more_body": False})
 
 
 def _as_api_error(error: Exception) -> ApiError:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
 from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from server.errors import ApiError
 
 DONE = b"data: [DONE]\n\n"
 
@@ -23,23 +25,32 @@ def sse(data: dict[str, Any], event: str = "") -> bytes:
     return b"%sdata: %s\n\n" % (head, text)
 
 
+def error_event(error: ApiError) -> bytes:
+    return sse(error.body())
+
+
 class EventStream(Response):
     """Sends `chunks` as they come, unbuffered.
 
     The status is sent with the first chunk: an error before it is still an HTTP status, made by the
-    `Errors` middleware, as is the error event after it. Whatever ends the response closes `chunks`.
+    `Errors` middleware. After it that middleware sends the last event, which `last_word` makes of the
+    error: a deadline's is raised where this response has been cancelled. Whatever ends it closes `chunks`.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self, chunks: AsyncGenerator[bytes, None], last_word: Callable[[ApiError], bytes] = error_event
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
+        self._last_word = last_word
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._chunks):
             first = await anext(self._chunks)
+            scope["last_word"] = self._last_word
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": first, "more_body": True})
             async for chunk in self._chunks:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from itertools import count
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
@@ -36,26 +37,29 @@ async def create(
 ) -> Response:
     events = _answer(gateway.pipeline, body, caller)
     if body.stream:
-        return EventStream(_numbered(events))
+        number = count()
+
+        def numbered(told: Told) -> bytes:
+            return sse({**told, "sequence_number": next(number)}, told["type"])
+
+        return EventStream(_mapped(numbered, events), lambda error: numbered(_failure(error)))
     async with aclosing(events):
         async for told in events:
             last = told
     return await json_answer(lambda: last["response"])
 
 
-async def _numbered(events: AsyncGenerator[Told, None]) -> AsyncGenerator[bytes, None]:
-    """A failure before the first event is raised, to become an HTTP status; after it, an event."""
-    number = 0
+async def _mapped(
+    change: Callable[[Told], bytes], events: AsyncGenerator[Told, None]
+) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
-        try:
-            async for told in events:
-                yield sse({**told, "sequence_number": number}, told["type"])
-                number += 1
-        except ApiError as error:
-            if number == 0:
-                raise
-            body = error.body()  # at both places where clients look for it
-            yield sse({**body["error"], **body, "type": "error", "sequence_number": number}, "error")
+        async for told in events:
+            yield change(told)
+
+
+def _failure(error: ApiError) -> Told:
+    body = error.body()  # at both places where clients look for it
+    return {**body["error"], **body, "type": "error"}
 
 
 async def _answer(pipeline: Pipeline, body: ResponseRequest, caller: Caller) -> AsyncGenerator[Told, None]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import openai
@@ -16,10 +17,12 @@ from pydantic import BaseModel, TypeAdapter
 from server.errors import InvalidRequest
 from server.gateway.parsing import parse
 from server.gateway.responses.schemas import ResponseRequest
+from server.serving import Drain
 from server.worker.messages import (
     ChatMessage,
     Delta,
     Event,
+    Failed,
     Finished,
     Grammar,
     Started,
@@ -29,7 +32,16 @@ from server.worker.messages import (
     TopLogprob,
     Usage,
 )
-from tests.server.gateway.scripted import Died, Launch, ScriptedExpert, ScriptedWorker, Stack, picture, story
+from tests.server.gateway.scripted import (
+    Died,
+    Launch,
+    ScriptedExpert,
+    ScriptedWorker,
+    Stack,
+    picture,
+    story,
+    until,
+)
 from tests.server.gateway.test_image_loading import data_url
 from tests.server.gateway.test_tools import CITY, SCHEMAS, calling
 
@@ -511,18 +523,72 @@ async def breaking(_: object) -> AsyncGenerator[Event, None]:
     raise Died
 
 
-async def test_a_stream_that_breaks_raises(gateway: Stack, worker: ScriptedWorker) -> None:
-    worker.script = breaking
+async def hanging(_: object) -> AsyncGenerator[Event, None]:
+    yield Started(1)
+    yield Delta("some", (1,))
+    await asyncio.Event().wait()
+
+
+async def failing(_: object) -> AsyncGenerator[Event, None]:
+    """A step failed; see `bug` for one of the gateway's own."""
+    yield Started(1)
+    yield Delta("some", (1,))
+    yield Failed(500, "The step failed.", "server_error", "internal_error")
+
+
+def bug(*_: object) -> NoReturn:
+    raise ZeroDivisionError
+
+
+FAILURES = [  # and within how many seconds
+    (breaking, 60, "unavailable", "broke off"),
+    (failing, 60, "internal_error", "The step failed."),
+    (hanging, 1, "timeout", "deadline"),
+]
+
+
+@pytest.mark.parametrize(("script", "seconds", "code", "says"), FAILURES)
+async def test_a_stream_that_fails_says_so_in_its_last_event(
+    launch: Launch, worker: ScriptedWorker, script: Any, seconds: int, code: str, says: str
+) -> None:
+    worker.script = script
+    gateway = await launch(worker, request_seconds=seconds)
+    *_, last = await told(gateway)
+    assert (last["type"], last["code"], last["param"]) == ("error", code, None)
+    assert says in last["message"]
+    assert last["message"] == last["error"]["message"]
+
+
+@pytest.mark.parametrize(("script", "seconds", "code", "says"), FAILURES)
+async def test_a_stream_that_fails_raises(
+    launch: Launch, worker: ScriptedWorker, script: Any, seconds: int, code: str, says: str
+) -> None:
+    worker.script = script
+    gateway = await launch(worker, request_seconds=seconds)
     async with client(gateway) as api:
         stream = await api.responses.create(model="base", input="Hi", stream=True)
-        with pytest.raises(openai.APIError, match="broke off"):
+        with pytest.raises(openai.APIError, match=says) as raised:
             async for _ in stream:
                 pass
+        assert raised.value.code == code
 
 
-async def test_a_stream_that_breaks_says_so_in_its_last_event(gateway: Stack, worker: ScriptedWorker) -> None:
-    worker.script = breaking
+async def test_so_does_one_that_the_server_fails_on_itself(
+    gateway: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.gateway.responses.output.Output.finish", bug)
     *_, last = await told(gateway)
-    assert (last["type"], last["code"], last["param"]) == ("error", "unavailable", None)
-    assert "broke off" in last["message"]
-    assert last["message"] == last["error"]["message"]
+    assert (last["type"], last["code"]) == ("error", "internal_error")
+
+
+async def test_so_does_one_that_an_expired_drain_ends(launch: Launch, worker: ScriptedWorker) -> None:
+    worker.script = hanging
+    drain = Drain()
+    gateway = await launch(worker, drain=drain)
+    answer = asyncio.create_task(told(gateway))
+    await until(lambda: len(worker.requests) == 1)
+    await asyncio.sleep(0.2)  # its first events arrive
+    drain.ask()
+    drain.expired.set()
+    last = (await answer)[-1]
+    assert (last["type"], last["code"]) == ("error", "unavailable")
