@@ -78,13 +78,33 @@ async def answer(target: Target, rng: random.Random) -> str:
 
 async def stream(target: Target, rng: random.Random) -> str:
     body = chat(target, rng, stream=True, logprobs=rng.random() < 0.3)
-    async with target.http.stream("POST", "/v1/chat/completions", json=body) as response:
+    return await _streamed(target, "/v1/chat/completions", body, "data: [DONE]")
+
+
+async def _streamed(
+    target: Target, path: str, body: dict[str, Any], last_begins: str | tuple[str, ...]
+) -> str:
+    async with target.http.stream("POST", path, json=body) as response:
         if response.status_code != 200:
             return str(response.status_code)
         last = ""
         async for line in response.aiter_lines():
             last = line or last
-    return "200" if last == "data: [DONE]" else "stream error"
+    return "200" if last.startswith(last_begins) else "stream error"
+
+
+def response_body(target: Target, rng: random.Random, **fields: Any) -> dict[str, Any]:
+    body = chat(target, rng, top_logprobs=rng.choice((0, 0, 2)), **fields)
+    return body | {"input": body.pop("messages"), "max_output_tokens": body.pop("max_tokens")}
+
+
+async def responses(target: Target, rng: random.Random) -> str:
+    return await _post(target, "/v1/responses", response_body(target, rng))
+
+
+async def responses_stream(target: Target, rng: random.Random) -> str:
+    ends = tuple(f'data: {{"type":"response.{status}"' for status in ("completed", "incomplete"))
+    return await _streamed(target, "/v1/responses", response_body(target, rng, stream=True), ends)
 
 
 async def image(target: Target, rng: random.Random) -> str:
@@ -180,6 +200,8 @@ KINDS = (
     Kind("chat", 20, answer, OK),
     Kind("chat, streamed", 25, stream, OK),
     Kind("chat with an image", 5, image, OK),
+    Kind("responses", 4, responses, OK),
+    Kind("responses, streamed", 6, responses_stream, OK),
     Kind("prompt scored", 8, scored, OK),
     Kind("tokenize", 4, tokens, OK),
     Kind("models, metrics, health", 4, reads, OK),
