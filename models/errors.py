@@ -15,3 +15,8 @@ class AdapterMismatch(ModelError):
 
 class PromptError(ModelError):
     """A conversation cannot be rendered by the model's template."""
+
+
+def is_rusts(error: BaseException) -> bool:
+    """Whether a library in Rust complains: by a bare Exception, or a panic, whose class no module names."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"

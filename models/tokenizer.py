@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as Backend
 
 from models.checkpoints.vocabulary import read_vocabulary
 from models.checkpoints.vocabulary_build import Vocabulary
-from models.errors import PromptError
+from models.errors import PromptError, is_rusts
 from models.token_bytes import PieceDecoder
 
 
@@ -223,7 +223,7 @@ def _encode(backend: Backend, text: str, offset: int) -> list[_Token]:
 
 
 def _encoding(backend: Backend, text: str) -> Encoding:
-    """Raises PromptError for text that is not valid Unicode."""
+    """Raises PromptError for text that is not valid Unicode, or that a damaged tokenizer fails at."""
     try:
         # A batch, since this library lets other threads run meanwhile only for batches: a megabyte of
         # text takes a second, in which the process would answer nobody.
@@ -231,6 +231,10 @@ def _encoding(backend: Backend, text: str) -> Encoding:
         return encoding
     except (UnicodeEncodeError, TypeError) as error:
         raise PromptError("the text holds half of a surrogate pair; send valid Unicode") from error
+    except BaseException as error:
+        if not is_rusts(error):
+            raise
+        raise PromptError(f"the base's tokenizer fails at the text: {error}; fetch it again") from error
 
 
 def _spans(texts: Iterable[tuple[str, bool]]) -> list[tuple[int, int]]:

@@ -12,7 +12,9 @@ from tokenizers import AddedToken, Tokenizer
 from models.checkpoints.fields import read_json
 from models.checkpoints.gguf_file import find_gguf
 from models.checkpoints.vocabulary_build import Vocabulary, build_gguf, build_sentencepiece
-from models.errors import CheckpointError
+from models.errors import CheckpointError, is_rusts
+
+_PROBE = "a \U0010ffff"  # a word, and a character that no vocabulary has
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -72,11 +74,14 @@ def _write_json(file: Path, values: dict[str, Any]) -> None:
 def _read_backend(file: Path) -> Tokenizer:
     try:
         backend = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception for every kind of damage
+        _check_ids(file, backend)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode(_PROBE)  # some damage is met by texts alone
+    except BaseException as error:
+        if not is_rusts(error):
+            raise
         raise CheckpointError(f"{file}: not a tokenizer ({error}); fetch it again") from error
-    _check_ids(file, backend)
-    backend.no_truncation()
-    backend.no_padding()
     return backend
 
 

@@ -17,6 +17,7 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
+from models.errors import is_rusts
 from models.tokenizer import Tokenizer
 from models.tool_text import CALL_CLOSE, CALL_OPEN, CALL_SEPARATOR, call_head
 from server.worker.messages import Grammar, ToolSchema
@@ -135,7 +136,7 @@ class GrammarCompiler:
         except ValueError as error:  # such as a number that it cannot read
             return _one_line(str(error))
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # Rust's, which no module gives a name to
+            if not is_rusts(error):
                 raise
             # Met where the library cuts what it complains of in the middle of a character.
             return "it has values that its keywords do not take"

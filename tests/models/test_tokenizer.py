@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,9 @@ from tokenizer_files import (
     write_gguf_sentencepiece,
     write_sentencepiece,
 )
+from tokenizers import models
 
+from models.checkpoints.vocabulary import read_vocabulary
 from models.errors import CheckpointError, PromptError
 from models.tokenizer import IncrementalDecoder, Segment, Tokenizer, load_tokenizer
 
@@ -36,6 +39,7 @@ TEXTS = [
     "\x00\x7f\x85",
 ]
 MODULE = "module"
+BOS = {"SpecialToken": {"id": "<s>", "type_id": 0}}
 
 
 @pytest.fixture(scope=MODULE)
@@ -369,6 +373,33 @@ def test_ids_that_no_vocabulary_has_are_refused(
     spec["model"]["vocab"]["odd one"] = id
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     refuse(tmp_path, "tokenizer.json", words, "fetch it again")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"post_processor": {"type": "TemplateProcessing", "single": [BOS], "pair": [], "special_tokens": {}}},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "<unk>"}},
+    ],
+    ids=lambda part: "-".join(str(value["type"]) for value in part.values()),
+)
+def test_damage_at_which_the_library_panics_is_refused(
+    tmp_path: Path, byte_level: Path, part: dict[str, Any]
+) -> None:
+    """Some of it is met by texts alone; a panic of Rust's is no `Exception`."""
+    spec = json.loads((byte_level / "tokenizer.json").read_text()) | {"pre_tokenizer": None} | part
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    refuse(tmp_path, "tokenizer.json: not a tokenizer (", "fetch it again")
+
+
+def test_a_text_that_a_damaged_tokenizer_fails_at_is_refused(byte_level: Path) -> None:
+    vocabulary = read_vocabulary(byte_level)
+    words = {text: id for id, text in enumerate([*SPECIALS, "a"])}
+    vocabulary.backend.model = models.WordLevel(words, unk_token="<unk>")
+    with pytest.raises(PromptError, match=r"tokenizer fails at the text: .*; fetch it again"):
+        Tokenizer(vocabulary).encode("b")
 
 
 def test_a_chat_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
