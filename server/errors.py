@@ -12,6 +12,7 @@
     ├── UnsupportedMedia    415
     ├── RateLimited         429  the key's limit, or a full queue; carries Retry-After
     ├── ServerFailure       500  our bug; the message says nothing of its insides
+    │   └── GivenUp         500  workers failed on it; clients are told not to repeat it
     ├── Unavailable         503  no worker is ready, or draining; carries Retry-After
     └── Timeout             504  the request's deadline passed
 
@@ -120,6 +121,13 @@ class ServerFailure(ApiError):
     status = 500
     type = "server_error"
     default_code = "internal_error"
+
+
+class GivenUp(ServerFailure):
+    default_code = "given_up"
+
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}  # OpenAI's clients repeat any other 500
 
 
 class Unavailable(ApiError):

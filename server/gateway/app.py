@@ -95,7 +95,7 @@ def _middleware(gateway: Gateway, open_paths: Set[str]) -> list[Middleware]:
         allow_origins=settings.cors_origins,
         allow_methods=("GET", "POST", "DELETE"),
         allow_headers=("*",),
-        expose_headers=("x-request-id", "retry-after", *RATE_HEADERS),
+        expose_headers=("x-request-id", "retry-after", "x-should-retry", *RATE_HEADERS),
     )
     return [
         Middleware(middleware.RequestContext, metrics=gateway.metrics),

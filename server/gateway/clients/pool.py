@@ -10,7 +10,16 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from server.errors import ApiError, Conflict, NotFound, ServerFailure, Timeout, Unavailable, model_not_found
+from server.errors import (
+    ApiError,
+    Conflict,
+    GivenUp,
+    NotFound,
+    ServerFailure,
+    Timeout,
+    Unavailable,
+    model_not_found,
+)
 from server.gateway.clients.routing import choose, prefix_key
 from server.gateway.clients.workers import BrokeOff, Unreachable, WorkerClient
 from server.gateway.tasks import cancelled
@@ -237,7 +246,7 @@ class WorkerPool:
         """The events of the best worker; one that fails before its first token is replaced by the next.
 
         So is one that says nothing any more, while another may do better. Raises `BrokeOff` where a worker
-        is lost in the middle of its answer, and what the last one raised where `_MOST_FAILURES` have failed.
+        is lost in the middle of its answer, and `GivenUp` where `_MOST_FAILURES` have failed.
         """
         tried: dict[Worker, ApiError] = {}
         told: set[type[Event]] = set()  # what precedes the first token is told once, whoever says it
@@ -259,7 +268,10 @@ class WorkerPool:
                     raise
 
     def _elsewhere(self, worker: Worker, model: str, tried: dict[Worker, ApiError]) -> bool:
-        """Whether another worker may do better than `worker`, the last one of `tried`."""
+        """Whether another worker may do better than `worker`, the last one of `tried`.
+
+        Raises `GivenUp` where `_MOST_FAILURES` have failed.
+        """
         error = tried[worker]
         if isinstance(error, Unreachable):
             worker.ready = False  # until the next poll says otherwise
@@ -269,7 +281,10 @@ class WorkerPool:
             "a worker failed on a request", extra={"worker": worker.client.url, "cause": error.message}
         )
         if sum(isinstance(failure, _FAILURES) for failure in tried.values()) >= _MOST_FAILURES:
-            return False
+            raise GivenUp(
+                f"{_MOST_FAILURES} workers have failed on this request, which may be what they fail on; "
+                "do not repeat it as it is."
+            ) from error
         return any(w.ready and model in w.models and w not in tried for w in self.workers)
 
     async def gates(self, id: str) -> AdapterGates:

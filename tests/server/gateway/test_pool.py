@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 
+import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from server.errors import InvalidRequest, NotFound, RateLimited, ServerFailure, Unavailable, model_not_found
 from server.gateway.clients.pool import Worker
 from server.gateway.clients.workers import _lines
-from server.worker.messages import Delta, EngineStats, ModelInfo, Scheduled, Started
+from server.worker.messages import Delta, EngineStats, Event, ModelInfo, Scheduled, Started
 from tests.server.gateway.scripted import (
     BASE,
     STATS,
@@ -168,16 +170,27 @@ async def test_a_stream_that_moves_before_its_first_token_begins_once(launch: La
     assert [c["choices"][0]["delta"].get("role") for c in chunks].count("assistant") == 1
 
 
-async def test_what_workers_die_of_is_not_sent_to_all_of_them(launch: Launch) -> None:
-    async def script(_: object):
-        yield Started(5)
-        raise Died
+async def die(_: object) -> AsyncGenerator[Event, None]:
+    yield Started(5)
+    raise Died
 
+
+async def test_what_workers_die_of_is_not_sent_to_all_of_them(launch: Launch) -> None:
     refusing = ScriptedWorker(stats=with_load(STATS, 0), refusal=Unavailable("draining"))
-    dying = [ScriptedWorker(stats=with_load(STATS, 50 * i), script=script) for i in range(1, 4)]
+    dying = [ScriptedWorker(stats=with_load(STATS, 50 * i), script=die) for i in range(1, 4)]
     gateway = await launch(refusing, *dying, worker_poll_seconds=60)
     response = await gateway.chat()
-    assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "given_up")
+    assert "retry-after" not in response.headers
+    assert sum(len(worker.requests) for worker in dying) == 2
+
+
+async def test_a_client_does_not_repeat_what_workers_die_of(launch: Launch) -> None:
+    dying = [ScriptedWorker(script=die) for _ in range(4)]
+    gateway = await launch(*dying, worker_poll_seconds=60)
+    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=2) as api:
+        with pytest.raises(openai.InternalServerError, match="do not repeat it"):
+            await api.completions.create(model="base", prompt="Hi")
     assert sum(len(worker.requests) for worker in dying) == 2
 
 
