@@ -27,10 +27,14 @@ def tiny_config(positions: int = 512, head_dim: int = HEAD_DIM) -> ModelConfig:
 
 
 def write_tiny_base(
-    folder: Path, num_layers: int | None = None, positions: int = 512, head_dim: int = HEAD_DIM
+    folder: Path,
+    num_layers: int | None = None,
+    positions: int = 512,
+    head_dim: int = HEAD_DIM,
+    hidden_size: int = GQA.hidden_size,
 ) -> Llama:
     """A Hugging Face folder; returns the model that is in it."""
-    config = tiny_config(positions, head_dim)
+    config = replace(tiny_config(positions, head_dim), hidden_size=hidden_size)
     if num_layers is not None:
         config = replace(config, num_layers=num_layers)
     base = random_base(config)

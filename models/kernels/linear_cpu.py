@@ -20,15 +20,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.kernels.epilogue_cpu import put_outputs
-from models.kernels.product_cpu import group_sums, outputs, tile_product
-from models.kernels.quantized_cpu import MULTIPLES, Bits, quantize, quantized_shape
+from models.kernels.inputs_cpu import inputs
+from models.kernels.product_cpu import outputs, tile_product
+from models.kernels.quantized_cpu import Bits, quantize, quantized_shape
+from models.kernels.quantized_tile_cpu import GROUP
 from models.kernels.scalars_cpu import SUPPORTED_DTYPES, array, parallel_jit
 from models.kernels.tile_cpu import MULTIPLIES_BFLOAT16, PANEL, ROWS
 
 
 def can_pack(weight_OK: Tensor, bits: Bits | None = None) -> bool:
     """Whether `pack` knows weights of this kind, to be kept as they are or in fewer bits."""
-    multiple = 4 // weight_OK.element_size() if bits is None else MULTIPLES[bits]
+    multiple = 4 // weight_OK.element_size() if bits is None else GROUP
     cpu = weight_OK.device.type == "cpu"
     return cpu and weight_OK.dtype in SUPPORTED_DTYPES and weight_OK.shape[1] % multiple == 0
 
@@ -81,12 +83,12 @@ def packed_linears(x: Tensor, w_PKF: Tensor, firsts_B: Sequence[int], count: int
 @parallel_jit
 def _multiply(x_MK: Any, w_PKF: Any, firsts_B: Any, count: int, y_MO: Any) -> None:
     M = x_MK.shape[0] // len(firsts_B)  # rows of each
-    sums = group_sums(x_MK, w_PKF)
+    x_MK, groups = inputs(x_MK, w_PKF)
     for task in numba.prange(len(firsts_B) * count):
         b, p = np.int64(task) // count, np.int64(task) % count
         panel = firsts_B[b] + p
         y_RF = outputs(w_PKF, panel, M)
         for first in range(b * M, (b + 1) * M, ROWS):
             last = min(first + ROWS, (b + 1) * M)
-            tile_product(x_MK, sums, first, last, w_PKF, panel, y_RF)
+            tile_product(x_MK, groups, first, last, w_PKF, panel, y_RF)
             put_outputs(y_RF, first, last, p, y_MO)

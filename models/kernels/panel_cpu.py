@@ -14,11 +14,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from models.kernels.rows_cpu import address, load, prefetch, store, widened
+from models.kernels.rows_cpu import LINE, address, fetch, load, store, widened
 from models.kernels.scalars_cpu import intrinsic
 from models.kernels.tile_cpu import I64, LANES, PANEL, VECTORS, VF32
-
-_LINE = 64  # bytes that memory gives at once
 
 
 @intrinsic
@@ -75,8 +73,7 @@ def prefetch_panel(
         size = PANEL * kind.dtype.bitwidth // 8
         with b.if_then(_has_layers(b, vector)), _rows(b, slots, *args[4:6]) as (_, slot):
             start = address(b, vector, args[1], slot, _first_feature(b, args[2]))
-            for offset in [*range(0, size, _LINE), size - 1]:  # it need not begin with a line
-                prefetch(b, b.add(start, ir.Constant(I64, offset)))
+            fetch(b, start, [*range(0, size, LINE), size - 1])  # it need not begin with a line
         return context.get_dummy_value()
 
     i = types.int64

@@ -22,7 +22,6 @@ from models.kernels.quantized_tile_cpu import GROUP, GROUP_BYTES, SCALES
 from models.kernels.tile_cpu import PANEL
 
 Bits = Literal["int8", "int4"]
-MULTIPLES: dict[Bits, int] = {"int8": 2, "int4": GROUP}  # of so many inputs a weight must be
 
 _SHARED = 4  # as in the tiles
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from models.kernels.entry_cpu import SERIAL_ROWS
 from models.kernels.epilogue_cpu import activate_outputs, add_outputs, put_outputs
+from models.kernels.inputs_cpu import inputs
 from models.kernels.panel_cpu import add_and_scale, prefetch_panel
-from models.kernels.product_cpu import group_sums, outputs, tile_product
+from models.kernels.product_cpu import outputs, tile_product
 from models.kernels.rotation_cpu import rotate_head
 from models.kernels.scalars_cpu import inlined_jit, jit, narrow, parallel_jit, widen
 from models.kernels.tile_cpu import LANES, PANEL, ROWS
@@ -55,8 +56,8 @@ def _norm_row(n: int, x_NC: Any, weight_SC: Any, slots_N: Any, eps: Any, h_NC: A
 @jit
 def _linear(
     layer: int,
-    h_NK: Any,
-    sums_Ng: Any,
+    x_NK: Any,
+    groups_Ng2: Any,
     first: int,
     w_PKF: Any,
     panel: int,
@@ -66,10 +67,10 @@ def _linear(
     y_RF: Any,
 ) -> None:
     """y = s ⊙ (W h + b) of at most ROWS rows from `first` on, for one panel of the weight."""
-    last = min(first + ROWS, h_NK.shape[0])
+    last = min(first + ROWS, x_NK.shape[0])
     prefetch_panel(bias_LSA, layer, panel, slots_N, first, last)
     prefetch_panel(scale_LSA, layer, panel, slots_N, first, last)
-    tile_product(h_NK, sums_Ng, first, last, w_PKF, panel, y_RF)
+    tile_product(x_NK, groups_Ng2, first, last, w_PKF, panel, y_RF)
     if bias_LSA.shape[0] + scale_LSA.shape[0] > 0:
         add_and_scale(y_RF, bias_LSA, scale_LSA, layer, panel, slots_N, first, last)
 
@@ -87,7 +88,7 @@ def put(
 ) -> None:
     """y = s ⊙ (W h + b) in float32, as far as `y_NA` has features."""
     N = h_NC.shape[0]
-    sums = group_sums(h_NC, w_PKF)
+    x, groups = inputs(h_NC, w_PKF)
     P = w_PKF.shape[0]
     for task in numba.prange(parts * P):
         p = np.int64(task) % P
@@ -95,7 +96,7 @@ def put(
         y_RF = outputs(w_PKF, p, end - start)
         for first in range(start, end, ROWS):
             last = min(first + ROWS, end)
-            _linear(layer, h_NC, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, y_RF)
+            _linear(layer, x, groups, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, y_RF)
             put_outputs(y_RF, first, last, p, y_NA)
 
 
@@ -152,7 +153,7 @@ def add(
 ) -> None:
     """x += s ⊙ (W h + b)."""
     N = x_NC.shape[0]
-    sums = group_sums(h_NK, w_PKF)
+    x, groups = inputs(h_NK, w_PKF)
     P = w_PKF.shape[0]
     for task in numba.prange(parts * P):
         p = np.int64(task) % P
@@ -160,7 +161,7 @@ def add(
         y_RF = outputs(w_PKF, p, end - start)
         for first in range(start, end, ROWS):
             last = min(first + ROWS, end)
-            _linear(layer, h_NK, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, y_RF)
+            _linear(layer, x, groups, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, y_RF)
             add_outputs(y_RF, first, last, p, x_NC)
 
 
@@ -171,13 +172,13 @@ def gate_up(
     """silu(W1 h) ⊙ W3 h; the panels of w1 are the first half."""
     N = act_NI.shape[0]
     half = w_PKF.shape[0] // 2
-    sums = group_sums(h_NC, w_PKF)
+    x, groups = inputs(h_NC, w_PKF)
     for task in numba.prange(parts * half):
         p = np.int64(task) % half
         start, end = _part(np.int64(task) // half, parts, N)
         gate_RF, up_RF = outputs(w_PKF, p, end - start), outputs(w_PKF, half + p, end - start)
         for first in range(start, end, ROWS):
             last = min(first + ROWS, end)
-            _linear(layer, h_NC, sums, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, gate_RF)
-            _linear(layer, h_NC, sums, first, w_PKF, half + p, bias_LSA, scale_LSA, slots_N, up_RF)
+            _linear(layer, x, groups, first, w_PKF, p, bias_LSA, scale_LSA, slots_N, gate_RF)
+            _linear(layer, x, groups, first, w_PKF, half + p, bias_LSA, scale_LSA, slots_N, up_RF)
             activate_outputs(gate_RF, up_RF, first, last, p, act_NI)

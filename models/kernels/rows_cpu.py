@@ -7,7 +7,7 @@ would count references, which the threads then share.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from llvmlite import ir
@@ -29,6 +29,7 @@ from models.kernels.tile_cpu import (
 
 _VI16 = ir.VectorType(ir.IntType(16), LANES)
 STEP = 64  # bytes of a row that are taken at once
+LINE = 64  # bytes that memory gives at once
 
 
 def _score(clamped: bool) -> Callable[..., None]:
@@ -128,6 +129,11 @@ def prefetch(b: Any, place: Any) -> None:
     fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
     how = [ir.Constant(I32, n) for n in (0, 3, 1)]  # read, keep, data
     b.call(fetch, [b.inttoptr(place, ir.IntType(8).as_pointer()), *how])
+
+
+def fetch(b: Any, start: Any, offsets: Iterable[int]) -> None:
+    for offset in offsets:
+        prefetch(b, b.add(start, ir.Constant(I64, offset)))
 
 
 def splat(b: Any, value: Any) -> Any:

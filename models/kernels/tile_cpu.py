@@ -24,6 +24,18 @@ MULTIPLIES_BFLOAT16 = bool(_FEATURES.get("avx512bf16"))
 MANY_REGISTERS = bool(_FEATURES.get("avx512f"))
 ROWS = 8 if MANY_REGISTERS else 6
 BLOCK = VECTORS if MANY_REGISTERS else 1  # vectors at a time, where rows are many
+# Instructions that multiply pairs of 16 bits and add both products, and the lanes of 32 bits that they fill.
+_PAIR_PRODUCTS = next(
+    (
+        found
+        for feature, *found in (
+            ("avx512bw", "llvm.x86.avx512.pmaddw.d.512", 16),
+            ("avx2", "llvm.x86.avx2.pmadd.wd", 8),
+        )
+        if _FEATURES.get(feature)
+    ),
+    None,
+)
 
 I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 VI32, VF32 = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
@@ -83,11 +95,11 @@ def tile_sums(
     return [[b.load(total) for total in row] for row in sums]
 
 
-def zeros(b: Any, rows: int, vectors: int) -> list[list[Any]]:
+def zeros(b: Any, rows: int, vectors: int, kind: Any = VF32) -> list[list[Any]]:
     """Places of sums."""
-    sums = [[cgutils.alloca_once(b, VF32) for _ in range(vectors)] for _ in range(rows)]
+    sums = [[cgutils.alloca_once(b, kind) for _ in range(vectors)] for _ in range(rows)]
     for place in (place for row in sums for place in row):
-        b.store(ir.Constant(VF32, None), place)
+        b.store(ir.Constant(kind, None), place)
     return sums
 
 
@@ -112,7 +124,13 @@ def broadcast(b: Any, value: Any) -> Any:
 
 
 def multiply_add(b: Any, total: Any, x: Any, w: Any, paired: bool) -> Any:
-    """total + x·w by 32-bit lanes; `paired`: each holds two bfloat16, and both products are added."""
+    """total + x·w by 32-bit lanes.
+
+    `paired`: each lane holds two bfloat16, or two whole numbers where the total is one, and both products are
+    added.
+    """
+    if total.type == VI32:
+        return b.add(total, _whole_products(b, x, w))
     if not paired:
         return fma(b, b.bitcast(x, VF32), b.bitcast(w, VF32), total)
     if MULTIPLIES_BFLOAT16:
@@ -121,6 +139,24 @@ def multiply_add(b: Any, total: Any, x: Any, w: Any, paired: bool) -> Any:
         return b.call(dot, [total, b.bitcast(x, VBF16), b.bitcast(w, VBF16)])
     (x_1, x_2), (w_1, w_2) = bfloat16_halves(b, x), bfloat16_halves(b, w)
     return fma(b, x_2, w_2, fma(b, x_1, w_1, total))
+
+
+def _whole_products(b: Any, x: Any, w: Any) -> Any:
+    """Of pairs of 16 bits, added by lanes of 32."""
+    if _PAIR_PRODUCTS is None:
+        sixteen = ir.Constant(VI32, [16] * LANES)
+        (x_1, x_2), (w_1, w_2) = ((b.ashr(b.shl(v, sixteen), sixteen), b.ashr(v, sixteen)) for v in (x, w))
+        return b.add(b.mul(x_1, w_1), b.mul(x_2, w_2))
+    name, lanes = _PAIR_PRODUCTS
+    halves, sums = ir.VectorType(ir.IntType(16), 2 * lanes), ir.VectorType(I32, lanes)
+    instruction = cgutils.get_or_insert_function(b.module, ir.FunctionType(sums, [halves, halves]), name)
+    parts = []
+    for first in range(0, LANES, lanes):
+        mask = ir.Constant(sums, list(range(first, first + lanes)))
+        part = (b.bitcast(b.shuffle_vector(v, v, mask), halves) for v in (x, w))
+        parts.append(b.call(instruction, list(part)))
+    mask = ir.Constant(VI32, list(range(LANES)))
+    return b.shuffle_vector(parts[0], parts[-1], mask) if len(parts) > 1 else parts[0]
 
 
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:

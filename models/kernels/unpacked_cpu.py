@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from models.kernels.quantized_tile_cpu import GROUP, int8_steps, read_int4, read_int8
+from models.kernels.quantized_tile_cpu import int8_steps, read_int8
 from models.kernels.rows_cpu import address
 from models.kernels.scalars_cpu import intrinsic
 from models.kernels.tile_cpu import (
@@ -31,11 +31,9 @@ from models.kernels.tile_cpu import (
 
 
 def packed_panel(b: Any, stored: Any, w_panel: Any, w_rows: Any, vectors: range) -> tuple[Any, Any]:
-    """How a packed panel is read, and in how many steps (in 4 bits: groups)."""
+    """How a packed panel is read, and in how many steps. Not in 4 bits, which are read by groups."""
     if stored == types.int8:
-        return (lambda b, step: read_int8(b, w_panel, step, vectors)), int8_steps(b, w_rows)
-    if stored == types.uint8:
-        return (lambda b, group: list(read_int4(b, w_panel, group, vectors))), w_rows
+        return (lambda b, step: [read_int8(b, w_panel, step, vectors)]), int8_steps(b, w_rows)
 
     def read(b: Any, step: Any) -> list[list[Any]]:
         lanes = load_lanes(b, w_panel, step, VECTORS, vectors)
@@ -47,11 +45,8 @@ def packed_panel(b: Any, stored: Any, w_panel: Any, w_rows: Any, vectors: range)
 
 
 def step_inputs(stored: Any) -> int:
-    """Of a step, counted as they are multiplied: in pairs where the processor multiplies such."""
-    if stored == types.float32:
-        return 1
-    inputs = GROUP if stored == types.uint8 else 2
-    return inputs // 2 if MULTIPLIES_BFLOAT16 else inputs
+    """Of a step, counted as they are multiplied: pairs, but those of bfloat16 only by some processors."""
+    return 2 if stored == types.uint16 and not MULTIPLIES_BFLOAT16 else 1
 
 
 def unpacked_panel(b: Any, start: Any, inputs: Any, first: int) -> Read:
@@ -65,9 +60,10 @@ def unpacks(typing: Any, w_PKF: Any) -> Any:
     """Whether it is sooner to unpack these weights once for many rows; known when it is compiled."""
 
     def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return context.get_constant(
-            types.boolean, not MULTIPLIES_BFLOAT16 or signature.args[0].dtype == types.int8
-        )
+        stored = signature.args[0].dtype
+        of_whole_numbers = stored in (types.int8, types.uint8)
+        sooner = stored == types.int8 if MULTIPLIES_BFLOAT16 else not of_whole_numbers
+        return context.get_constant(types.boolean, sooner)
 
     return types.boolean(w_PKF), build
 

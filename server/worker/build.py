@@ -12,7 +12,8 @@ from models.checkpoints.base import load_base
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.kernels.choice import use_triton
-from models.kernels.quantized_cpu import MULTIPLES, Bits
+from models.kernels.quantized_cpu import Bits
+from models.kernels.quantized_tile_cpu import GROUP
 from models.kv_cache import KVCache
 from models.llama import Llama
 from models.pull import resolve_base
@@ -140,8 +141,8 @@ def _pack(base: Llama, bits: Bits | None) -> None:
             raise StartupError(f"quantization {bits!r} cannot be used: {error}.") from error
     elif bits is not None:
         raise StartupError(
-            f"quantization {bits!r} cannot be used: {bits} takes linears of a multiple of {MULTIPLES[bits]} "
-            "inputs, and this base has others; leave it at none."
+            f"quantization {bits!r} cannot be used: it takes linears of a multiple of {GROUP} inputs, and "
+            "this base has others; leave it at none."
         )
 
 

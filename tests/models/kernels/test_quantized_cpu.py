@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from input_rounding import input_rounding
 
 from models.kernels.linear_cpu import pack, packed_linear, packed_shape
 from models.kernels.quantized_cpu import Bits, dequantize, quantize
@@ -65,8 +66,9 @@ def test_products_are_those_of_the_dequantised(bits: Bits):
         x = torch.randn(rows, 3 * GROUP, generator=generator).bfloat16()
         y = packed_linear(x, packed)
         for weight, start in zip(weights(), (0, 96, 240), strict=True):
-            plain = x.double() @ dequantize(quantize(weight, bits), len(weight)).double().T
-            torch.testing.assert_close(y[:, start : start + len(weight)].double(), plain, atol=1e-4, rtol=0)
+            exact = dequantize(quantize(weight, bits), len(weight)).double()
+            off = (y[:, start : start + len(weight)].double() - x.double() @ exact.T).abs()
+            assert (off <= 1e-4 + input_rounding(x, exact)).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -77,3 +79,27 @@ def test_a_row_does_not_depend_on_the_others(bits: Bits):
     packed = pack(weights(), bits)
     alone = torch.cat([packed_linear(row[None], packed) for row in x])
     assert torch.equal(packed_linear(x, packed), alone)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@torch.inference_mode()
+def test_what_is_no_number_shows_in_its_row_alone(bits: Bits, number: float):
+    x = torch.ones(9, 3 * GROUP)
+    x[4, 40] = number
+    y = packed_linear(x, pack(weights(), bits))
+    assert not y[4, :96].isfinite().any()
+    assert y[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-25, 1e30])
+@torch.inference_mode()
+def test_inputs_of_any_size(bits: Bits, size: float):
+    """Groups below 1e-34 may become zero."""
+    x = size * torch.randn(3, 3 * GROUP, generator=torch.Generator().manual_seed(3))
+    for weight, start in zip(weights(), (0, 96, 240), strict=True):
+        exact = dequantize(quantize(weight, bits), len(weight)).double()
+        y = packed_linear(x, pack(weights(), bits))[:, start : start + len(weight)].double()
+        bound = input_rounding(x, exact) + 1e-5 * size * exact.abs().sum(1) + 1e-31
+        assert ((y - x.double() @ exact.T).abs() <= bound).all()

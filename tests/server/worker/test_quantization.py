@@ -116,16 +116,17 @@ def test_where_it_cannot_be_used(tmp_path: Path, options: dict[str, str], reason
         build_engine(settings)
 
 
-def test_a_base_that_does_not_fit_its_groups(tmp_path: Path):
+@pytest.mark.parametrize("bits", BITS)
+def test_a_base_that_does_not_fit_the_groups(bits: Bits, tmp_path: Path):
     write_tiny_base(tmp_path)
-    settings = WorkerSettings(base=str(tmp_path), shipped_adapters=False, quantization="int4")
+    settings = WorkerSettings(base=str(tmp_path), shipped_adapters=False, quantization=bits)
     with pytest.raises(StartupError, match="multiple of 32 inputs, and this base has others"):
         build_engine(settings)
 
 
 def test_an_engine_starts_with_it(tmp_path: Path):
     """Its first steps are those that warm it up."""
-    write_tiny_base(tmp_path)
+    write_tiny_base(tmp_path, head_dim=32, hidden_size=64)
     settings = WorkerSettings(
         base=str(tmp_path), shipped_adapters=False, quantization="int8", kv_cache_mib=16
     )
