@@ -92,14 +92,23 @@ class Vllm:
         """Raises `Unavailable` where the engine died, or dies meanwhile; so does `remove_adapter`."""
         lora = LoRARequest(name, self._next_id, str(folder))
         self._next_id += 1
-        if self._shared:
-            files = await asyncio.to_thread(packed, folder)
-            await self._answer(self._llm.collective_rpc("hold_adapter", args=(str(folder), files)))
-        await self._answer(self._llm.add_lora(lora))
+        try:
+            if self._shared:
+                files = await asyncio.to_thread(packed, folder)
+                await self._answer(self._llm.collective_rpc("hold_adapter", args=(str(folder), files)))
+            await self._answer(self._llm.add_lora(lora))
+        except Exception:
+            if self.healthy:
+                await self._drop(lora)
+            raise
         return lora
 
     async def remove_adapter(self, lora: LoRARequest) -> None:
         await self._answer(self._llm.remove_lora(lora.lora_int_id))
+        await self._drop(lora)
+
+    async def _drop(self, lora: LoRARequest) -> None:
+        """Other machines' copies of its folder."""
         if self._shared:
             await self._answer(self._llm.collective_rpc("drop_adapter", args=(lora.lora_path,)))
 

@@ -102,7 +102,11 @@ class VllmEngine(EngineBase):
         check_carried(adapter.config, id, self._room)
         folder = self._folder(model.key)
         await asyncio.to_thread(export_adapter, adapter, folder, self._room)
-        self._loras[model.key] = await self._vllm.add_adapter(f"{id}@{version}", folder)
+        try:
+            self._loras[model.key] = await self._vllm.add_adapter(f"{id}@{version}", folder)
+        except BaseException:  # nobody will ask for this version; the next attempt has another
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _folder(self, key: tuple[str, int]) -> Path:
         """Where one version of an adapter lies for vLLM, which may read it again after it was evicted."""

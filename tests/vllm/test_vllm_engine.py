@@ -258,6 +258,26 @@ async def test_an_adapter_on_its_way_when_the_engine_dies_is_not_waited_for(
     assert "late" not in [model.id for model in started[0].models()]
 
 
+async def test_what_vllm_does_not_take_is_left_on_no_machine(
+    started: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise ValueError("no room for it")
+
+    async def call(method: str, args: tuple[object, ...]) -> None:
+        called.append(method)
+
+    called: list[str] = []
+    assert isinstance(started[0], VllmEngine)
+    vllm = started[0]._vllm
+    monkeypatch.setattr(vllm, "_shared", True)
+    monkeypatch.setattr(vllm._llm, "collective_rpc", call)
+    monkeypatch.setattr(vllm._llm, "add_lora", refuse)
+    with pytest.raises(ValueError, match="no room for it"):
+        await started[0].load_adapter("late", "v1")
+    assert called == ["hold_adapter", "drop_adapter"]
+
+
 async def test_an_adapter_that_vllm_cannot_carry_is_refused(
     started: tuple[Engine, Engine], folder: Path
 ) -> None:
