@@ -130,6 +130,13 @@ def test_every_base_image_is_pinned() -> None:
     assert re.search(r"^ARG PYTHON_IMAGE=\S+:\d+\.\d+\.\d+-slim-\w+$", DOCKERFILE.read_text(), re.MULTILINE)
 
 
+def test_no_package_is_whatever_version_is_the_latest() -> None:
+    runs = [arguments for stage in stages().values() for name, arguments in stage if name == "RUN"]
+    installs = [part for run in runs for part in run.split("&&") if re.search(r"\bpip install\b", part)]
+    assert len(installs) > 10
+    assert [part for part in installs if not re.search(r"--(no-deps|constraint)\b", part)] == []
+
+
 def test_every_environment_comes_with_a_list_of_licences() -> None:
     built = re.findall(r"^COPY --from=(\S+) /opt/venv /opt/venv\n", DOCKERFILE.read_text(), re.MULTILINE)
     assert len(built) == 6
