@@ -85,21 +85,26 @@ class Child:
         failures = 0
         while not self._stopping.is_set():
             started = time.monotonic()
-            code = await self._run_once()
+            ending = await self._run_once()
             if self._stopping.is_set():
                 return
             if not self.ready.is_set():
-                raise StartupError(self._why(code))
+                raise StartupError(self._why(ending))
             failures = 0 if time.monotonic() - started > _STABLE_SECONDS else failures + 1
             pause = restart_pause(failures)
-            log.error("the %s %s; starting it again in %.1f s", self._spec.name, _ending(code), pause)
+            log.error("the %s %s; starting it again in %.1f s", self._spec.name, ending, pause)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
 
-    async def _run_once(self) -> int:
-        """From start to end; an end that `stop` asked for is a drain first."""
+    async def _run_once(self) -> str:
+        """From start to end, which is told; an end that `stop` asked for is a drain first."""
         self._errors.clear()
-        process = await self._spawn()
+        try:
+            process = await self._spawn()
+        except OSError as error:  # such as for want of a file descriptor, which may pass
+            ending = f"cannot be started: {error.strerror}"
+            self._errors.append(f"the {self._spec.name} {ending}")
+            return ending
         assert process.stdout is not None
         output = asyncio.create_task(self._pass_on(process.stdout))
         health = asyncio.create_task(self._watch_health(process))
@@ -111,7 +116,7 @@ class Child:
                 await self._drain(process)
             code = await ended
             await asyncio.wait({output}, timeout=_OUTPUT_SECONDS)
-            return code
+            return _ending(code)
         finally:
             for task in (output, health, ended, stopping):
                 task.cancel()
@@ -157,10 +162,10 @@ class Child:
         log.error("the %s %s; killing it", self._spec.name, why)
         _kill(process)
 
-    def _why(self, code: int) -> str:
+    def _why(self, ending: str) -> str:
         if self._errors:
             return " ".join(self._errors)
-        return f"the {self._spec.name} {_ending(code)} before it was ready; the lines above say why"
+        return f"the {self._spec.name} {ending} before it was ready; the lines above say why"
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -105,6 +107,31 @@ async def test_a_crashed_child_is_started_again(tmp_path: Path) -> None:
         second = pids(tmp_path)[1]
         assert alive(second)
     assert not alive(second)
+
+
+async def test_a_child_that_cannot_be_started_for_a_while_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where clients have taken all file descriptors: the gateway still serves what it can."""
+    start, failures = asyncio.create_subprocess_exec, iter([OSError(errno.EMFILE, "Too many open files")])
+    async with kept(script(tmp_path, SERVE)) as (child, _):
+        await asyncio.wait_for(child.ready.wait(), 20)
+
+        async def start_later(*command: str, **options: Any) -> asyncio.subprocess.Process:
+            for error in failures:
+                raise error
+            return await start(*command, **options)
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", start_later)
+        os.kill(pids(tmp_path)[0], signal.SIGKILL)
+        await until(lambda: len(pids(tmp_path)) == 2)
+    assert "the toy cannot be started: Too many open files; starting it again in 1.0 s" in caplog.text
+
+
+async def test_a_command_that_is_not_there_is_told(tmp_path: Path) -> None:
+    spec = replace(script(tmp_path, SERVE), command=(str(tmp_path / "nowhere"),))
+    with pytest.raises(StartupError, match=r"^the toy cannot be started: No such file or directory$"):
+        await Child(spec).keep()
 
 
 async def test_a_child_that_says_it_cannot_go_on_is_replaced(tmp_path: Path) -> None:
