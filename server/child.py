@@ -123,6 +123,7 @@ class Child:
             _kill(process)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
+        self._spec.uds.parent.mkdir(mode=0o700, exist_ok=True)  # who tidies /tmp may have taken it away
         return await asyncio.create_subprocess_exec(
             *self._spec.command,
             stdin=asyncio.subprocess.PIPE,  # held open and never written to: see `exit_with_parent`
@@ -158,7 +159,7 @@ class Child:
         ) as client:
             await _until_ready(client)
             self.ready.set()
-            why = await _until_lost(client, self._spec.silent_seconds)
+            why = await _until_lost(client, self._spec)
         log.error("the %s %s; killing it", self._spec.name, why)
         _kill(process)
 
@@ -183,10 +184,10 @@ async def _until_ready(client: httpx.AsyncClient) -> None:
         await asyncio.sleep(_PROBE_SECONDS)
 
 
-async def _until_lost(client: httpx.AsyncClient, silent_seconds: float) -> str:
-    """What it did that no patience mends: it says so itself, or it says nothing."""
+async def _until_lost(client: httpx.AsyncClient, spec: ChildSpec) -> str:
+    """What it did that no patience mends: it says so itself, or it says nothing, or nobody can ask it."""
     silent = 0.0
-    while True:
+    while _is_there(spec.uds):  # our own connection would outlive it
         began = time.monotonic()
         try:
             response = await client.get("/health/live")
@@ -196,9 +197,14 @@ async def _until_lost(client: httpx.AsyncClient, silent_seconds: float) -> str:
         except httpx.HTTPError:
             # Never more than a probe may take: if we ourselves were stopped, the child was not silent.
             silent += min(time.monotonic() - began, _ANSWER_SECONDS) + _LIVENESS_SECONDS
-            if silent >= silent_seconds:
+            if silent >= spec.silent_seconds:
                 return f"has not answered for {silent:.0f} s"
         await asyncio.sleep(_LIVENESS_SECONDS)
+    return "has lost its socket"
+
+
+def _is_there(socket: Path) -> bool:
+    return socket.exists()
 
 
 async def _read_line(lines: asyncio.StreamReader) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,22 @@ async def test_a_child_that_cannot_be_started_for_a_while_is_tried_again(
         os.kill(pids(tmp_path)[0], signal.SIGKILL)
         await until(lambda: len(pids(tmp_path)) == 2)
     assert "the toy cannot be started: Too many open files; starting it again in 1.0 s" in caplog.text
+
+
+async def test_a_child_whose_socket_is_gone_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the folder that it lies in, as by who tidies /tmp."""
+    monkeypatch.setattr("server.child._LIVENESS_SECONDS", 0.1)
+    socket = tmp_path / "sockets" / "c.sock"
+    spec = replace(script(tmp_path, f"path = pathlib.Path({str(socket)!r})\n" + SERVE), uds=socket)
+    async with kept(spec) as (child, _):
+        await asyncio.wait_for(child.ready.wait(), 20)
+        shutil.rmtree(socket.parent)
+        await until(lambda: len(pids(tmp_path)) == 2 and socket.exists())
+        assert not alive(pids(tmp_path)[0])
+        assert socket.parent.stat().st_mode & 0o777 == 0o700
+    assert "the toy has lost its socket; killing it" in caplog.text
 
 
 async def test_a_command_that_is_not_there_is_told(tmp_path: Path) -> None:
