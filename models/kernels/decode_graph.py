@@ -25,6 +25,7 @@ from models.kv_cache import Decode, KVCache, PromptCache, resolve_tokens
 from models.llama import Llama
 
 _COLUMNS = 4  # integers of a row, besides its blocks
+_KINDS = 16  # of adapters, and of mixes of them, whose graphs are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +97,9 @@ class DecodeGraphs:
             return
         graph = self._graphs.get(key)
         if graph is None:
-            if any(other.num_prompt_rows != key.num_prompt_rows for other in self._graphs):
-                self._forget()  # graphs of shorter prompts read where those lay once
+            shorter = any(other.num_prompt_rows != key.num_prompt_rows for other in self._graphs)
+            if shorter or len(self._graphs) >= _KINDS * len(_sizes(self.max_rows)):
+                self._forget()  # those of shorter prompts read where these lay once
             compute()  # compiles kernels and sets up libraries, which no recording may do
             graph = torch.cuda.CUDAGraph()
             try:

@@ -14,6 +14,7 @@ from support import CONFIGS, random_adapter, random_base
 from models.adaptation import AdapterBank
 from models.adapter import base_spec
 from models.adapter_config import AdapterConfig, LoraConfig, PromptConfig
+from models.kernels import decode_graph
 from models.kernels.decode_graph import DecodeGraphs
 from models.kv_cache import Decode, KVCache, PromptCache
 
@@ -118,6 +119,21 @@ def test_with_longer_prompts_all_are_recorded_anew(graphs: DecodeGraphs, recorde
     graphs.run(STEP)
     assert [graph.replay.call_count for graph in recorder.graphs] == [1, 1, 2]
     assert recorder.pools == [1, 1, 2]
+
+
+def test_where_too_many_are_kept_all_are_recorded_anew(
+    graphs: DecodeGraphs, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+):
+    """Not the one that waited longest: with it goes what the others write to."""
+    monkeypatch.setattr(decode_graph, "_KINDS", 1)
+    spec = base_spec(graphs._base.config)
+    graphs._bank.place(1, random_adapter(AdapterConfig(base=spec, norms=True)))
+    norms = [Decode(0, 1, (0,), 1, 0)]
+    for step in (STEP, norms, STEP, STEP * 2, STEP * 2, STEP):
+        graphs.run(step)
+        assert len(graphs._graphs) <= 2
+    assert [graph.replay.call_count for graph in recorder.graphs] == [2, 1, 2, 1]
+    assert recorder.pools == [1, 1, 2, 2]
 
 
 def test_what_lies_in_slots_is_recorded_once_for_each_kind(graphs: DecodeGraphs, recorder: Recorder):
