@@ -32,13 +32,11 @@ def draw(tokenizer: Tokenizer, requests: Sequence[ActiveRequest], logits_MV: Ten
     params = [request.prepared.sampling for request in requests]
     logprobs = raw_logprobs(logits_MV, params)
     tokens, finite = sample(logits_MV, [request.sampler for request in requests])
-    drawn = []
-    for m, request in enumerate(requests):
-        told = None
-        if m in logprobs:
-            told = describe(tokenizer, [tokens[m]], logprobs[m][None], params[m].logprobs or 0)[0]
-        drawn.append(Drawn(request, tokens[m], finite[m], told))
-    return drawn
+    told: dict[int, TokenLogprob] = {}
+    for num_top, (rows, logprobs_WV) in logprobs.items():
+        scored = describe(tokenizer, [tokens[m] for m in rows], logprobs_WV, num_top)
+        told |= zip(rows, scored, strict=True)
+    return [Drawn(request, tokens[m], finite[m], told.get(m)) for m, request in enumerate(requests)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from models.errors import is_rusts
 from models.tokenizer import Tokenizer
 from models.tool_text import CALL_CLOSE, CALL_OPEN, CALL_SEPARATOR, call_head
+from models.uploads import upload
 from server.worker.messages import Grammar, ToolSchema
 from server.worker.schema_limits import excess
 
@@ -210,10 +211,10 @@ def constrain(logits_MV: Tensor, states: Sequence[GrammarState | None]) -> None:
         state = states[row]
         assert state is not None
         state.fill(mask_W)
-    banned = (~mask_MW).view(torch.uint8).to(logits_MV.device)
+    banned = upload((~mask_MW).view(torch.uint8), logits_MV.device)
     bits = torch.arange(8, dtype=torch.uint8, device=logits_MV.device)
     banned_MV = (banned[:, :, None] >> bits & 1).flatten(1)[:, :V].bool()
-    index = torch.tensor(rows, device=logits_MV.device)
+    index = upload(rows, logits_MV.device)
     logits_MV[index] = logits_MV[index].masked_fill_(banned_MV, -torch.inf)
 
 

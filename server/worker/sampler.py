@@ -77,8 +77,8 @@ class SamplerState:
         """Penalties, bias and what may not come yet, in place."""
         p = self.params
         if self._counts_V is not None and self._in_prompt_V is not None:
-            counts_V = self._counts_V.to(logits_V.device)
-            seen_V = (counts_V > 0) | self._in_prompt_V.to(logits_V.device)
+            counts_V = upload(self._counts_V, logits_V.device)
+            seen_V = (counts_V > 0) | upload(self._in_prompt_V, logits_V.device)
             penalised_V = torch.where(
                 logits_V > 0, logits_V / p.repetition_penalty, logits_V * p.repetition_penalty
             )
@@ -233,9 +233,9 @@ def _draw_cut(
         return tokens_M
     # Top-p is of the sum of the k best, which must all be there.
     enough_M1 = (top_k_M1 <= W) | ((top_k_M1 >= V) & (probs_MW.sum(-1, keepdim=True) >= top_p_M1))
-    lacking_M = ~enough_M1.flatten()
-    if lacking_M.any():
-        tokens_M[lacking_M] = draw(*probs_MV[lacking_M].sort(-1, descending=True), lacking_M)
+    lacking = (~enough_M1.flatten()).nonzero().flatten()  # by number: each use of a mask would wait anew
+    if len(lacking):
+        tokens_M[lacking] = draw(*probs_MV[lacking].sort(-1, descending=True), lacking)
     return tokens_M
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models.tokenizer import Tokenizer
+from models.uploads import upload
 from server.worker.messages import SamplingParams, TokenLogprob, TopLogprob, score_pieces
 from server.worker.request import ActiveRequest
 from server.worker.sampler import log_probabilities
@@ -15,10 +16,19 @@ from server.worker.sampler import log_probabilities
 _ROWS = 64  # of a prompt, at once: a whole chunk's log softmax would take as much memory again as its logits
 
 
-def raw_logprobs(logits_MV: Tensor, params: Sequence[SamplingParams]) -> dict[int, Tensor]:
-    """log softmax [V] of the rows that report it; to be asked for before sampling changes the logits."""
-    wanted = [m for m, own in enumerate(params) if own.logprobs is not None]
-    return dict(zip(wanted, logits_MV[wanted].log_softmax(-1), strict=True)) if wanted else {}
+def raw_logprobs(logits_MV: Tensor, params: Sequence[SamplingParams]) -> dict[int, tuple[list[int], Tensor]]:
+    """By how many of the best tokens are reported: the rows that do so, and their log softmax [W, V].
+
+    To be asked for before sampling changes the logits.
+    """
+    wanted: dict[int, list[int]] = {}
+    for m, own in enumerate(params):
+        if own.logprobs is not None:
+            wanted.setdefault(own.logprobs, []).append(m)
+    return {
+        num_top: (rows, logits_MV[upload(rows, logits_MV.device)].log_softmax(-1))
+        for num_top, rows in wanted.items()
+    }
 
 
 def describe(
@@ -26,17 +36,15 @@ def describe(
 ) -> list[TokenLogprob]:
     """Of each row of log softmax its own token, and the `num_top` best ones."""
     text = tokenizer.token_text
-    chosen_M = torch.tensor(tokens, device=logprobs_MV.device)
-    rows = (x.tolist() for x in log_probabilities(logprobs_MV, chosen_M, num_top))
-    return [
-        TokenLogprob(
-            token,
-            text(token),
-            logprob,
-            tuple(TopLogprob(i, text(i), value) for i, value in zip(ids, values, strict=True)),
-        )
-        for token, logprob, values, ids in zip(tokens, *rows, strict=True)
-    ]
+    chosen_M, top_MW, ids_MW = log_probabilities(logprobs_MV, upload(tokens, logprobs_MV.device), num_top)
+    # One wait for the device; float64 has all of these numbers exactly.
+    told = torch.cat([part.double() for part in (chosen_M[:, None], top_MW, ids_MW)], 1).tolist()
+    described = []
+    for token, (logprob, *top) in zip(tokens, told, strict=True):
+        best = zip(map(int, top[num_top:]), top[:num_top], strict=True)
+        tops = tuple(TopLogprob(id, text(id), value) for id, value in best)
+        described.append(TokenLogprob(token, text(token), logprob, tops))
+    return described
 
 
 def score_prompt(tokenizer: Tokenizer, request: ActiveRequest, start: int, logits_TV: Tensor) -> bool:
