@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -68,6 +69,7 @@ class AdapterState:
                 try:
                     file.write(content)
                     file.flush()
+                    os.fsync(file.fileno())  # else a power cut may leave an empty one, with which none starts
                     Path(file.name).replace(self.path)  # who reads sees all of the one or all of the other
                 except OSError:  # a full disk is not to be filled further, by a file for each try
                     Path(file.name).unlink(missing_ok=True)

@@ -197,14 +197,15 @@ def test_nothing_is_lost_between_workers_that_write_at_once(state: Path) -> None
     assert {path.name for path in state.parent.iterdir()} <= {"state.json", "state.json.lock"}
 
 
-def test_a_full_disk_is_not_filled_further(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
+def test_a_full_disk_is_not_filled_further(state: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     AdapterState(state).record("poet", Change(1, "poet"))
     before = set(state.parent.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full)
+        patch.setattr(step, full)
         with pytest.raises(OSError, match="No space left"):
             AdapterState(state).record("other", Change(1, "other"))
     assert set(state.parent.iterdir()) == before
