@@ -32,7 +32,9 @@ def found_and_expected(
     q_NHD = q_NF[:, : H * head_dim].unflatten(-1, (H, head_dim)).double()
     expected_NHD = before_NHD.double()
     for n, (slot, p) in enumerate(zip(SLOTS, BLOCKS, strict=True)):
-        if slot < 0 or not (K := LENGTHS[slot]):
+        K = LENGTHS[slot] if slot >= 0 else 0
+        k_PGDs[p, :, :, K:] = v_PsGD[p, K:] = torch.nan  # as a request may have left the block
+        if not K:
             continue
         k_HDK = k_PGDs[p, :, :, :K].double().repeat_interleave(H // G, 0)
         v_HKD = v_PsGD[p, :K].double().transpose(0, 1).repeat_interleave(H // G, 0)
