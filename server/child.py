@@ -113,6 +113,7 @@ class Child:
         try:
             await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
+                health.cancel()  # its socket may go before the requests that it still has
                 await self._drain(process)
             code = await ended
             await asyncio.wait({output}, timeout=_OUTPUT_SECONDS)
