@@ -6,6 +6,7 @@ numbers as well these are exact: 32 products of 127 and 32767 at most are below 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -82,6 +83,7 @@ def _accumulate_group(
     first = b.mul(group, ir.Constant(I64, STEPS))
     with cgutils.for_range(b, ir.Constant(I64, STEPS // _UNROLLED), intp=I64) as loop:
         step = b.add(first, b.mul(loop.index, ir.Constant(I64, _UNROLLED)))
+        weights: Iterable[list[Any]]
         if int4:
             shared = b.mul(loop.index, ir.Constant(I64, _UNROLLED // SHARED))
             parts = (b.add(shared, ir.Constant(I64, i)) for i in range(_UNROLLED // SHARED))

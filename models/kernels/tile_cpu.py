@@ -18,24 +18,16 @@ VECTORS = 3
 PANEL = LANES * VECTORS  # output features that are computed at once
 
 _FEATURES = llvm.get_host_cpu_features()
-# Weights in 16, 8 or 4 bits are then multiplied in pairs of bfloat16, with pairs of inputs; else as float32.
+# Weights in 16, 8 or 4 bits are then multiplied in pairs of bfloat16, with pairs of inputs; else those in 16
+# as float32, and those in fewer in pairs of whole numbers.
 MULTIPLIES_BFLOAT16 = bool(_FEATURES.get("avx512bf16"))
 # Sums of 8 rows fill 24 of AVX-512's 32 registers; of 2 rows, or of 6 a vector at a time, 12 of AVX2's 16.
 MANY_REGISTERS = bool(_FEATURES.get("avx512f"))
 ROWS = 8 if MANY_REGISTERS else 6
 BLOCK = VECTORS if MANY_REGISTERS else 1  # vectors at a time, where rows are many
-# Instructions that multiply pairs of 16 bits and add both products, and the lanes of 32 bits that they fill.
-_PAIR_PRODUCTS = next(
-    (
-        found
-        for feature, *found in (
-            ("avx512bw", "llvm.x86.avx512.pmaddw.d.512", 16),
-            ("avx2", "llvm.x86.avx2.pmadd.wd", 8),
-        )
-        if _FEATURES.get(feature)
-    ),
-    None,
-)
+# By what a processor has: instructions that multiply pairs of 16 bits and add both products, and the lanes of
+# 32 bits that they fill.
+_PAIR_PRODUCTS = {"avx512bw": ("llvm.x86.avx512.pmaddw.d.512", 16), "avx2": ("llvm.x86.avx2.pmadd.wd", 8)}
 
 I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 VI32, VF32 = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
@@ -143,11 +135,12 @@ def multiply_add(b: Any, total: Any, x: Any, w: Any, paired: bool) -> Any:
 
 def _whole_products(b: Any, x: Any, w: Any) -> Any:
     """Of pairs of 16 bits, added by lanes of 32."""
-    if _PAIR_PRODUCTS is None:
+    feature = next((name for name in _PAIR_PRODUCTS if _FEATURES.get(name)), None)
+    if feature is None:
         sixteen = ir.Constant(VI32, [16] * LANES)
         (x_1, x_2), (w_1, w_2) = ((b.ashr(b.shl(v, sixteen), sixteen), b.ashr(v, sixteen)) for v in (x, w))
         return b.add(b.mul(x_1, w_1), b.mul(x_2, w_2))
-    name, lanes = _PAIR_PRODUCTS
+    name, lanes = _PAIR_PRODUCTS[feature]
     halves, sums = ir.VectorType(ir.IntType(16), 2 * lanes), ir.VectorType(I32, lanes)
     instruction = cgutils.get_or_insert_function(b.module, ir.FunctionType(sums, [halves, halves]), name)
     parts = []
