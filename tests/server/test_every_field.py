@@ -30,7 +30,8 @@ TOOL = {
 COMMON = {"model": "smollm2-135m", "temperature": 1.5, "seed": 7, "ignore_eos": True}
 ENDING = {"logit_bias": {str(END): 100}, "ignore_eos": False}
 FREE = {"ignore_eos": False}
-LONG = {"max_tokens": 64, "max_output_tokens": 64}
+LONG = {"max_tokens": 64}
+LONG_RESPONSE = {"max_output_tokens": 64}
 
 Body = dict[str, Any]
 # field → what the request has besides, and what the field adds to it (perhaps by the answer before)
@@ -78,6 +79,8 @@ COMPLETIONS: dict[str, Row] = SHARED | {
 }
 CALLABLE = {"type": "function", **TOOL["function"]}
 RESPONSES: dict[str, Row] = SAMPLED | {
+    "presence_penalty": (LONG_RESPONSE, {"presence_penalty": 2}),
+    "frequency_penalty": (LONG_RESPONSE, {"frequency_penalty": 2}),
     "input": ({}, {"input": "Sing."}),
     "instructions": ({}, {"instructions": "Rhyme."}),
     "max_output_tokens": ({}, {"max_output_tokens": 3}),
@@ -85,7 +88,7 @@ RESPONSES: dict[str, Row] = SAMPLED | {
     "top_logprobs": ({}, {"top_logprobs": 3}),
     "text": (FREE, {"text": {"format": {"type": "json_object"}}}),
     "tools": (FREE, {"tools": [CALLABLE]}),
-    "tool_choice": (FREE | LONG | {"tools": [CALLABLE]}, {"tool_choice": "required"}),
+    "tool_choice": (FREE | LONG_RESPONSE | {"tools": [CALLABLE]}, {"tool_choice": "required"}),
     "parallel_tool_calls": (
         FREE
         | {"tools": [CALLABLE], "tool_choice": "required", "max_output_tokens": 80}
