@@ -120,8 +120,28 @@ class Sampled(Body):
         )
 
 
+# Who sends these to vLLM gets another answer by them, so they must not be passed over.
+_OF_VLLM: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "use_beam_search": (None, False),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "structured_outputs": (None,),
+    "stop_token_ids": (None, []),
+    "include_stop_str_in_output": (None, False),
+    "continue_final_message": (None, False),
+    "truncate_prompt_tokens": (None,),
+}
+
+
 class _Generation(Sampled):
     """What chat and plain completions share."""
+
+    INSTEAD: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("guided_json", "structured_outputs"), "response_format"
+    )
 
     max_tokens: Count | None = None
     n: int | None = Field(None, ge=1, le=1024)
@@ -232,16 +252,14 @@ def _image_urls(messages: list[Message]) -> Iterator[tuple[str, str]]:
 
 
 class ChatRequest(_Generation):
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = _OF_VLLM | {
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
         "modalities": (None, ["text"]),
         "audio": (None,),
         "web_search_options": (None,),
         "moderation": (None,),
-        "best_of": (None, 1),
     }
-
     ID_BEGINS: ClassVar[str] = "chatcmpl-"
     CONVERSATION: ClassVar[str] = "messages"  # the field that has it
 
@@ -289,11 +307,7 @@ class ChatRequest(_Generation):
 
 
 class CompletionRequest(_Generation):
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "suffix": (None, ""),
-        "best_of": (None, 1),
-        "use_beam_search": (None, False),
-    }
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = _OF_VLLM | {"suffix": (None, "")}
     ID_BEGINS: ClassVar[str] = "cmpl-"
 
     prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
