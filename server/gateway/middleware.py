@@ -77,7 +77,8 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            self._note(scope, status, time.monotonic() - begun)
+            # A stream's 200 is sent with its first event: what it failed with later is what counts.
+            self._note(scope, scope.get("ended_with", status), time.monotonic() - begun)
             request_id.reset(token)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
@@ -163,6 +164,7 @@ class Errors:
             if not begun:
                 await _answer(error)(scope, receive, send)
             elif "last_word" in scope:  # a stream's
+                scope["ended_with"] = error.status
                 await _end_stream(scope["last_word"](error), send)
             else:
                 raise

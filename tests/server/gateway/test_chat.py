@@ -305,6 +305,10 @@ async def test_a_worker_lost_in_the_middle_is_said(gateway: Stack, worker: Scrip
     assert response.status_code in (500, 503)
     assert ("retry-after" in response.headers) == (response.status_code == 503)
     assert response.json()["error"]["type"] == "server_error"
+    text = (await gateway.http.get("/metrics")).text  # both count as failed
+    of_chat = 'llama_adapter:http_requests_total{route="/v1/chat/completions"'
+    counted = [line for line in text.splitlines() if line.startswith(of_chat)]
+    assert counted == [f'{of_chat},status="{response.status_code}"}} 2.0']
 
 
 async def test_a_stalled_worker_is_a_timeout(launch: Launch, worker: ScriptedWorker) -> None:
