@@ -169,7 +169,8 @@ class WorkerSettings(_Settings):
     base_id: str | None = Field(None, description="the base's model id; default: the name of `base`")
     adapters: tuple[str, ...] = Field((), description="id=path[,option=value …] of each adapter")
     adapter_dir: Path | None = Field(
-        None, description="folder whose subfolders are adapters, each served under its name"
+        None,
+        description="folder whose subfolders are adapters, ours or PEFT's, each served under its name",
     )
     shipped_adapters: bool = Field(
         True, description="with the default base also serve the adapters that come with this project"

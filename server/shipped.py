@@ -10,13 +10,14 @@ from server.serving import StartupError
 from server.settings import WorkerSettings
 
 SHIPPED_DIR = Path(models.__file__).parent / "shipped"
+_MANIFESTS = ("adapter.json", "adapter_config.json")  # this project's, PEFT's
 
 
 def with_folders(settings: WorkerSettings) -> WorkerSettings:
     """`settings` whose `adapters` name those of `adapter_dir` and of the project too, and which add no more.
 
-    A subfolder with an `adapter.json` is an adapter, under its own name. Of several of one name the one
-    given by itself is served, then the folder's. Raises `StartupError` for a missing folder.
+    A subfolder with an `adapter.json`, or PEFT's file, is an adapter, under its own name. Of several of one
+    name the one given by itself is served, then the folder's. Raises `StartupError` for a missing folder.
     """
     folder = settings.adapter_dir
     if folder is not None and not folder.is_dir():
@@ -26,7 +27,7 @@ def with_folders(settings: WorkerSettings) -> WorkerSettings:
     adapters = list(settings.adapters)
     for place in filter(None, (folder, shipped)):
         given = set(adapter_ids(adapters))
-        found = sorted(path.parent for path in place.glob("*/adapter.json"))
+        found = sorted({path.parent for name in _MANIFESTS for path in place.glob(f"*/{name}")})
         adapters += [f"{path.name}={path}" for path in found if path.name not in given]
     resolved = {"adapters": tuple(adapters), "adapter_dir": None, "shipped_adapters": False}
     return settings.model_copy(update=resolved)

@@ -179,9 +179,15 @@ def write_manifests(folder: Path, *names: str) -> None:
 def test_adapter_dir_adds_what_it_holds(tmp_path: Path) -> None:
     write_manifests(tmp_path, "poet", "caption")
     (tmp_path / "notes").mkdir()
+    (tmp_path / "from-peft").mkdir()
+    (tmp_path / "from-peft" / "adapter_config.json").write_text("{}")
     settings = WorkerSettings(adapters=("poet=mine",), adapter_dir=tmp_path, shipped_adapters=False)
     found = with_folders(settings)
-    assert found.adapters == ("poet=mine", f"caption={tmp_path / 'caption'}")
+    assert found.adapters == (
+        "poet=mine",
+        f"caption={tmp_path / 'caption'}",
+        f"from-peft={tmp_path / 'from-peft'}",
+    )
     assert with_folders(found) == found
     with pytest.raises(StartupError, match="--adapter-dir"):
         with_folders(WorkerSettings(adapter_dir=tmp_path / "none"))
