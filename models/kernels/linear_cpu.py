@@ -3,7 +3,8 @@
 A packed weight holds panels of PANEL output features, the last one filled up with zeros. Within a panel
 the features of one input lie together, in bfloat16 those of two inputs, as a processor multiplies them that
 has an instruction for it. In fewer bits they lie as `models.kernels.quantized_cpu` says. Without that
-instruction inputs are float32, and weights are widened on their way.
+instruction inputs are float32, and weights are widened on their way; those of fewer bits stay whole numbers,
+and so become the inputs (`models.kernels.inputs_cpu`).
 
 Shapes: M rows, K inputs (of a packed weight: steps of one or two), P panels, F numbers of a step.
 """
@@ -38,7 +39,7 @@ def can_pack(weight_OK: Tensor, bits: Bits | None = None) -> bool:
 def pack(weights_OK: Sequence[Tensor], bits: Bits | None = None) -> Tensor:
     """Weights [out, in] on one input, each in panels of its own, one after another; [P, K, F].
 
-    With `bits` quantised, to be multiplied with bfloat16 inputs; raises ValueError as `quantize` does.
+    With `bits` quantised; raises ValueError as `quantize` does.
     """
     return torch.cat([_panels(w_OK) if bits is None else quantize(w_OK, bits) for w_OK in weights_OK])
 

@@ -13,11 +13,9 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
 
 from models.kernels.rows_cpu import load
-from models.kernels.scalars_cpu import intrinsic
 from models.kernels.tile_cpu import (
     F32,
     I64,
@@ -114,23 +112,3 @@ def _half(b: Any, place: Any) -> Any:
     rest = b.shl(b.and_(bits, ir.Constant(VI32, [0x7FFF] * LANES)), ir.Constant(VI32, [13] * LANES))
     rebased = b.fmul(b.bitcast(rest, VF32), ir.Constant(VF32, [ir.Constant(F32, 2.0**112)] * LANES))
     return b.bitcast(b.or_(b.bitcast(rebased, VI32), sign), VF32)
-
-
-@intrinsic
-def is_int8(typing: Any, w_PKF: Any) -> Any:
-    """Known when it is compiled, so that what is not for this type costs nothing."""
-
-    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return context.get_constant(types.boolean, signature.args[0].dtype == types.int8)
-
-    return types.boolean(w_PKF), build
-
-
-@intrinsic
-def is_int4(typing: Any, w_PKF: Any) -> Any:
-    """As `is_int8`."""
-
-    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return context.get_constant(types.boolean, signature.args[0].dtype == types.uint8)
-
-    return types.boolean(w_PKF), build
