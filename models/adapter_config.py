@@ -13,6 +13,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from models.sampling_defaults import SamplingDefaults
+
 LinearName = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
 LINEARS: tuple[LinearName, ...] = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
@@ -151,6 +153,7 @@ class AdapterConfig(_Strict):
     lora: LoraConfig | None = None
     vision: VisionConfig | None = None
     template: str = Field(default="chat", max_length=64)  # a name in `models.prompts`
+    sampling: SamplingDefaults | None = None  # for requests that do not say; before the base's
     description: str = Field(default="", max_length=2000)
 
     @property

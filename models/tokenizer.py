@@ -127,6 +127,15 @@ class Tokenizer:
         """
         return self._bytes[id] if 0 <= id < len(self._bytes) else b""
 
+    def partial_bytes(self, id: int) -> tuple[int, ...] | None:
+        """The bytes of a token that are no text by themselves, such as a part of a character; else None."""
+        own = self.token_bytes(id)
+        try:
+            own.decode()
+        except UnicodeDecodeError:
+            return tuple(own)
+        return None
+
     def token_text(self, id: int) -> str:
         """A token as shown to people: special tokens by their name, part of a character as U+FFFD."""
         return self._hidden_texts.get(id) or self.token_bytes(id).decode(errors="replace")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -21,6 +22,7 @@ FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _QUEUE_BUCKETS = (0.001, 0.0025, 0.005, *FIRST_TOKEN_BUCKETS)
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_LENGTH_BUCKETS = (1, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 
 EngineRow = tuple[tuple[str, ...], EngineStats]  # label values, the engine's snapshot
 
@@ -46,6 +48,12 @@ class RequestMetrics:
         )
         self.whole_request = self._histogram(
             "e2e_request_latency_seconds", "From arrival to the last event", _REQUEST_BUCKETS
+        )
+        self.prompt_length = self._histogram(
+            "request_prompt_tokens", "Tokens of a prompt that was accepted", _LENGTH_BUCKETS
+        )
+        self.answer_length = self._histogram(
+            "request_generation_tokens", "Tokens of an answer that ended by itself", _LENGTH_BUCKETS
         )
 
     def _counter(self, name: str, help_: str, *labels: str) -> Counter:
@@ -73,6 +81,7 @@ class GenerationObserver:
         match event:
             case Started():
                 self._metrics.prompt_tokens.labels(self._model).inc(event.prompt_tokens)
+                self._metrics.prompt_length.labels(self._model).observe(event.prompt_tokens)
             case Scheduled():
                 self._metrics.queue_time.labels(self._model).observe(event.queued_seconds)
             case Delta():
@@ -95,11 +104,17 @@ class GenerationObserver:
         uncounted = max(0, finished.usage.completion_tokens - self._counted)
         self._metrics.generation_tokens.labels(self._model).inc(uncounted)
         self._metrics.successes.labels(self._model, finished.finish_reason).inc()
+        self._metrics.answer_length.labels(self._model).observe(finished.usage.completion_tokens)
         self._metrics.whole_request.labels(self._model).observe(time.monotonic() - self._arrived)
 
 
-def watch_event_loop(registry: CollectorRegistry) -> None:
-    """A gauge of the tasks on the event loop that scrapes: one that grows while nothing runs is a leak."""
+def watch_process(registry: CollectorRegistry) -> None:
+    """Its version, the usual `process_*` (memory, CPU, files), and the tasks on the event loop that scrapes:
+    one of these that grows while nothing runs is a leak.
+    """
+    ProcessCollector(registry=registry)
+    build = Gauge(PREFIX + "build_info", "1, with the version as a label", ("version",), registry=registry)
+    build.labels(version("llama-adapter-server")).set(1)
     gauge = Gauge(PREFIX + "event_loop_tasks", "Tasks on this process's event loop", registry=registry)
     gauge.set_function(_tasks)
 

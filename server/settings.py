@@ -140,6 +140,11 @@ class GatewaySettings(ImageLimits):
     body_seconds: float = Field(60.0, gt=0, description="for a request's body to arrive")
     max_concurrent_requests: int = Field(256, gt=0, description="over it: 429 with Retry-After")
     request_seconds: float = Field(600.0, gt=0, description="deadline of one request")
+    stream_ping_seconds: float = Field(
+        15.0,
+        ge=0,
+        description="of silence in a stream, until a comment keeps it from being closed; 0: none",
+    )
     max_n: int = Field(8, ge=1, description="choices in one request")
     max_prompts: int = Field(128, ge=1, description="prompts in one plain completion")
     page: bool = Field(True, description="serve a page at / to try the service on")
@@ -185,6 +190,11 @@ class WorkerSettings(_Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="auto: bfloat16, but float32 for vLLM on a processor that does not multiply in it",
+    )
+    sampling_defaults: Literal["model", "openai"] = Field(
+        "model",
+        description="for requests that leave them out: model: the base's generation_config.json, before it "
+        "the adapter's own; openai: temperature 1 and no cuts, whatever these say",
     )
     quantization: Literal["none", "int8", "int4"] = Field(
         "none", description="the base's linears in 8 or 4 bits, in the native engine on a CPU"

@@ -126,7 +126,7 @@ async def _streamed(response: httpx.Response) -> Answer:
     async for line in response.aiter_lines():
         if line == "data: [DONE]":
             return Answer(Outcome.OK, text, experts)
-        if not line:
+        if not line.startswith("data: "):
             continue
         event = json.loads(line.removeprefix("data: "))
         if "error" in event:

@@ -13,7 +13,16 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from server.gateway.pipeline import Job
-from server.worker.messages import Delta, Event, Finished, PromptScored, TokenLogprob, ToolCallDelta, Usage
+from server.worker.messages import (
+    Delta,
+    Event,
+    Finished,
+    PromptScored,
+    TokenLogprob,
+    ToolCallDelta,
+    TopLogprob,
+    Usage,
+)
 
 
 @dataclass(slots=True)
@@ -105,23 +114,14 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     return {"content": scored_tokens(tokens), "refusal": None}
 
 
-def scored_tokens(
-    tokens: Sequence[TokenLogprob], unknown_bytes: list[int] | None = None
-) -> list[dict[str, Any]]:
+def scored_tokens(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
     """Each token with its log-probability, and those that were as likely."""
+    return [{**_scored(token), "top_logprobs": [_scored(top) for top in token.top]} for token in tokens]
 
-    def scored(token: str, logprob: float | None) -> dict[str, Any]:
-        # A token that is a part of a character has no text of its own, hence no bytes that we know.
-        known = "\N{REPLACEMENT CHARACTER}" not in token
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if known else unknown_bytes}
 
-    return [
-        {
-            **scored(token.token, token.logprob),
-            "top_logprobs": [scored(top.token, top.logprob) for top in token.top],
-        }
-        for token in tokens
-    ]
+def _scored(token: TokenLogprob | TopLogprob) -> dict[str, Any]:
+    raw = list(token.token.encode()) if token.raw is None else token.raw
+    return {"token": token.token, "logprob": token.logprob, "bytes": raw}
 
 
 class LegacyLogprobs:

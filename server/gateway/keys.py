@@ -12,11 +12,13 @@ import logging
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError, model_validator
 
+from server.errors import model_not_found
 from server.gateway.rates import Quota, Rate
 from server.gateway.tasks import cancelled
 from server.serving import StartupError
@@ -36,6 +38,15 @@ class Caller:
     name: str
     quota: Quota
     admin: bool = False
+    models: tuple[str, ...] | None = None  # patterns of the ids that it may ask; None: all
+
+    def may_ask(self, model: str) -> bool:
+        return self.models is None or any(fnmatchcase(model, pattern) for pattern in self.models)
+
+    def check_model(self, model: str) -> None:
+        """Raises `NotFound`, as for a model that is not served: whose key it is not for learns no more."""
+        if not self.may_ask(model):
+            raise model_not_found(model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,9 @@ class _Entry(BaseModel):
     key: SecretStr | None = Field(None, min_length=1)
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     admin: bool = False
+    models: list[Annotated[str, Field(min_length=1, max_length=512)]] | None = Field(
+        None, min_length=1, max_length=1000
+    )
     requests: str | None = Field(None, pattern=RATE)
     tokens: str | None = Field(None, pattern=RATE)
     concurrency: int | None = Field(None, gt=0)
@@ -188,7 +202,7 @@ def _caller(name: str, entry: _Entry, default: Quota) -> Caller:
         Rate.parse(entry.tokens) if entry.tokens else default.tokens,
         entry.concurrency or default.concurrency,
     )
-    return Caller(name, quota, entry.admin)
+    return Caller(name, quota, entry.admin, None if entry.models is None else tuple(entry.models))
 
 
 def _numbered(kind: str, keys: Iterable[SecretStr], quota: Quota, admin: bool) -> list[Key]:

@@ -78,22 +78,26 @@ class Spending:
     """What one request has taken so far."""
 
     def __init__(self) -> None:
-        self._prompt = 0
+        self.prompt_tokens = 0
         self._completions: Counter[int] = Counter()
 
     def see(self, index: int, event: Event, counts_prompt: bool) -> None:
         """`event` of the choice `index`; a prompt that several choices share is counted for one of them."""
         match event:
             case Started() if counts_prompt:
-                self._prompt += event.prompt_tokens
+                self.prompt_tokens += event.prompt_tokens
             case Delta():
                 self._completions[index] += len(event.token_ids)
             case Finished():  # knows also of tokens that are in no delta, such as the stop token
                 self._completions[index] = max(self._completions[index], event.usage.completion_tokens)
 
     @property
+    def completion_tokens(self) -> int:
+        return self._completions.total()
+
+    @property
     def tokens(self) -> int:
-        return self._prompt + self._completions.total()
+        return self.prompt_tokens + self.completion_tokens
 
 
 class Limiter:

@@ -14,11 +14,11 @@ from server.metrics import (
     EngineCollector,
     GenerationObserver,
     RequestMetrics,
-    watch_event_loop,
+    watch_process,
 )
 from server.worker.messages import EngineStats
 
-WorkerStats = tuple[str, str, EngineStats | None]  # the worker's URL, its base's id, None: not ready
+WorkerStats = tuple[str, str, EngineStats | None]  # the worker's name, its base's id, None: not ready
 
 
 class GatewayMetrics:
@@ -28,13 +28,19 @@ class GatewayMetrics:
         self._registry.register(
             EngineCollector(
                 ("model", "worker"),
-                lambda: [((base, url), stats) for url, base, stats in workers() if stats is not None],
+                lambda: [((base, name), stats) for name, base, stats in workers() if stats is not None],
             )
         )
         self._requests = RequestMetrics(self._registry)
-        watch_event_loop(self._registry)
+        watch_process(self._registry)
         self.http_requests = Counter(
             PREFIX + "http_requests", "Answers given", ("route", "status"), registry=self._registry
+        )
+        self._key_tokens = Counter(
+            PREFIX + "key_tokens",
+            "Tokens of prompts and answers, by the name of whose key it was",
+            ("key", "model", "kind"),
+            registry=self._registry,
         )
         self.experts = Histogram(
             PREFIX + "expert_latency_seconds",
@@ -58,6 +64,11 @@ class GatewayMetrics:
         """For one choice of a request that arrived at `arrived` of the monotonic clock."""
         return self._requests.observe(model, arrived)
 
+    def charge(self, key: str, model: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """What a request of the caller `key` took of a model that a worker has."""
+        self._key_tokens.labels(key, model, "prompt").inc(prompt_tokens)
+        self._key_tokens.labels(key, model, "completion").inc(completion_tokens)
+
 
 class _ReadinessCollector(Collector):
     def __init__(self, workers: Callable[[], Iterable[WorkerStats]]) -> None:
@@ -67,6 +78,6 @@ class _ReadinessCollector(Collector):
         family = GaugeMetricFamily(
             PREFIX + "worker_ready", "1 while the worker takes requests", labels=["worker"]
         )
-        for url, _, stats in self._workers():
-            family.add_metric([url], stats is not None)
+        for name, _, stats in self._workers():
+            family.add_metric([name], stats is not None)
         yield family

@@ -65,6 +65,7 @@ class Model(_Answer):
     reads_images: bool
     version: int
     variant: str
+    sampling: dict[str, int | float]
 
 
 class ModelList(_Answer):

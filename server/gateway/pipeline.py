@@ -14,7 +14,7 @@ from server.gateway.clients.pool import WorkerPool
 from server.gateway.context import ExpertPanel, ExpertReport, context_items
 from server.gateway.images import Image, ImageLoader
 from server.gateway.keys import Caller
-from server.gateway.limiter import Limiter
+from server.gateway.limiter import Limiter, Spending
 from server.gateway.metrics import GatewayMetrics
 from server.gateway.responses.schemas import ResponseRequest
 from server.gateway.schemas import ChatRequest, CompletionRequest
@@ -88,9 +88,10 @@ class Pipeline:
         self._limiter = limiter
         self._metrics = metrics
 
-    async def prepare_chat(self, body: Conversation) -> Job:
+    async def prepare_chat(self, body: Conversation, caller: Caller) -> Job:
         """Fetch the images, hear the experts, and say what to generate. Raises `ApiError`."""
         arrived = time.monotonic()
+        caller.check_model(body.model)
         model = self._pool.model(body.model)
         self._check_n(body.n)
         names = self._experts.choose(body.experts, model.id)
@@ -100,12 +101,13 @@ class Pipeline:
         prompt = ChatPrompt(body.for_worker(), context_items(reports), body.tools_for_template)
         seen = tuple(image.data for image in images) if model.reads_images else ()
         concerned = bool(images) or bool(body.experts and body.experts != "auto")
-        return self._job(body, [prompt], arrived, seen, reports if concerned else None)
+        return self._job(body, model, [prompt], arrived, seen, reports if concerned else None)
 
-    def prepare_completion(self, body: CompletionRequest) -> Job:
+    def prepare_completion(self, body: CompletionRequest, caller: Caller) -> Job:
         """Say what to generate. Raises `ApiError`."""
         arrived = time.monotonic()
-        self._pool.model(body.model)
+        caller.check_model(body.model)
+        model = self._pool.model(body.model)
         self._check_n(body.n)
         if len(body.prompts) > self._settings.max_prompts:
             raise InvalidRequest(
@@ -117,7 +119,7 @@ class Pipeline:
             TextPrompt(prompt, special) if isinstance(prompt, str) else TokenPrompt(prompt)
             for prompt in body.prompts
         ]
-        return self._job(body, prompts, arrived)
+        return self._job(body, model, prompts, arrived)
 
     def _check_n(self, n: int | None) -> None:
         if n is not None and n > self._settings.max_n:
@@ -148,6 +150,7 @@ class Pipeline:
     def _job(
         self,
         body: Conversation | CompletionRequest,
+        model: ModelInfo,
         prompts: Sequence[Prompt],
         arrived: float,
         images: tuple[bytes, ...] = (),
@@ -155,7 +158,7 @@ class Pipeline:
     ) -> Job:
         id = body.ID_BEGINS + uuid.uuid4().hex  # never the client's request id: that may come twice
         n = body.n or 1
-        sampling = body.sampling()
+        sampling = body.sampling(model.sampling)
         remaining = max(0.001, arrived + self._settings.request_seconds - time.monotonic())
         choices = tuple(
             GenerateRequest(
@@ -180,12 +183,25 @@ class Pipeline:
                 self._limiter.spending(caller, job.estimated_tokens) as spending,
                 aclosing(self._events(job)) as events,
             ):
-                async for index, event in events:
-                    spending.see(index, event, counts_prompt=index % job.choices_per_prompt == 0)
-                    yield index, event
+                try:
+                    async for index, event in events:
+                        spending.see(index, event, counts_prompt=index % job.choices_per_prompt == 0)
+                        yield index, event
+                finally:
+                    self._account(job, caller, spending)
         except InvalidRequest as error:
             _tell_of_readings(error, job.reports or ())
             raise
+
+    def _account(self, job: Job, caller: Caller, spending: Spending) -> None:
+        """Write down what `job` took, whatever ended it; nothing, if no worker accepted it."""
+        if not spending.tokens:
+            return
+        prompt, completion = spending.prompt_tokens, spending.completion_tokens
+        self._metrics.charge(caller.name, job.model, prompt, completion)
+        whose = {"id": job.id, "model": job.model, "key": caller.name}
+        taken = {"prompt_tokens": prompt, "completion_tokens": completion}
+        log.info("generation ended", extra={**whose, **taken})
 
     async def _events(self, job: Job) -> AsyncGenerator[tuple[int, Event], None]:
         async with AsyncExitStack() as stack:

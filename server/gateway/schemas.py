@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -96,23 +96,27 @@ class Sampled(Body):
         """The most tokens to generate; None for what the context holds."""
 
     def _sampling(
-        self, logprobs: int | None, grammar: Grammar | None, prompt_logprobs: int | None = None
+        self,
+        defaults: Mapping[str, Any],
+        logprobs: int | None,
+        grammar: Grammar | None,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParams:
-        given = {
+        given = dict(defaults) | {
             name: value
             for name in (
-                "min_tokens", "temperature", "top_p", "min_p", "seed", "presence_penalty",
+                "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty",
                 "frequency_penalty", "repetition_penalty", "logit_bias", "ignore_eos",
             )
             if (value := getattr(self, name)) is not None
         }  # fmt: skip
-        top_k = max(self.top_k or 0, 0)
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
         if self.top_p == 0:  # no probability at all holds the likeliest token still
-            given["top_p"], top_k = 1.0, 1
+            given |= {"top_p": 1.0, "top_k": 1}
         return SamplingParams(
             **given,
             max_tokens=self.limit,
-            top_k=top_k,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -299,11 +303,12 @@ class ChatRequest(_Generation):
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def sampling(self) -> SamplingParams:
+    def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """`defaults` are the model's, for what the request leaves out."""
         answer = self.response_format.grammar() if self.response_format else None
         parallel = self.parallel_tool_calls is not False
         kept_to = grammar(answer, self.tools or (), self.tool_choice, parallel)
-        return self._sampling((self.top_logprobs or 0) if self.logprobs else None, kept_to)
+        return self._sampling(defaults, (self.top_logprobs or 0) if self.logprobs else None, kept_to)
 
 
 class CompletionRequest(_Generation):
@@ -333,9 +338,9 @@ class CompletionRequest(_Generation):
     def limit(self) -> int:
         return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default here
 
-    def sampling(self) -> SamplingParams:
+    def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
         kept_to = self.response_format.grammar() if self.response_format else None
-        return self._sampling(self.logprobs, kept_to, self.logprobs if self.echo else None)
+        return self._sampling(defaults, self.logprobs, kept_to, self.logprobs if self.echo else None)
 
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:
@@ -350,12 +355,15 @@ class TokenizeBody(Body):
     model: str = Field(min_length=1, max_length=512)
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
+    tools: Tools | None = None
     add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise inconsistent("prompt", "give either prompt or messages")
+        if self.tools and self.messages is None:
+            raise inconsistent("tools", "belong to messages")
         if any(_image_urls(self.messages or [])):
             raise inconsistent(
                 "messages", "cannot be counted with images, whose text experts are yet to read"

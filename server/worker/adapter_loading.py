@@ -15,6 +15,7 @@ from models.config import ModelConfig
 from models.errors import AdapterMismatch, CheckpointError, ModelError
 from models.prompts import template_names
 from models.registry import AdapterRegistry
+from models.sampling_defaults import SamplingDefaults
 from models.vision.encoder import VisionEncoder, check_features, load_encoder
 from server.errors import InvalidRequest
 from server.worker.frontend import ServedModel
@@ -39,8 +40,12 @@ class AdapterLoader:
         max_model_len: int,
         adapter_root: Path | None,
         max_encoders: int,
+        sampling: SamplingDefaults | None = None,
     ) -> None:
-        """With `max_encoders` in memory run-time loading brings no further one."""
+        """With `max_encoders` in memory run-time loading brings no further one.
+
+        sampling  what the base's makers recommend; adapters may bring their own. None: nobody's is heard.
+        """
         self._base_id = base_id
         self._config = config
         self._fingerprint = fingerprint
@@ -48,6 +53,7 @@ class AdapterLoader:
         self._max_model_len = max_model_len
         self._registry = AdapterRegistry(adapter_root)
         self._max_encoders = max_encoders
+        self._sampling = sampling
         self._encoders: WeakValueDictionary[str, VisionEncoder] = WeakValueDictionary()
         self._named_at_start: set[str] = set()
         self._lock = threading.Lock()
@@ -118,6 +124,7 @@ class AdapterLoader:
             reads_images=encoder is not None,
             version=version,
             variant=config.variant,
+            sampling=self._defaults(config.sampling),
         )
         return ServedModel(info, LoadedAdapter((id, version), adapter, encoder))
 
@@ -130,8 +137,14 @@ class AdapterLoader:
             parent=None,
             created=int(time.time()),
             max_model_len=self._max_model_len,
+            sampling=self._defaults(None),
         )
         return ServedModel(info)
+
+    def _defaults(self, own: SamplingDefaults | None) -> dict[str, int | float]:
+        if self._sampling is None:
+            return {}
+        return (own.over(self._sampling) if own else self._sampling).given
 
     def _encoder(self, name: str, at_run_time: bool) -> VisionEncoder:
         with self._lock:

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 
 import torch
 
 from models.checkpoints.base import load_base
 from models.config import ModelConfig
-from models.errors import CheckpointError
 from models.kernels.choice import use_triton
 from models.kernels.quantized_cpu import Bits
 from models.kernels.quantized_tile_cpu import GROUP
 from models.kv_cache import KVCache
 from models.llama import Llama
 from models.pull import resolve_base
-from models.tokenizer import load_tokenizer
-from models.vision.images import ImageLimits
 from server.serving import StartupError
 from server.settings import MIB, WorkerSettings
-from server.worker.adapter_loading import AdapterLoader
 from server.worker.blocks import BlockManager
 from server.worker.device import use_device
 from server.worker.engine import NativeEngine
 from server.worker.engine_api import Engine
-from server.worker.frontend import Frontend
-from server.worker.grammar import GrammarCompiler
 from server.worker.messages import Event, Failed, Finished, SamplingParams
 from server.worker.pace import Pace
 from server.worker.request import Prepared
 from server.worker.runner import Kernels, Runner
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
+from server.worker.surroundings import frontend_of, loader_of, tokenizer_of
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +72,7 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
     bits = _bits(settings, device)
     # Quantised from the checkpoint's own numbers, not from numbers that were rounded before.
     base, embedding_fingerprint = load_base(path, dtype if bits is None else torch.float32, device)
-    tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > base.config.vocab_size:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {base.config.vocab_size}; "
-            "they belong to different models"
-        )
+    tokenizer = tokenizer_of(path, base.config)
     _pack(base, bits)
     scheduler = _scheduler(settings, base.config, dtype)
     runner = Runner(
@@ -99,14 +88,13 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         max_decodes=settings.max_num_seqs,
         max_model_len=scheduler.max_sequence_len,
     )
-    loader = AdapterLoader(
-        settings.base_id or base_id(settings.base),
+    loader = loader_of(
+        settings,
+        path,
         base.config,
         embedding_fingerprint,
         device=device,
         max_model_len=scheduler.max_sequence_len,
-        adapter_root=settings.adapter_root,
-        max_encoders=settings.max_encoders,
     )
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
     step_loop = StepLoop(runner, scheduler, tokenizer, overlap=device.type == "cuda")
@@ -116,16 +104,9 @@ def build_engine(settings: WorkerSettings) -> NativeEngine:
         _try_longest(step_loop, scheduler)
     _warm_up(step_loop, 3)
     log.info("loaded %s in %s in %.1f s", path, bits or dtype, time.monotonic() - began)
-    limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-    grammars = GrammarCompiler(
-        tokenizer,
-        base.config.vocab_size,
-        max_bytes=settings.max_grammar_bytes,
-        cache_entries=settings.grammar_cache_entries,
-    )
     return NativeEngine(
         step_loop,
-        Frontend(tokenizer, scheduler, base.config.vocab_size, limits, grammars),
+        frontend_of(settings, tokenizer, base.config, scheduler),
         loader,
         models,
         max_requests=settings.max_num_seqs + settings.max_waiting,
@@ -247,9 +228,3 @@ def pick_dtype(name: str) -> torch.dtype:
     """`auto` is bfloat16, which the engine's own kernels multiply quickly on any processor."""
     dtype: torch.dtype = torch.bfloat16 if name == "auto" else getattr(torch, name)
     return dtype
-
-
-def base_id(base: str) -> str:
-    """`smollm2-135m` of that name, of a folder of that name, and of a file `smollm2-135m.gguf`."""
-    path = Path(base)
-    return path.stem if path.suffix == ".gguf" else path.name

@@ -135,6 +135,7 @@ class TopLogprob:
     token_id: int
     token: str
     logprob: float
+    raw: tuple[int, ...] | None = None  # its bytes, where `token` cannot tell them
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ class TokenLogprob:
     token: str
     logprob: float | None
     top: tuple[TopLogprob, ...] = ()
+    raw: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +243,9 @@ class ModelInfo:
     reads_images: bool = False
     version: int = 1  # counts reloads under the same id
     variant: str = ""
+    sampling: dict[str, int | float] = field(
+        default_factory=dict
+    )  # fields of `SamplingParams`, for who gives none
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from server.metrics import EngineCollector, GenerationObserver, RequestMetrics, watch_event_loop
+from server.metrics import EngineCollector, GenerationObserver, RequestMetrics, watch_process
 from server.worker.messages import EngineStats
 
 
@@ -15,7 +15,7 @@ class WorkerMetrics:
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(("model",), lambda: [((base,), stats())]))
         self._requests = RequestMetrics(self._registry)
-        watch_event_loop(self._registry)
+        watch_process(self._registry)
 
     def render(self) -> bytes:
         """The Prometheus text format."""

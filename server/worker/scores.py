@@ -35,15 +35,15 @@ def describe(
     tokenizer: Tokenizer, tokens: Sequence[int], logprobs_MV: Tensor, num_top: int
 ) -> list[TokenLogprob]:
     """Of each row of log softmax its own token, and the `num_top` best ones."""
-    text = tokenizer.token_text
+    text, raw = tokenizer.token_text, tokenizer.partial_bytes
     chosen_M, top_MW, ids_MW = log_probabilities(logprobs_MV, upload(tokens, logprobs_MV.device), num_top)
     # One wait for the device; float64 has all of these numbers exactly.
     told = torch.cat([part.double() for part in (chosen_M[:, None], top_MW, ids_MW)], 1).tolist()
     described = []
     for token, (logprob, *top) in zip(tokens, told, strict=True):
         best = zip(map(int, top[num_top:]), top[:num_top], strict=True)
-        tops = tuple(TopLogprob(id, text(id), value) for id, value in best)
-        described.append(TokenLogprob(token, text(token), logprob, tops))
+        tops = tuple(TopLogprob(id, text(id), value, raw(id)) for id, value in best)
+        described.append(TokenLogprob(token, text(token), logprob, tops, raw(token)))
     return described
 
 
@@ -55,7 +55,8 @@ def score_prompt(tokenizer: Tokenizer, request: ActiveRequest, start: int, logit
     scored = []
     if not request.num_scored:
         first = seq.token_ids[0]
-        scored.append(TokenLogprob(first, tokenizer.token_text(first), None))
+        raw = tokenizer.partial_bytes(first)
+        scored.append(TokenLogprob(first, tokenizer.token_text(first), None, raw=raw))
     # After a preemption, what was told already is computed once more and left alone here.
     begin = max(start + 1, request.num_scored + len(scored))
     end = min(start + len(logits_TV) + 1, seq.num_prompt_tokens)

@@ -57,14 +57,14 @@ class Answer:
         Piece by piece: to describe a long prompt at once would hold up everybody's events.
         """
         ids, wanted = self._prepared.token_ids, self._prepared.sampling.prompt_logprobs or 0
-        text = self._tokenizer.token_text
+        text, raw = self._tokenizer.token_text, self._tokenizer.partial_bytes
         assert len(steps) == len(ids)
         for start in range(0, len(ids), SCORES):
             end = start + SCORES
             scored = [
                 self._describe(ids[i], step, wanted)
                 if i and step  # nothing precedes the first
-                else TokenLogprob(ids[i], text(ids[i]), None)
+                else TokenLogprob(ids[i], text(ids[i]), None, raw=raw(ids[i]))
                 for i, step in enumerate(steps[start:end], start)
             ]
             for piece in score_pieces(scored, self._tokenizer.decode(ids) if end >= len(ids) else None):
@@ -123,10 +123,12 @@ class Answer:
         self.ended = True
 
     def _describe(self, token: int, step: Step, num_top: int) -> TokenLogprob:
-        text = self._tokenizer.token_text
+        text, raw = self._tokenizer.token_text, self._tokenizer.partial_bytes
         ranked = sorted((scored.rank or 0, id) for id, scored in step.items())
-        top = tuple(TopLogprob(id, text(id), step[id].logprob) for rank, id in ranked if rank <= num_top)
-        return TokenLogprob(token, text(token), step[token].logprob, top)
+        top = tuple(
+            TopLogprob(id, text(id), step[id].logprob, raw(id)) for rank, id in ranked if rank <= num_top
+        )
+        return TokenLogprob(token, text(token), step[token].logprob, top, raw(token))
 
     def _taken(self) -> list[Event]:
         events = self._events.copy()

@@ -19,22 +19,19 @@ from pydantic import ValidationError
 from models.checkpoints.base import open_base
 from models.checkpoints.layout import BaseCheckpoint
 from models.config import ModelConfig
-from models.errors import CheckpointError, ModelError
+from models.errors import ModelError
 from models.fingerprint import fingerprint
 from models.kv_cache import KVCache
 from models.pull import resolve_base
-from models.tokenizer import load_tokenizer
-from models.vision.images import ImageLimits
 from models.vllm_plugin import ENDS_WITH_PARENT
 from models.vllm_plugin.carriers import EVERYTHING, ROWS, Room, check_carried
 from models.vllm_plugin.options import engine_options
 from models.vllm_plugin.sharing import SHARED_ADAPTERS
 from server.serving import StartupError
 from server.settings import MIB, WorkerSettings
-from server.worker.adapter_loading import AdapterLoader
-from server.worker.build import base_id, pick_dtype
-from server.worker.frontend import Frontend, ServedModel
-from server.worker.grammar import GrammarCompiler
+from server.worker.build import pick_dtype
+from server.worker.frontend import ServedModel
+from server.worker.surroundings import frontend_of, loader_of, tokenizer_of
 from server.worker.vllm_engine import ContextRoom, VllmEngine
 
 log = logging.getLogger(__name__)
@@ -59,22 +56,17 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
     _refuse(settings)
     path = resolve_base(settings.base, settings.cache_dir)
     checkpoint = open_base(path)
-    config, tokenizer = checkpoint.config, load_tokenizer(path)
+    config = checkpoint.config
+    tokenizer = tokenizer_of(path, config)
     _check_shares(settings.tensor_parallel, config)
     max_model_len = _context(settings, config)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
-            "they belong to different models"
-        )
-    loader = AdapterLoader(
-        settings.base_id or base_id(settings.base),
+    loader = loader_of(
+        settings,
+        path,
         config,
         _fingerprint(checkpoint),
         device=torch.device("cpu"),
         max_model_len=max_model_len,
-        adapter_root=settings.adapter_root,
-        max_encoders=settings.max_encoders,
     )
     models = [loader.base_model(path), *(loader.load(argument) for argument in settings.adapters)]
     room = _room_for(settings, models)
@@ -86,16 +78,9 @@ def build_vllm_engine(settings: WorkerSettings) -> VllmEngine:
     with _starting():
         vllm = calls.Vllm(options, config, sorted(tokenizer.eos_ids))
     log.info("vLLM serves %s after %.1f s", path, time.monotonic() - began)
-    images = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-    grammars = GrammarCompiler(
-        tokenizer,
-        config.vocab_size,
-        max_bytes=settings.max_grammar_bytes,
-        cache_entries=settings.grammar_cache_entries,
-    )
     return VllmEngine(
         vllm,
-        Frontend(tokenizer, ContextRoom(max_model_len), config.vocab_size, images, grammars),
+        frontend_of(settings, tokenizer, config, ContextRoom(max_model_len)),
         tokenizer,
         loader,
         models,

@@ -157,6 +157,16 @@ PIECES = [
 HOSTILE = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 
 
+@given(text=st.text(max_size=40))
+def test_bytes_are_told_where_a_tokens_text_cannot_tell_them(
+    bpe: Tokenizer, spm: Tokenizer, text: str
+) -> None:
+    for tokenizer in (bpe, spm):
+        for id in tokenizer.encode(text, add_special_tokens=False):
+            own, told = tokenizer.token_bytes(id), tokenizer.partial_bytes(id)
+            assert (tokenizer.token_text(id).encode() if told is None else bytes(told)) == own
+
+
 @given(text=HOSTILE)
 def test_plain_text_never_becomes_a_special_token(bpe: Tokenizer, spm: Tokenizer, text: str) -> None:
     for tokenizer in (bpe, spm):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TypeVar
 
 from server.errors import (
@@ -59,6 +60,7 @@ class Worker:
     """What is known of one worker, as of the last poll."""
 
     client: WorkerClient
+    name: str  # in metrics
     ready: bool = False
     models: dict[str, ModelInfo] = field(default_factory=dict)
     stats: EngineStats | None = None
@@ -153,7 +155,8 @@ class WorkerPool:
     """
 
     def __init__(self, workers: list[WorkerClient], poll_seconds: float, lost_seconds: float) -> None:
-        self.workers = [Worker(client) for client in workers]
+        names = _names([client.url for client in workers])
+        self.workers = [Worker(client, name) for client, name in zip(workers, names, strict=True)]
         self._poll_seconds = poll_seconds
         self._poll_timeout = max(1.0, poll_seconds)  # for a poll's answer
         self._lost_seconds = lost_seconds
@@ -196,8 +199,8 @@ class WorkerPool:
         return all(worker.ready for worker in self.workers)
 
     def stats(self) -> list[tuple[str, str, EngineStats | None]]:
-        """(URL, base's id, last snapshot) of each worker; the snapshot of one that is not ready is None."""
-        return [(w.client.url, w.base, w.stats if w.ready else None) for w in self.workers]
+        """(name, base's id, last snapshot) of each worker; the snapshot of one that is not ready is None."""
+        return [(w.name, w.base, w.stats if w.ready else None) for w in self.workers]
 
     def models(self) -> list[ModelInfo]:
         """Each model that a ready worker holds, bases first, once."""
@@ -345,3 +348,9 @@ class WorkerPool:
         results = await asyncio.gather(*(change(worker.client) for worker in workers), return_exceptions=True)
         await asyncio.gather(*(worker.poll(self._poll_timeout) for worker in workers))
         return results
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    """A socket's name without its folder, which `serve` makes anew each time, if that tells them apart."""
+    names = [PurePath(url).stem if url.startswith("unix:") else url for url in urls]
+    return names if len(set(names)) == len(names) else list(urls)

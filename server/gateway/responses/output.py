@@ -10,7 +10,7 @@ from typing import Any, Literal
 from server.gateway.answers import experts_body, new_call_id, scored_tokens
 from server.gateway.pipeline import Job
 from server.gateway.responses.schemas import ResponseRequest
-from server.worker.messages import Delta, Finished, TokenLogprob, ToolCallDelta, Usage
+from server.worker.messages import Delta, Finished, SamplingParams, TokenLogprob, ToolCallDelta, Usage
 
 Status = Literal["in_progress", "completed", "incomplete"]
 # One event of a stream, but for its number.
@@ -40,7 +40,7 @@ class _Message:
 
     def add(self, text: str, logprobs: Sequence[TokenLogprob]) -> list[Told]:
         self.texts.append(text)
-        scored = _scored(logprobs)
+        scored = scored_tokens(logprobs)
         self.scored += scored
         return [{"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": scored}]
 
@@ -101,10 +101,6 @@ class _Call:
         return {"item_id": self.id, "output_index": self.index}
 
 
-def _scored(logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-    return scored_tokens(logprobs, unknown_bytes=[])  # null, as in chat, is not of this API's types
-
-
 def _added(index: int, item: dict[str, Any]) -> Told:
     return {"type": "response.output_item.added", "output_index": index, "item": item}
 
@@ -138,7 +134,7 @@ class Output:
         self.finished = event
         last = self._items[-1]
         if isinstance(last, _Message):
-            last.scored += _scored(self._unsaid)
+            last.scored += scored_tokens(self._unsaid)
         return told + last.end(self.status)
 
     @property
@@ -193,12 +189,12 @@ def response_body(job: Job, request: ResponseRequest, output: Output) -> dict[st
         "model": job.model,
         "output": output.bodies(),
         "usage": usage and _usage_body(usage),
-        **_asked(request),
+        **_asked(request, job.choices[0].sampling),
         **experts_body(job),
     }
 
 
-def _asked(request: ResponseRequest) -> dict[str, Any]:
+def _asked(request: ResponseRequest, sampling: SamplingParams) -> dict[str, Any]:
     """The request's settings, defaults filled in: clients' types require them."""
     choice, text = request.tool_choice, request.text
     return {
@@ -209,14 +205,14 @@ def _asked(request: ResponseRequest) -> dict[str, Any]:
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "previous_response_id": None,
         "store": False,
-        "temperature": 1.0 if request.temperature is None else request.temperature,
+        "temperature": sampling.temperature,
         "text": text.model_dump(by_alias=True, exclude_none=True)
         if text and text.format
         else {"format": {"type": "text"}},
         "tool_choice": choice.model_dump() if choice and not isinstance(choice, str) else choice or "auto",
         "tools": [tool.model_dump() for tool in request.tools or ()],
         "top_logprobs": request.top_logprobs or 0,
-        "top_p": 1.0 if request.top_p is None else request.top_p,
+        "top_p": sampling.top_p if request.top_p is None else request.top_p,
         "truncation": "disabled",
         "user": request.user,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -291,10 +291,10 @@ class ResponseRequest(Sampled):
         """What the model is told of tools: nothing if it may not call any."""
         return () if self.tool_choice == "none" else tuple(tool.for_template() for tool in self._tools)
 
-    def sampling(self) -> SamplingParams:
+    def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
         answer = self.text.format.grammar() if self.text and self.text.format else None
         kept_to = grammar(answer, self._tools, self._choice, self.parallel_tool_calls is not False)
-        return self._sampling((self.top_logprobs or 0) if self.scores_tokens else None, kept_to)
+        return self._sampling(defaults, (self.top_logprobs or 0) if self.scores_tokens else None, kept_to)
 
     @property
     def _items(self) -> list[Item]:

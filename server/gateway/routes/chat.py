@@ -36,8 +36,8 @@ async def create(
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))], gateway: GatewayDep, caller: CallerDep
 ) -> Response:
     if body.stream:
-        return EventStream(_stream(gateway.pipeline, body, caller))
-    job = await gateway.pipeline.prepare_chat(body)
+        return EventStream(_stream(gateway.pipeline, body, caller), gateway.settings.stream_ping_seconds)
+    job = await gateway.pipeline.prepare_chat(body, caller)
     choices = await collect(job, gateway.pipeline.run(job, caller))
     return await json_answer(lambda: _completion(job, choices, bool(body.logprobs)))
 
@@ -66,7 +66,7 @@ def _message(choice: Choice) -> dict[str, Any]:
 
 
 async def _stream(pipeline: Pipeline, body: ChatRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
-    job = await pipeline.prepare_chat(body)
+    job = await pipeline.prepare_chat(body, caller)
     head = _head(job, "chat.completion.chunk") | ({"usage": None} if body.include_usage else {})
     first = experts_body(job)  # rides on the first chunk alone
     usages = {}

@@ -39,8 +39,8 @@ async def create(
     caller: CallerDep,
 ) -> Response:
     if body.stream:
-        return EventStream(_stream(gateway, body, caller))
-    job = gateway.pipeline.prepare_completion(body)
+        return EventStream(_stream(gateway, body, caller), gateway.settings.stream_ping_seconds)
+    job = gateway.pipeline.prepare_completion(body, caller)
     echoes = await _echoes(gateway, job, body)
     choices = await collect(job, gateway.pipeline.run(job, caller))
     return await json_answer(lambda: _completion(job, choices, echoes, body.logprobs is not None))
@@ -82,7 +82,7 @@ def _choice(index: int, echo: str, choice: Choice, with_logprobs: bool) -> dict[
 
 
 async def _stream(gateway: Gateway, body: CompletionRequest, caller: Caller) -> AsyncGenerator[bytes, None]:
-    job = gateway.pipeline.prepare_completion(body)
+    job = gateway.pipeline.prepare_completion(body, caller)
     echoes = await _echoes(gateway, job, body)
     pieces = _Pieces(job, body)
     usages = {}

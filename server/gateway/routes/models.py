@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from server.gateway.openapi import ExpertList, Gates, Model, ModelList, documented
-from server.gateway.state import GatewayDep
+from server.gateway.state import CallerDep, GatewayDep
 from server.worker.messages import ModelInfo
 
 router = APIRouter()
@@ -28,21 +28,25 @@ def model_body(info: ModelInfo) -> dict[str, Any]:
         "reads_images": info.reads_images,
         "version": info.version,
         "variant": info.variant,
+        "sampling": info.sampling,
     }
 
 
 @router.get("/v1/models", **documented("The base and every adapter", ModelList))
-async def list_models(gateway: GatewayDep) -> Response:
-    return JSONResponse({"object": "list", "data": [model_body(info) for info in gateway.pool.models()]})
+async def list_models(gateway: GatewayDep, caller: CallerDep) -> Response:
+    models = [model_body(info) for info in gateway.pool.models() if caller.may_ask(info.id)]
+    return JSONResponse({"object": "list", "data": models})
 
 
 @router.get("/v1/models/{id:path}", **documented("One model", Model))
-async def retrieve_model(id: str, gateway: GatewayDep) -> Response:
+async def retrieve_model(id: str, gateway: GatewayDep, caller: CallerDep) -> Response:
+    caller.check_model(id)
     return JSONResponse(model_body(gateway.pool.model(id)))
 
 
 @router.get("/v1/adapters/{id}/gates", **documented("How strongly an adapter's prompts are heard", Gates))
-async def adapter_gates(id: str, gateway: GatewayDep) -> Response:
+async def adapter_gates(id: str, gateway: GatewayDep, caller: CallerDep) -> Response:
+    caller.check_model(id)
     return JSONResponse(asdict(await gateway.pool.gates(id)))
 
 

@@ -42,7 +42,8 @@ async def create(
         def numbered(told: Told) -> bytes:
             return sse({**told, "sequence_number": next(number)}, told["type"])
 
-        return EventStream(_mapped(numbered, events), lambda error: numbered(_failure(error)))
+        ping_seconds = gateway.settings.stream_ping_seconds
+        return EventStream(_mapped(numbered, events), ping_seconds, lambda error: numbered(_failure(error)))
     async with aclosing(events):
         async for told in events:
             last = told
@@ -66,7 +67,7 @@ async def _answer(pipeline: Pipeline, body: ResponseRequest, caller: Caller) -> 
     """All that a stream tells; the last event has the whole response."""
     output = Output(body.scores_tokens)
     with _own_names():
-        job = await pipeline.prepare_chat(body)
+        job = await pipeline.prepare_chat(body, caller)
         async with aclosing(pipeline.run(job, caller)) as events:
             async for _, event in events:
                 match event:

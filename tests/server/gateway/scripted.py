@@ -122,6 +122,7 @@ class ScriptedWorker:
         prompt = body["prompt"]
         text = prompt.get("text") or " ".join(m["content"] for m in prompt["messages"])
         ids = ([1] if prompt.get("add_special_tokens", True) else []) + [ord(c) for c in text]
+        ids += [0 for _ in prompt.get("tools", ())]
         return JSONResponse({"token_ids": ids, "max_model_len": 2048})
 
     async def _detokenize(self, request: Request) -> Response:

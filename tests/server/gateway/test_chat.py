@@ -192,7 +192,7 @@ async def test_answers_are_made_beside_the_event_loop() -> None:
 
 
 async def test_logprobs(gateway: Stack, worker: ScriptedWorker) -> None:
-    best = (TopLogprob(5, "né", -0.1), TopLogprob(6, "\N{REPLACEMENT CHARACTER}", -2.5))
+    best = (TopLogprob(5, "né", -0.1), TopLogprob(6, "\N{REPLACEMENT CHARACTER}", -2.5, (240, 159)))
     tokens = (TokenLogprob(5, "né", -0.1, best),)
     worker.events = [Started(1), Delta("né", (5,), tokens), Finished("stop", Usage(1, 1))]
     expected = {
@@ -203,7 +203,7 @@ async def test_logprobs(gateway: Stack, worker: ScriptedWorker) -> None:
                 "bytes": [110, 195, 169],
                 "top_logprobs": [
                     {"token": "né", "logprob": -0.1, "bytes": [110, 195, 169]},
-                    {"token": "\N{REPLACEMENT CHARACTER}", "logprob": -2.5, "bytes": None},
+                    {"token": "\N{REPLACEMENT CHARACTER}", "logprob": -2.5, "bytes": [240, 159]},
                 ],
             }
         ],

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from typing import Any
 
 import httpx
@@ -220,8 +221,14 @@ async def test_tokens(gateway: Stack) -> None:
     answer = (await gateway.http.post("/tokenize", json=body | {"add_special_tokens": False})).json()
     assert answer["tokens"] == [72, 105]
     messages = [{"role": "user", "content": "Hi"}]
-    answer = (await gateway.http.post("/tokenize", json={"model": "base", "messages": messages})).json()
+    talk = {"model": "base", "messages": messages}
+    answer = (await gateway.http.post("/tokenize", json=talk)).json()
     assert answer["count"] == 3
+    tool = {"type": "function", "function": {"name": "now"}}
+    answer = (await gateway.http.post("/tokenize", json=talk | {"tools": [tool, tool]})).json()
+    assert answer["count"] == 5  # the scripted worker's template has a token for each
+    refused = await gateway.http.post("/tokenize", json=body | {"tools": [tool]})
+    assert_error(refused, 400)
     answer = (await gateway.http.post("/detokenize", json={"model": "base", "tokens": [72, 105]})).json()
     assert answer == {"prompt": "Hi"}
     for path, rest in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
@@ -429,6 +436,11 @@ async def test_metrics(launch: Launch, worker: ScriptedWorker) -> None:
     assert values[p + 'e2e_request_latency_seconds_count{model="base"}'] == 2
     assert values[p + 'expert_latency_seconds_count{expert="ocr",model="alpaca",outcome="ok"}'] == 1
     assert values[p + 'http_requests_total{route="/v1/chat/completions",status="404"}'] == 1
+    assert values[p + 'request_prompt_tokens_sum{model="base"}'] == 5
+    assert values[p + 'request_generation_tokens_sum{model="base"}'] == 4
+    assert values["process_resident_memory_bytes"] > 1e6
+    assert values["process_open_fds"] > 0
+    assert values[p + f'build_info{{version="{version("llama-adapter-server")}"}}'] == 1
     engine = {name.partition("{")[0].removeprefix(p): v for name, v in values.items() if "worker=" in name}
     assert engine == {
         "num_requests_running": 3,

@@ -9,10 +9,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.errors import ServerFailure
 from server.gateway import keys
 from server.gateway.keys import KeyRing, read_keys
 from server.gateway.rates import Quota, Rate
@@ -20,7 +22,7 @@ from server.options import load
 from server.serving import StartupError
 from server.settings import GatewaySettings
 from server.telemetry import JsonFormatter
-from tests.server.gateway.scripted import Launch, ScriptedWorker
+from tests.server.gateway.scripted import Launch, ScriptedWorker, story
 
 NO_LIMITS = Quota()
 
@@ -111,6 +113,8 @@ SECRET = "sk-never-to-be-told"
         (f'[a]\nkey = "{SECRET}"\nconcurrency = 0', "a.concurrency"),
         (f'[a]\nkey = "{SECRET}"\nadmin = "yes"', "a.admin"),
         (f'[a]\nkey = "{SECRET}"\nlimit = 3', "a.limit"),
+        (f'[a]\nkey = "{SECRET}"\nmodels = []', "a.models"),
+        (f'[a]\nkey = "{SECRET}"\nmodels = "all"', "a.models"),
         (f'[a]\nkey = ["{SECRET}"]', "a.key"),
         ('[a]\nkey = ""', "a.key"),
         (f'[a]\nsha256 = "{SECRET}"', "a.sha256"),
@@ -292,3 +296,67 @@ def test_start_up_errors_tell_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match=r"--key-requests .* not 'many'"):
         load(GatewaySettings, {"key_requests": "many"})
     assert load(GatewaySettings, {"api_keys": [SECRET]}).api_keys[0].get_secret_value() == SECRET
+
+
+async def test_a_key_may_be_for_some_models_alone(
+    launch: Launch, worker: ScriptedWorker, tmp_path: Path
+) -> None:
+    path = write(
+        tmp_path / "keys.toml",
+        """
+        [alice]
+        key = "hers"
+        models = ["alpaca", "org/*"]
+        [root]
+        key = "all"
+        admin = true
+        """,
+    )
+    gateway = await launch(worker, keys_file=path)
+
+    async def answers(key: str, model: str) -> list[httpx.Response]:
+        gateway.http.headers["authorization"] = f"Bearer {key}"
+        talk = {"model": model, "messages": [{"role": "user", "content": "Hi"}]}
+        return [
+            await gateway.http.post("/v1/chat/completions", json=talk),
+            await gateway.http.post("/v1/chat/completions", json=talk | {"stream": True}),
+            await gateway.http.post("/v1/responses", json={"model": model, "input": "Hi"}),
+            await gateway.http.post("/v1/completions", json={"model": model, "prompt": "Hi"}),
+            await gateway.http.post("/v1/completions", json={"model": model, "prompt": "Hi", "stream": True}),
+            await gateway.http.post("/tokenize", json={"model": model, "prompt": "Hi"}),
+            await gateway.http.post("/detokenize", json={"model": model, "tokens": [72]}),
+            await gateway.http.get(f"/v1/models/{model}"),
+        ]
+
+    for key, model in (("hers", "alpaca"), ("hers", "org/sees"), ("all", "base"), ("all", "org/sees")):
+        assert [answer.status_code for answer in await answers(key, model)] == [200] * 8
+    hidden = await answers("hers", "base")
+    absent = await answers("hers", "none")
+    assert [answer.status_code for answer in hidden] == [404] * 8
+    assert [a.text.replace("base", "none") for a in hidden] == [a.text for a in absent]  # which tells nothing
+    gates = await gateway.http.get("/v1/adapters/base/gates")
+    assert gates.json() == hidden[0].json()
+    listed = (await gateway.http.get("/v1/models")).json()["data"]
+    assert [model["id"] for model in listed] == ["alpaca", "org/sees"]
+
+
+async def test_what_each_key_took_is_in_metrics_and_log(
+    launch: Launch, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway = await launch(worker, api_keys=("one", "two"))
+    worker.events = story("a", "b", "c", prompt_tokens=7)
+    with caplog.at_level(logging.INFO):
+        for key in ("one", "one", "two"):
+            gateway.http.headers["authorization"] = f"Bearer {key}"
+            await gateway.chat(model="alpaca", n=2)
+        worker.refusal = ServerFailure("Broken.")
+        await gateway.chat(model="alpaca")
+    metrics = (await gateway.http.get("/metrics")).text
+    taken = 'llama_adapter:key_tokens_total{key="%s",kind="%s",model="alpaca"} %s'
+    assert taken % ("key-1", "prompt", 14.0) in metrics  # a prompt counts once for both choices
+    assert taken % ("key-1", "completion", 12.0) in metrics
+    assert taken % ("key-2", "completion", 6.0) in metrics
+    told = [record.__dict__ for record in caplog.records if record.message == "generation ended"]
+    assert [(r["key"], r["model"], r["prompt_tokens"], r["completion_tokens"]) for r in told] == [
+        ("key-1", "alpaca", 7, 6), ("key-1", "alpaca", 7, 6), ("key-2", "alpaca", 7, 6)
+    ]  # fmt: skip

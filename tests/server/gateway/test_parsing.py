@@ -197,7 +197,7 @@ def test_a_schemas_numbers_are_finite(number: str) -> None:
 
 @pytest.mark.parametrize("top_k", [None, -1, 0, 1, 40])
 def test_a_top_p_of_0_leaves_the_likeliest_token(top_k: int | None) -> None:
-    sampling = chat(top_p=0, top_k=top_k).sampling()
+    sampling = chat(top_p=0, top_k=top_k).sampling({})
     assert (sampling.top_p, sampling.top_k) == (1.0, 1)
 
 
@@ -296,7 +296,7 @@ def test_any_json_is_understood_or_refused(messages: Any, fields: dict[str, Any]
         json.dumps(error.body()).encode()
         return
     prompt = ChatPrompt(tuple(message.for_worker() for message in body.messages))
-    request = GenerateRequest("r", body.model, prompt, body.sampling())
+    request = GenerateRequest("r", body.model, prompt, body.sampling({}))
     assert read_generate_body(b"".join(generate_body(request))) == request
 
 
@@ -308,7 +308,7 @@ def test_any_json_is_a_plain_completion_or_refused(prompt: Any, fields: dict[str
     except InvalidRequest:
         return
     assert body.prompts
-    body.sampling()
+    body.sampling({})
 
 
 @pytest.mark.parametrize(
@@ -353,4 +353,4 @@ def test_the_least_tokens_of_a_completion_are_within_its_default() -> None:
     assert refused(CompletionRequest, body).param == "min_tokens"
     assert refused(CompletionRequest, body | {"max_tokens": 16}).param == "min_tokens"
     enough = parse(CompletionRequest, json.dumps(body | {"max_tokens": 17}).encode())
-    assert enough.sampling().min_tokens == 17
+    assert enough.sampling({}).min_tokens == 17

@@ -77,7 +77,7 @@ async def test_a_poll_counts_our_own_requests_once() -> None:
         async def stats(self, _: float) -> EngineStats:
             return replace(STATS, running=4, waiting=1)
 
-    worker = Worker(Client())  # type: ignore[arg-type]
+    worker = Worker(Client(), "worker")  # type: ignore[arg-type]
     with worker.counted(), worker.counted():
         await worker.poll(1.0)
         assert worker.load == 5

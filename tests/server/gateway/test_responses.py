@@ -305,7 +305,7 @@ async def test_log_probabilities(gateway: Stack, worker: ScriptedWorker, fields:
         Started(5),
         Delta("", (1,), (TokenLogprob(1, "He", -0.5, best),)),
         Delta("Hello", (2,), (TokenLogprob(2, "llo", -1.0, best),)),
-        Delta("\N{SNOWMAN}", (3,), (TokenLogprob(3, "\N{REPLACEMENT CHARACTER}", -1.5, best),)),
+        Delta("\N{SNOWMAN}", (3,), (TokenLogprob(3, "\N{REPLACEMENT CHARACTER}", -1.5, best, (226, 152)),)),
         Delta("", (4,), (TokenLogprob(4, "</s>", -2.0, best),)),
         Finished("stop", Usage(5, 4)),
     ]
@@ -316,7 +316,7 @@ async def test_log_probabilities(gateway: Stack, worker: ScriptedWorker, fields:
     scored = events[-1]["response"]["output"][0]["content"][0]["logprobs"]
     assert [token["logprob"] for token in scored] == [-0.5, -1.0, -1.5, -2.0]
     assert scored[0]["bytes"] == [72, 101]
-    assert scored[2]["bytes"] == []  # a part of a character
+    assert scored[2]["bytes"] == [226, 152]  # a part of a character
     assert [top["token"] for top in scored[0]["top_logprobs"]] == [token.token for token in best]
 
 

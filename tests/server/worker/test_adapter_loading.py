@@ -15,6 +15,7 @@ from tiny_base import adapter_config, tiny_config, write_tiny_base
 from models.adapter_config import AdapterConfig
 from models.checkpoints.native import save_adapter
 from models.errors import AdapterMismatch
+from models.sampling_defaults import SamplingDefaults
 from server.errors import InvalidRequest
 from server.settings import WorkerSettings
 from server.worker.adapter_loading import AdapterLoader
@@ -185,3 +186,26 @@ async def test_an_unloaded_adapter_takes_its_encoder_along(tmp_path: Path) -> No
     await engine.load_adapter("B", "B")
     assert alive() == ["open_clip:B:x"]
     await engine.stop()
+
+
+@pytest.mark.parametrize("heard", ["model", "openai"])
+def test_what_base_and_adapter_recommend_for_sampling(tmp_path: Path, heard: str) -> None:
+    base = tmp_path / "base"
+    write_tiny_base(base)
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
+    config = adapter_config("v1").model_copy(update={"sampling": SamplingDefaults(temperature=0.1)})
+    save_adapter(random_adapter(config), tmp_path / "own")
+    save_adapter(random_adapter(adapter_config("v1")), tmp_path / "none")
+    settings = WorkerSettings(
+        base=str(base),
+        base_id="tiny",
+        adapters=(f"own={tmp_path / 'own'}", f"none={tmp_path / 'none'}"),
+        sampling_defaults=heard,
+        kv_cache_mib=1,
+    )
+    told = {info.id: info.sampling for info in build_engine(settings).models()}
+    if heard == "openai":
+        assert told == {"tiny": {}, "own": {}, "none": {}}
+        return
+    of_base = {"temperature": 0.6, "top_p": 0.9}
+    assert told == {"tiny": of_base, "own": {"temperature": 0.1, "top_p": 0.9}, "none": of_base}

@@ -40,6 +40,9 @@ class Letters:
     def token_bytes(self, id: int) -> bytes:
         return chr(id).encode()
 
+    def partial_bytes(self, id: int) -> None:
+        return None
+
     def token_text(self, id: int) -> str:
         return chr(id)
 

@@ -52,6 +52,9 @@ class Bytes:
     def token_bytes(self, id: int) -> bytes:
         return bytes([id])
 
+    def partial_bytes(self, id: int) -> None:
+        return None
+
     def token_text(self, id: int) -> str:
         return chr(id)
 

@@ -16,6 +16,9 @@ class Letters:
     def token_bytes(self, id: int) -> bytes:
         return chr(id).encode()
 
+    def partial_bytes(self, id: int) -> None:
+        return None
+
 
 def test_no_stop_string_ends_the_first_tokens() -> None:
     params = SamplingParams(min_tokens=3)
