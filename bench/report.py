@@ -62,9 +62,15 @@ def of_compare(found: Found) -> Iterator[Aim]:
         for other, wanted in ((PEFT, 4.0), (alike, 1.0)):
             values = ratios(_select(bursts, name, 1, tokens), _select(bursts, other, 1, tokens))
             yield Aim(f"tok/s of {name}, over {other}, 1 at once", wanted, tuple(values))
-    theirs = {b.round: b.ttft for b in _select(bursts, VLLM, 1, 512)}
-    values = [theirs[b.round] / b.ttft for b in _select(bursts, OURS.name, 1, 512) if b.round in theirs]
-    yield Aim(f"TTFT of 512 tokens of {VLLM}, over ours", 1.0, tuple(values))
+    theirs, own = (_ttfts(_select(bursts, name, 1, 512)) for name in (VLLM, OURS.name))
+    values = tuple(theirs[number] / own[number] for number in own if number in theirs)
+    yield Aim(f"TTFT of 512 tokens of {VLLM}, over ours", 1.0, values)
+
+
+def _ttfts(bursts: Sequence[Burst]) -> dict[int, float]:
+    """The median of each round."""
+    rounds = dict.fromkeys(burst.round for burst in bursts)
+    return {number: statistics.median(b.ttft for b in bursts if b.round == number) for number in rounds}
 
 
 def of_engine(found: Found) -> Iterator[Aim]:
