@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
@@ -33,7 +34,7 @@ class JsonSchema(Body):
     name: Name
     description: str | None = None  # for a model that reads it; ours follow the schema
     definition: Definition | None = Field(None, alias="schema")
-    strict: bool | None = None  # true or not, the schema is followed
+    strict: bool | None = None  # true: refused if it cannot be followed to the letter
 
 
 class ResponseFormat(Body):
@@ -49,8 +50,10 @@ class ResponseFormat(Body):
     def grammar(self) -> Grammar | None:
         if self.type == "text":
             return None
-        schema = self.json_schema.definition if self.json_schema else None
-        return Grammar("json_object") if schema is None else Grammar("json_schema", schema)
+        asked = self.json_schema
+        if asked is None or asked.definition is None:
+            return Grammar("json_object")
+        return Grammar("json_schema", asked.definition, strict=bool(asked.strict))
 
 
 class Function(Body):
@@ -150,4 +153,4 @@ def grammar(
     schemas = tuple(tool.function.schema_for_worker() for tool in tools)
     if one or mode == "required":
         return Grammar("tool_calls", None, schemas, parallel and not one)
-    return Grammar(answer.kind if answer else "text", answer.schema if answer else None, schemas, parallel)
+    return replace(answer or Grammar("text"), tools=schemas, parallel_calls=parallel)

@@ -25,13 +25,11 @@ from server.worker.messages import Grammar, ToolSchema
 from server.worker.schema_limits import excess
 
 # A space after comma and colon is the model's choice. More whitespace would add nothing but tokens, and
-# small models get lost in it. What llguidance does not know it refuses; nothing is approximated.
+# small models get lost in it. What llguidance does not know it refuses, unless it may be lenient.
 _JSON_STYLE = {
     "whitespace_flexible": False,
     "item_separator": ", ?",
     "key_separator": ": ?",
-    "lenient": False,
-    "coerce_one_of": False,
 }
 _LIMITS = LLParserLimits(step_lexer_fuel=100_000, verbose_errors=False)  # about 7 ms for a row's mask
 
@@ -110,7 +108,7 @@ class GrammarCompiler:
                 f"the schemas have {size} bytes of JSON, of at most {self._max_bytes} (max_grammar_bytes)",
                 param,
             )
-        if grammar.schema is not None and (reason := self._refusal(grammar.schema)):
+        if grammar.schema is not None and (reason := self._refusal(grammar.schema, grammar.strict)):
             raise GrammarError(f"the schema cannot be followed: {reason}", "response_format")
         source = lark(grammar, self._parameters)
         matcher = LLMatcher(
@@ -122,17 +120,17 @@ class GrammarCompiler:
 
     def _parameters(self, tool: ToolSchema) -> dict[str, Any]:
         """The schema of a tool's arguments: any object, for one that is not strict and cannot be followed."""
-        reason = self._refusal(tool.parameters)
+        reason = self._refusal(tool.parameters, tool.strict)
         if reason and tool.strict:
             raise GrammarError(f"the parameters of {tool.name!r} cannot be followed: {reason}", "tools")
         return _ANY_OBJECT if reason else tool.parameters
 
-    def _refusal(self, schema: dict[str, Any]) -> str | None:
+    def _refusal(self, schema: dict[str, Any], strict: bool) -> str | None:
         too_much = excess(schema)
         if too_much:
             return too_much
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(_styled(schema)))
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(_styled(schema, strict)))
             message = LLMatcher.validate_grammar(grammar, self._vocabulary, limits=_LIMITS)
         except ValueError as error:  # such as a number that it cannot read
             return _one_line(str(error))
@@ -163,7 +161,7 @@ def lark(grammar: Grammar, parameters: Callable[[ToolSchema], dict[str, Any]]) -
         rules.append(f"opening[lazy]: /(.|\\n)*{CALL_OPEN}/")
     for i, tool in enumerate(grammar.tools):
         head, close = _literal(call_head(tool.name)), _literal(CALL_CLOSE)
-        rules.append(f"call_{i}: {head} {_json(parameters(tool))} {close}")
+        rules.append(f"call_{i}: {head} {_json(parameters(tool), tool.strict)} {close}")
     return "\n".join(rules) + "\n"
 
 
@@ -175,17 +173,18 @@ def _answer(grammar: Grammar) -> str | None:
         case "json_object":
             return _json(_ANY_OBJECT)
         case "json_schema":
-            return _json(grammar.schema or {})
+            return _json(grammar.schema or {}, grammar.strict)
         case "tool_calls":
             return None
 
 
-def _json(schema: dict[str, Any]) -> str:
-    return f"%json {json.dumps(_styled(schema))}"
+def _json(schema: dict[str, Any], strict: bool = True) -> str:
+    return f"%json {json.dumps(_styled(schema, strict))}"
 
 
-def _styled(schema: dict[str, Any]) -> dict[str, Any]:
-    return schema | {"x-guidance": _JSON_STYLE}
+def _styled(schema: dict[str, Any], strict: bool) -> dict[str, Any]:
+    """Not strict: keywords that are not known are passed over, and `oneOf` may be `anyOf`."""
+    return schema | {"x-guidance": {**_JSON_STYLE, "lenient": not strict, "coerce_one_of": not strict}}
 
 
 def _literal(text: str) -> str:

@@ -72,7 +72,8 @@ Prompt = Annotated[ChatPrompt | TextPrompt | TokenPrompt, Field(discriminator="t
 class ToolSchema:
     """A tool that may be called. `parameters` is the JSON schema of its arguments.
 
-    Where that cannot be followed, a `strict` tool is refused; another one's arguments are any object.
+    A `strict` tool is refused where that cannot be followed. Of another one's, what is not known is passed
+    over, and arguments are any object where nothing else helps.
     """
 
     name: str
@@ -85,13 +86,14 @@ class Grammar:
     """What constrained decoding has to keep to: an answer of this kind, or calls of these tools.
 
     `text` is free text, `tool_calls` is no answer but calls; `schema` is a JSON schema, for kind
-    `json_schema` only.
+    `json_schema` only. Of one that is not `strict`, keywords that are not known are passed over.
     """
 
     kind: Literal["json_object", "json_schema", "text", "tool_calls"]
     schema: dict[str, Any] | None = None
     tools: tuple[ToolSchema, ...] = ()
     parallel_calls: bool = True  # several calls in one answer
+    strict: bool = True
 
 
 @dataclass(frozen=True, slots=True)

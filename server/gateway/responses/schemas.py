@@ -178,7 +178,7 @@ class TextFormat(Repeated):
     name: Name | None = None
     description: str | None = None  # for a model that reads it; ours follow the schema
     definition: Definition | None = Field(None, alias="schema")
-    strict: bool | None = None  # true or not, the schema is followed
+    strict: bool | None = None  # true: refused if it cannot be followed to the letter
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> Self:
@@ -189,7 +189,7 @@ class TextFormat(Repeated):
 
     def grammar(self) -> Grammar | None:
         if self.type == "json_schema":
-            return Grammar("json_schema", self.definition)
+            return Grammar("json_schema", self.definition, strict=bool(self.strict))
         return Grammar("json_object") if self.type == "json_object" else None
 
 

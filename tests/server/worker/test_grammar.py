@@ -389,9 +389,10 @@ VALUES = st.recursive(
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(schema=st.dictionaries(st.sampled_from(KEYWORDS), VALUES, max_size=5))
 def test_whatever_is_sent_as_a_schema_is_compiled_or_refused(tokenizer: Tokenizer, schema: dict[str, Any]):
-    with suppress(GrammarError):
-        state = compiler(tokenizer).compile(json_schema(schema))
-        constrain(torch.zeros(1, tokenizer.vocab_size), [state])
+    for strict in (True, False):
+        with suppress(GrammarError):
+            state = compiler(tokenizer).compile(Grammar("json_schema", schema, strict=strict))
+            constrain(torch.zeros(1, tokenizer.vocab_size), [state])
 
 
 @pytest.mark.parametrize("before", ["", "a"])
@@ -400,8 +401,32 @@ def test_a_schema_whose_fault_the_library_cannot_print_is_refused(tokenizer: Tok
         compiler(tokenizer).compile(json_schema({"$ref": {"a": before + "é" * 60}}))
 
 
+TAGS = {
+    "type": "object",
+    "properties": {"tags": {"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True}},
+    "required": ["tags"],
+    "additionalProperties": False,
+    "if": {"properties": {"tags": {"contains": {"const": "a"}}}},
+}
+
+
+def test_of_what_is_not_strict_the_unknown_is_passed_over_and_the_rest_followed(tokenizer: Tokenizer):
+    with pytest.raises(GrammarError, match=r"uniqueItems|if"):
+        compiler(tokenizer).compile(Grammar("json_schema", TAGS))
+    call = '<tool_call>\n{"name": "f", "arguments": '
+    for grammar, head in (
+        (Grammar("json_schema", TAGS, strict=False), ""),
+        (Grammar("tool_calls", None, (ToolSchema("f", TAGS),)), call),
+    ):
+        for text, fits in (('{"tags": ["a", "b", "a"]', True), ('{"tags": ["c', False), ('{"other', False)):
+            state = compiler(tokenizer).compile(grammar)
+            for token in tokenizer.encode(head + text, add_special_tokens=False):
+                state.take(token)
+            assert (state.error is None) == fits
+
+
 def test_a_tool_that_is_not_strict_falls_back_to_any_object(tokenizer: Tokenizer):
-    tool = ToolSchema("f", {"type": "object", "properties": {"id": {"type": "string", "format": "uuid9"}}})
+    tool = ToolSchema("f", {"type": "object", "properties": {"id": {"type": "strin"}}})
     head = tokenizer.encode('<tool_call>\n{"name": "f", "arguments": {"other', add_special_tokens=False)
     assert run_through(tokenizer, Grammar("tool_calls", None, (tool,)), head)
 
