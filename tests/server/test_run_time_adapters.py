@@ -81,7 +81,10 @@ def test_a_killed_worker_comes_back_with_what_holds_now(tmp_path: Path) -> None:
         socket, doomed = sorted(workers(service).items())[0]
         doomed.suspend()  # the gateway takes it for ready no longer, and nobody starts another yet
         until(
-            lambda: f'worker_ready{{worker="{socket.stem}"}} 0.0' in httpx.get(f"{service.url}/metrics").text
+            lambda: (
+                f'worker_ready{{worker="{Path(socket).stem}"}} 0.0'
+                in httpx.get(f"{service.url}/metrics").text
+            )
         )
         change(service, "DELETE", "/passing")
         shutil.rmtree(root / "other")

@@ -87,7 +87,7 @@ def workers(service: Service) -> list[psutil.Process]:
 def ready_workers(service: Service) -> dict[str, float]:
     text = httpx.get(f"{service.url}/metrics").text
     [family] = [f for f in text_string_to_metric_families(text) if f.name == "llama_adapter:worker_ready"]
-    return {sample.labels["worker"].rpartition("/")[2]: sample.value for sample in family.samples}
+    return {sample.labels["worker"]: sample.value for sample in family.samples}
 
 
 def start_streams(service: Service) -> list[Stream]:
@@ -126,7 +126,7 @@ def streams_cut_at(
 
 def test_what_a_killed_worker_had_not_begun_goes_to_the_other(base: Path) -> None:
     with serving("--base", str(base), "--experts", "", "--workers", "2") as service:
-        assert ready_workers(service) == {"worker-0.sock": 1, "worker-1.sock": 1}
+        assert ready_workers(service) == {"worker-0": 1, "worker-1": 1}
         first, second = workers(service)
         threads = {worker.environ()["LLAMA_ADAPTER_NUM_THREADS"] for worker in (first, second)}
         assert threads == {str(max(1, (psutil.cpu_count() or 1) // 2))}
@@ -138,7 +138,7 @@ def test_what_a_killed_worker_had_not_begun_goes_to_the_other(base: Path) -> Non
         assert not all(stream.ended for stream in streams), "the first worker got none of them"
         first.kill()
         assert [stream.outcome for stream in streams] == ["done"] * STREAMS
-        until(lambda: ready_workers(service) == {"worker-0.sock": 1, "worker-1.sock": 1}, 90)
+        until(lambda: ready_workers(service) == {"worker-0": 1, "worker-1": 1}, 90)
         assert workers(service)[0].pid != first.pid
         assert workers(service)[1].pid == second.pid
         assert "the worker-0 was killed by SIGKILL" in service.text
@@ -160,12 +160,12 @@ def test_a_worker_that_hangs_is_started_again(base: Path) -> None:
     with serving(*arguments) as service:
         first, second = workers(service)
         cut, others = streams_cut_at(first, second, service)
-        until(lambda: ready_workers(service) == {"worker-0.sock": 0, "worker-1.sock": 1})
+        until(lambda: ready_workers(service) == {"worker-0": 0, "worker-1": 1})
         body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
         assert service.ask(body).status_code == 200
         assert [stream.outcome for stream in cut] == ["server_error"] * len(cut)  # their worker was killed
         assert [stream.outcome for stream in others] == ["done"] * len(others)
-        until(lambda: ready_workers(service) == {"worker-0.sock": 1, "worker-1.sock": 1}, 90)
+        until(lambda: ready_workers(service) == {"worker-0": 1, "worker-1": 1}, 90)
         assert workers(service)[0].pid != first.pid
         assert workers(service)[1].pid == second.pid
         assert "the worker-0 has not answered for" in service.text
