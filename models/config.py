@@ -21,6 +21,17 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearRopeScaling:
+    """Positions divided by `factor` (`rope_type: linear`), as in Vicuna's and LongChat's long contexts."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < math.inf:
+            raise ValueError(f"{self} is no rotation; it needs 1 <= factor < inf")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """All that the forward pass and the caches need to know. Names as in Hugging Face's `config.json`."""
 
@@ -35,7 +46,7 @@ class ModelConfig:
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool = False
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | LinearRopeScaling | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.adapter_config import LinearName
-from models.config import ModelConfig
+from models.config import LinearRopeScaling, ModelConfig
 from models.errors import CheckpointError
 from models.functional import rms_norm, rotate
 from models.kernels.linear_cpu import can_pack, num_panels, pack, packed_linear, packed_linears, packed_shape
@@ -350,9 +350,9 @@ class Llama(nn.Module):
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Inverse frequencies [D/2] in float64, with Llama-3's scaling where configured.
+    """Inverse frequencies [D/2] in float64, scaled where configured: all by `factor`, or as in Llama 3.
 
-    Wavelengths beyond original/low_freq_factor are stretched by `factor`, those below
+    There wavelengths beyond original/low_freq_factor are stretched by `factor`, those below
     original/high_freq_factor are kept, and between the two the stretch is interpolated.
     """
     D = config.head_dim
@@ -360,6 +360,8 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     scaling = config.rope_scaling
     if scaling is None:
         return inverse
+    if isinstance(scaling, LinearRopeScaling):
+        return inverse / scaling.factor
     turns = scaling.original_max_position_embeddings * inverse / (2 * math.pi)
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth = smooth.clamp(0, 1)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.adapter_config import AdapterConfig, VisionConfig
-from models.config import ModelConfig
+from models.config import ModelConfig, RopeScaling
 
 Array = NDArray[np.float64]
 Weights = Mapping[str, Array]
@@ -183,6 +183,7 @@ def rope_frequencies(config: ModelConfig) -> list[float]:
     thetas = [config.rope_theta ** (-2 * i / D) for i in range(D // 2)]
     if scaling is None:
         return thetas
+    assert isinstance(scaling, RopeScaling)
     context = scaling.original_max_position_embeddings
     scaled = []
     for theta in thetas:

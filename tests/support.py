@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.adapter import Adapter
 from models.adapter_config import AdapterConfig
-from models.config import ModelConfig, RopeScaling
+from models.config import LinearRopeScaling, ModelConfig, RopeScaling
 from models.llama import Llama
 
 if TYPE_CHECKING:
@@ -108,7 +108,9 @@ def transformers_twin(model: Llama) -> LlamaForCausalLM:
 
     c = model.config
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-    if c.rope_scaling:
+    if isinstance(c.rope_scaling, LinearRopeScaling):
+        rope |= {"rope_type": "linear", "factor": c.rope_scaling.factor}
+    elif c.rope_scaling:
         rope |= {
             "rope_type": "llama3",
             "factor": c.rope_scaling.factor,

@@ -17,7 +17,7 @@ from torch import Tensor
 from models.checkpoints.fields import parse, read_json
 from models.checkpoints.layout import BaseCheckpoint, Entry, NameTable, check_entries, name_entries
 from models.checkpoints.torch_files import read_state_dict
-from models.config import ModelConfig, RopeScaling
+from models.config import LinearRopeScaling, ModelConfig, RopeScaling
 from models.errors import CheckpointError
 
 NAMES = NameTable(
@@ -76,7 +76,7 @@ def read_config(file: Path) -> ModelConfig:
             head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
             rms_norm_eps=config.rms_norm_eps,
             rope_theta=rope.rope_theta or config.rope_theta,
-            max_position_embeddings=config.max_position_embeddings,
+            max_position_embeddings=rope.context(config.max_position_embeddings),
             tie_word_embeddings=config.tie_word_embeddings,
             rope_scaling=rope.scaling(),
         )
@@ -120,6 +120,9 @@ def write_huggingface(folder: Path, config: ModelConfig, tensors: Iterable[tuple
     )
 
 
+_MOST_POSITIONS = 1 << 31  # beyond any real model: hostile numbers overflow nothing
+
+
 class _Rope(BaseModel):
     """`rope_scaling`, or transformers 5's `rope_parameters`, which holds theta too."""
 
@@ -132,8 +135,10 @@ class _Rope(BaseModel):
 
     @model_validator(mode="after")
     def _known_and_complete(self) -> Self:
-        if self.rope_type not in ("default", "llama3"):
-            raise ValueError(f"type {self.rope_type!r}; only default and llama3 are supported")
+        if self.rope_type not in ("default", "linear", "llama3"):
+            raise ValueError(f"type {self.rope_type!r}; only default, linear and llama3 are supported")
+        if self.rope_type == "linear" and self.factor is None:
+            raise ValueError("linear needs factor")
         if self.rope_type == "llama3" and None in self._llama3():
             raise ValueError(
                 "llama3 needs factor, low_freq_factor, high_freq_factor and original_max_position_embeddings"
@@ -143,8 +148,17 @@ class _Rope(BaseModel):
     def _llama3(self) -> tuple[float | None, float | None, float | None, int | None]:
         return self.factor, self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
 
-    def scaling(self) -> RopeScaling | None:
+    def context(self, positions: int) -> int:
+        """What `max_position_embeddings` comes to: linearly scaled it is that of before, as vLLM reads it."""
+        if self.rope_type != "linear" or self.factor is None:
+            return positions
+        before = min(self.original_max_position_embeddings or positions, _MOST_POSITIONS)
+        return int(min(before * self.factor, _MOST_POSITIONS))
+
+    def scaling(self) -> RopeScaling | LinearRopeScaling | None:
         factor, low, high, original = self._llama3()
+        if self.rope_type == "linear" and factor is not None:
+            return LinearRopeScaling(factor)
         if factor is None or low is None or high is None or original is None or self.rope_type == "default":
             return None
         return RopeScaling(factor, low, high, original)

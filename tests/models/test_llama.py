@@ -8,11 +8,15 @@ import torch
 from support import GQA, canonical_weights, random_base, transformers_twin
 
 from models.attention import DenseAttend
-from models.config import ModelConfig
+from models.config import LinearRopeScaling, ModelConfig
 from models.errors import CheckpointError
 from models.kernels.linear_cpu import pack, packed_linear
 from models.kernels.quantized_cpu import Bits
 from models.llama import Llama
+
+
+def test_logits_with_linear_scaling_equal_transformers():
+    test_logits_equal_transformers(random_base(replace(GQA, rope_scaling=LinearRopeScaling(4.0))))
 
 
 @torch.no_grad()

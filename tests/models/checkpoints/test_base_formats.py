@@ -27,7 +27,7 @@ from models.checkpoints.huggingface import NAMES as HF_NAMES
 from models.checkpoints.huggingface import read_config, write_huggingface
 from models.checkpoints.layout import NameTable, expected_shapes, half_rotated, interleaved
 from models.checkpoints.meta import NAMES as META_NAMES
-from models.config import ModelConfig, RopeScaling
+from models.config import LinearRopeScaling, ModelConfig, RopeScaling
 
 
 def same(checkpoint: BaseCheckpoint, weights: dict[str, Tensor]) -> bool:
@@ -303,6 +303,14 @@ MINIMAL = {
                 "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_ROPE},
             },
             {"rope_theta": 5e5, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192)},
+        ),
+        (  # Vicuna 1.5 of 16k tokens
+            {
+                "model_type": "llama",
+                "max_position_embeddings": 4096,
+                "rope_scaling": {"factor": 4.0, "type": "linear"},
+            },
+            {"rope_scaling": LinearRopeScaling(4.0), "max_position_embeddings": 16384},
         ),
         (
             {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
