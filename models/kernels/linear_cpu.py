@@ -72,9 +72,9 @@ def packed_linear(x: Tensor, w_PKF: Tensor) -> Tensor:
 
 def packed_linears(x: Tensor, w_PKF: Tensor, firsts_B: Sequence[int], count: int) -> Tensor:
     """x [B, ..., in] → [B, ..., count · PANEL] in float32, x[b] by `count` panels from `firsts_B[b]` on."""
-    x_MK = x.flatten(0, -2).contiguous()
-    if not MULTIPLIES_BFLOAT16:
-        x_MK = x_MK.float()
+    # What tiles read there must be of the type that they take it for.
+    wide = not MULTIPLIES_BFLOAT16 or w_PKF.dtype == torch.float32
+    x_MK = x.flatten(0, -2).to(torch.float32 if wide else torch.bfloat16).contiguous()
     y_MO = torch.empty(x_MK.shape[0], count * PANEL)
     _multiply(array(x_MK), array(w_PKF), np.array(firsts_B, np.int64), count, y_MO.numpy())
     y: Tensor = y_MO.unflatten(0, x.shape[:-1])

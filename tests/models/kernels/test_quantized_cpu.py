@@ -85,7 +85,7 @@ def test_a_row_does_not_depend_on_the_others(bits: Bits):
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 @torch.inference_mode()
 def test_what_is_no_number_shows_in_its_row_alone(bits: Bits, number: float):
-    x = torch.ones(9, 3 * GROUP)
+    x = torch.ones(9, 3 * GROUP, dtype=torch.bfloat16)
     x[4, 40] = number
     y = packed_linear(x, pack(weights(), bits))
     assert not y[4, :96].isfinite().any()
@@ -97,7 +97,7 @@ def test_what_is_no_number_shows_in_its_row_alone(bits: Bits, number: float):
 @torch.inference_mode()
 def test_inputs_of_any_size(bits: Bits, size: float):
     """Groups below 1e-34 may become zero."""
-    x = size * torch.randn(3, 3 * GROUP, generator=torch.Generator().manual_seed(3))
+    x = (size * torch.randn(3, 3 * GROUP, generator=torch.Generator().manual_seed(3))).bfloat16()
     for weight, start in zip(weights(), (0, 96, 240), strict=True):
         exact = dequantize(quantize(weight, bits), len(weight)).double()
         y = packed_linear(x, pack(weights(), bits))[:, start : start + len(weight)].double()

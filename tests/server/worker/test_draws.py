@@ -22,6 +22,9 @@ class Numbers:
     def token_text(self, id: int) -> str:
         return str(id)
 
+    def partial_bytes(self, id: int) -> None:
+        return None
+
 
 def requests(asked: list[int | None]) -> list[Any]:
     params = [SamplingParams(temperature=0, logprobs=num_top) for num_top in asked]
