@@ -39,6 +39,7 @@ class Caller:
     quota: Quota
     admin: bool = False
     models: tuple[str, ...] | None = None  # patterns of the ids that it may ask; None: all
+    metrics: bool = False  # may read of everybody's
 
     def may_ask(self, model: str) -> bool:
         return self.models is None or any(fnmatchcase(model, pattern) for pattern in self.models)
@@ -66,6 +67,7 @@ class _Entry(BaseModel):
     models: list[Annotated[str, Field(min_length=1, max_length=512)]] | None = Field(
         None, min_length=1, max_length=1000
     )
+    metrics: bool = False
     requests: str | None = Field(None, pattern=RATE)
     tokens: str | None = Field(None, pattern=RATE)
     concurrency: int | None = Field(None, gt=0)
@@ -202,12 +204,13 @@ def _caller(name: str, entry: _Entry, default: Quota) -> Caller:
         Rate.parse(entry.tokens) if entry.tokens else default.tokens,
         entry.concurrency or default.concurrency,
     )
-    return Caller(name, quota, entry.admin, None if entry.models is None else tuple(entry.models))
+    models = None if entry.models is None else tuple(entry.models)
+    return Caller(name, quota, entry.admin, models, entry.admin or entry.metrics)
 
 
 def _numbered(kind: str, keys: Iterable[SecretStr], quota: Quota, admin: bool) -> list[Key]:
     return [
-        Key(digest(key.get_secret_value()), Caller(f"{kind}-{number}", quota, admin))
+        Key(digest(key.get_secret_value()), Caller(f"{kind}-{number}", quota, admin, metrics=admin))
         for number, key in enumerate(keys, 1)
     ]
 

@@ -24,6 +24,7 @@ WorkerStats = tuple[str, str, EngineStats | None]  # the worker's name, its base
 class GatewayMetrics:
     def __init__(self, workers: Callable[[], Iterable[WorkerStats]]) -> None:
         self._registry = CollectorRegistry()
+        self._of_keys = CollectorRegistry()  # not for whoever has just any key
         self._registry.register(_ReadinessCollector(workers))
         self._registry.register(
             EngineCollector(
@@ -40,7 +41,7 @@ class GatewayMetrics:
             PREFIX + "key_tokens",
             "Tokens of prompts and answers, by the name of whose key it was",
             ("key", "model", "kind"),
-            registry=self._registry,
+            registry=self._of_keys,
         )
         self.experts = Histogram(
             PREFIX + "expert_latency_seconds",
@@ -56,9 +57,9 @@ class GatewayMetrics:
             registry=self._registry,
         )
 
-    def render(self) -> bytes:
-        """The Prometheus text format."""
-        return generate_latest(self._registry)
+    def render(self, of_keys: bool = True) -> bytes:
+        """The Prometheus text format, with what is told of each key or without."""
+        return generate_latest(self._registry) + (generate_latest(self._of_keys) if of_keys else b"")
 
     def observe(self, model: str, arrived: float) -> GenerationObserver:
         """For one choice of a request that arrived at `arrived` of the monotonic clock."""

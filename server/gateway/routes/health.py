@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from server.errors import Unavailable
+from server.errors import Forbidden, Unavailable
 from server.gateway.openapi import REFUSED, Health, documented
-from server.gateway.state import GatewayDep
+from server.gateway.state import CallerDep, GatewayDep
 from server.metrics import CONTENT_TYPE
 
 router = APIRouter()
@@ -41,8 +41,12 @@ async def ready(gateway: GatewayDep) -> Response:
     response_class=PlainTextResponse,
     responses={"default": REFUSED},
 )
-async def metrics(gateway: GatewayDep) -> Response:
-    return Response(gateway.metrics.render(), media_type=CONTENT_TYPE)
+async def metrics(gateway: GatewayDep, caller: CallerDep) -> Response:
+    """Models' ids are for keys that may ask all of them, keys' names for those that are to read here."""
+    sees_keys = caller.metrics or not gateway.keys.required
+    if caller.models is not None and not sees_keys:
+        raise Forbidden("This key is for some models alone, and metrics tell of all; use one with `metrics`.")
+    return Response(gateway.metrics.render(sees_keys), media_type=CONTENT_TYPE)
 
 
 @router.get("/openapi.json", include_in_schema=False)

@@ -310,6 +310,10 @@ async def test_a_key_may_be_for_some_models_alone(
         [root]
         key = "all"
         admin = true
+        [prometheus]
+        key = "scrapes"
+        metrics = true
+        models = ["-"]
         """,
     )
     gateway = await launch(worker, keys_file=path)
@@ -338,12 +342,15 @@ async def test_a_key_may_be_for_some_models_alone(
     assert gates.json() == hidden[0].json()
     listed = (await gateway.http.get("/v1/models")).json()["data"]
     assert [model["id"] for model in listed] == ["alpaca", "org/sees"]
+    assert (await gateway.http.get("/metrics")).status_code == 403
+    assert [answer.status_code for answer in await answers("scrapes", "base")] == [404] * 8
+    assert 'key="alice"' in (await gateway.http.get("/metrics")).text
 
 
 async def test_what_each_key_took_is_in_metrics_and_log(
     launch: Launch, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gateway = await launch(worker, api_keys=("one", "two"))
+    gateway = await launch(worker, api_keys=("one", "two"), admin_keys=("root",))
     worker.events = story("a", "b", "c", prompt_tokens=7)
     with caplog.at_level(logging.INFO):
         for key in ("one", "one", "two"):
@@ -351,6 +358,8 @@ async def test_what_each_key_took_is_in_metrics_and_log(
             await gateway.chat(model="alpaca", n=2)
         worker.refusal = ServerFailure("Broken.")
         await gateway.chat(model="alpaca")
+    assert "key-1" not in (await gateway.http.get("/metrics")).text  # nobody's business
+    gateway.http.headers["authorization"] = "Bearer root"
     metrics = (await gateway.http.get("/metrics")).text
     taken = 'llama_adapter:key_tokens_total{key="%s",kind="%s",model="alpaca"} %s'
     assert taken % ("key-1", "prompt", 14.0) in metrics  # a prompt counts once for both choices
