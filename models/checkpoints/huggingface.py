@@ -149,7 +149,7 @@ class _Rope(BaseModel):
         return self.factor, self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
 
     def context(self, positions: int) -> int:
-        """What `max_position_embeddings` comes to: linearly scaled it is that of before, as vLLM reads it."""
+        """What `max_position_embeddings` comes to: with linear scaling it is taken for the one of before."""
         if self.rope_type != "linear" or self.factor is None:
             return positions
         before = min(self.original_max_position_embeddings or positions, _MOST_POSITIONS)
