@@ -28,6 +28,7 @@ class SamplingDefaults(BaseModel):
 
     @property
     def given(self) -> dict[str, int | float]:
+        """What is said, by name."""
         fields: dict[str, int | float] = self.model_dump(exclude_none=True)
         return fields
 

@@ -165,9 +165,9 @@ def _workers(change: _Change) -> Table:
     return table
 
 
-def _short(url: str) -> str:
-    """`host:port`, or the name of a socket."""
-    return url.rpartition("/")[2]
+def _short(worker: str) -> str:
+    """`host:port` of a URL; a socket's name is short already."""
+    return worker.rpartition("/")[2]
 
 
 def _models(change: _Change) -> Table:

@@ -39,9 +39,10 @@ class Caller:
     quota: Quota
     admin: bool = False
     models: tuple[str, ...] | None = None  # patterns of the ids that it may ask; None: all
-    metrics: bool = False  # may read of everybody's
+    metrics: bool = False  # may read everybody's, as an admin may
 
     def may_ask(self, model: str) -> bool:
+        """Whether requests may name the id `model`."""
         return self.models is None or any(fnmatchcase(model, pattern) for pattern in self.models)
 
     def check_model(self, model: str) -> None:
@@ -205,12 +206,12 @@ def _caller(name: str, entry: _Entry, default: Quota) -> Caller:
         entry.concurrency or default.concurrency,
     )
     models = None if entry.models is None else tuple(entry.models)
-    return Caller(name, quota, entry.admin, models, entry.admin or entry.metrics)
+    return Caller(name, quota, entry.admin, models, entry.metrics)
 
 
 def _numbered(kind: str, keys: Iterable[SecretStr], quota: Quota, admin: bool) -> list[Key]:
     return [
-        Key(digest(key.get_secret_value()), Caller(f"{kind}-{number}", quota, admin, metrics=admin))
+        Key(digest(key.get_secret_value()), Caller(f"{kind}-{number}", quota, admin))
         for number, key in enumerate(keys, 1)
     ]
 

@@ -245,9 +245,8 @@ class ModelInfo:
     reads_images: bool = False
     version: int = 1  # counts reloads under the same id
     variant: str = ""
-    sampling: dict[str, int | float] = field(
-        default_factory=dict
-    )  # fields of `SamplingParams`, for who gives none
+    # Fields of `SamplingParams`, for requests that leave them out.
+    sampling: dict[str, int | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ def loader_of(
 
 
 def frontend_of(settings: WorkerSettings, tokenizer: Tokenizer, config: ModelConfig, room: Room) -> Frontend:
+    """What prepares requests for an engine that has this `room`."""
     grammars = GrammarCompiler(
         tokenizer,
         config.vocab_size,

@@ -43,7 +43,7 @@ async def ready(gateway: GatewayDep) -> Response:
 )
 async def metrics(gateway: GatewayDep, caller: CallerDep) -> Response:
     """Models' ids are for keys that may ask all of them, keys' names for those that are to read here."""
-    sees_keys = caller.metrics or not gateway.keys.required
+    sees_keys = caller.admin or caller.metrics or not gateway.keys.required
     if caller.models is not None and not sees_keys:
         raise Forbidden("This key is for some models alone, and metrics tell of all; use one with `metrics`.")
     return Response(gateway.metrics.render(sees_keys), media_type=CONTENT_TYPE)

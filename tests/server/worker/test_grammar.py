@@ -356,6 +356,12 @@ def test_what_cannot_be_followed_is_refused_by_name(
         run(engine, request("r", json_schema(schema)))
     assert caught.value.param == "response_format"
     assert len(caught.value.message) < 600
+    lenient = Grammar("json_schema", schema, strict=False)
+    if word in ("not", "uniqueItems"):
+        assert compiler(tokenizer).compile(lenient)
+    else:
+        with pytest.raises(GrammarError, match=word):
+            compiler(tokenizer).compile(lenient)
     strict = Grammar("tool_calls", None, (ToolSchema("f", schema, strict=True),))
     with pytest.raises(GrammarError, match=word) as refused:
         compiler(tokenizer).compile(strict)
