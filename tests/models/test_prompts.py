@@ -1,8 +1,8 @@
 """Templates render the texts that adapters were trained with, and keep users out of the markup."""
 
 import json
-import threading
-import time
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -219,17 +219,26 @@ def test_special_tokens_are_covered_wherever_they_stand_in_a_long_text(missing: 
     ]
 
 
-def test_others_go_on_while_a_long_text_is_searched_for_special_tokens() -> None:
+def test_no_search_for_special_tokens_looks_through_all_of_a_long_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A regular expression lets no other thread run, and Llama 3 has hundreds of special tokens."""
     shield = _Shield([f"<|reserved_special_token_{i}|>" for i in range(250)])
-    searched = threading.Thread(target=shield.cover, args=("<|reserved_special_token_" * 160_000,))
-    began = last = time.perf_counter()
-    longest = 0.0
-    searched.start()
-    while searched.is_alive():
-        time.sleep(0.001)
-        longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
-    assert longest < (last - began) / 3
+    text = "<|reserved_special_token_" * 160_000
+    searched: list[int] = []
+
+    class Watched:
+        def __init__(self, pattern: re.Pattern[str]) -> None:
+            self.pattern = pattern
+
+        def sub(self, swap: Callable[[re.Match[str]], str], seen: str) -> str:
+            searched.append(len(seen))
+            return self.pattern.sub(swap, seen)
+
+    monkeypatch.setattr(shield, "_tokens", Watched(shield._tokens))
+    assert len(shield.cover(text)) == len(text)
+    assert sum(searched) >= len(text)
+    assert max(searched) < 100_000  # some milliseconds
 
 
 def test_hostile_text_still_arrives_as_text(tokenizer: Tokenizer) -> None:

@@ -356,7 +356,7 @@ async def test_a_vanished_client_aborts_the_request(
     await until(lambda: bool(worker.requests))
     request.cancel()
     await asyncio.gather(request, return_exceptions=True)
-    await asyncio.wait_for(worker.closed.wait(), 2)
+    await asyncio.wait_for(worker.closed.wait(), 10)
 
 
 async def test_a_client_that_leaves_before_the_first_event(gateway: Stack, worker: ScriptedWorker) -> None:
@@ -369,4 +369,4 @@ async def test_a_client_that_leaves_before_the_first_event(gateway: Stack, worke
     await until(lambda: bool(worker.requests))
     request.cancel()
     await asyncio.gather(request, return_exceptions=True)
-    await asyncio.wait_for(worker.closed.wait(), 2)
+    await asyncio.wait_for(worker.closed.wait(), 10)

@@ -170,7 +170,7 @@ async def test_threads_are_few_though_what_they_work_for_is_cancelled(
     assert peak == 4
     begun = time.monotonic()
     await fetcher.close()  # waits for no thread
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 5
     go_on.set()
 
 

@@ -129,4 +129,4 @@ async def test_closing_a_stream_aborts_the_request(gateway: Stack, worker: Scrip
         async for _ in stream:
             break
         await stream.close()
-        await asyncio.wait_for(worker.closed.wait(), 2)
+        await asyncio.wait_for(worker.closed.wait(), 10)

@@ -148,7 +148,7 @@ async def test_a_closed_stream_reaches_the_engine(launch: Launch) -> None:
         async with gateway.http.stream("POST", "/v1/chat/completions", json=body) as response:
             async for _ in response.aiter_bytes():
                 break
-        await asyncio.wait_for(engine.aborted.wait(), 2)
+        await asyncio.wait_for(engine.aborted.wait(), 10)
 
 
 @pytest.mark.parametrize("is_busy", [True, False])
