@@ -1,16 +1,18 @@
-"""COCO's caption metrics, by pycocoevalcap's own scorers, and word F1.
+"""COCO's caption metrics and word F1: BLEU by sacrebleu, ROUGE-L and CIDEr by pycocoevalcap.
 
-Only its scorers in Python are used. Its PTB tokenizer, METEOR and SPICE need Java: `tokenize` takes the
-tokenizer's place, and METEOR and SPICE are not computed.
+pycocoevalcap's PTB tokenizer, METEOR and SPICE need Java: `tokenize` takes the tokenizer's place, and METEOR
+and SPICE are not computed. Its BLEU is not used, whose file forbids commercial use.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import zip_longest
 from typing import Any
 
 from train.errors import EvaluationError
@@ -49,8 +51,9 @@ def tokenize(caption: str) -> list[str]:
 
 def check_scorers() -> None:
     """Raises EvaluationError where the scorers are not installed: before the answers, not after them."""
-    if find_spec("pycocoevalcap") is None:
-        raise EvaluationError("scoring captions needs pycocoevalcap; install llama-adapter-server[eval]")
+    for package in ("pycocoevalcap", "sacrebleu"):
+        if find_spec(package) is None:
+            raise EvaluationError(f"scoring captions needs {package}; install llama-adapter-server[eval]")
 
 
 def score_captions(references: Sequence[Sequence[str]], captions: Sequence[str]) -> CaptionScores:
@@ -60,7 +63,6 @@ def score_captions(references: Sequence[Sequence[str]], captions: Sequence[str])
     references, and of a single picture it is 0. Raises EvaluationError where no reference has a word.
     """
     check_scorers()
-    from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
@@ -70,13 +72,24 @@ def score_captions(references: Sequence[Sequence[str]], captions: Sequence[str])
         raise EvaluationError("no reference has a word to compare with; is `caption` the right column?")
     theirs = {i: [" ".join(words) for words in group] for i, group in enumerate(cut)}
     ours = {i: [" ".join(words)] for i, words in enumerate(answers)}
-    bleus: Any = Bleu(4).compute_score(theirs, ours, verbose=0)[0]
     rouge, _ = Rouge().compute_score(theirs, ours)
     cider, ciders = Cider().compute_score(theirs, ours)
     f1 = [word_f1(group, words) for group, words in zip(cut, answers, strict=True)]
-    values = [*bleus, rouge, cider, sum(f1) / len(f1)]
+    values = [*_bleus(cut, answers), rouge, cider, sum(f1) / len(f1)]
     total = {name: 100 * float(value) for name, value in zip(METRICS, values, strict=True)}
     return CaptionScores(total, [100 * float(value) for value in ciders], [100 * value for value in f1])
+
+
+def _bleus(references: Sequence[Sequence[Sequence[str]]], answers: Sequence[Sequence[str]]) -> list[float]:
+    """BLEU-1 to 4 of all answers together: the brevity penalty times the geometric mean of precisions."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    texts = [[" ".join(words) for words in group] for group in references]
+    streams: list[Any] = list(zip_longest(*texts))  # None stands where a picture has fewer references
+    bleu = BLEU(tokenize="none", smooth_method="none", force=True)  # they are cut already
+    score = bleu.corpus_score([" ".join(words) for words in answers], streams)
+    precisions = [precision / 100 for precision in score.precisions]
+    return [score.bp * math.prod(precisions[:n]) ** (1 / n) for n in range(1, 5)]
 
 
 def word_f1(references: Sequence[Sequence[str]], words: Sequence[str]) -> float:

@@ -59,6 +59,15 @@ def test_bleu_punishes_brevity() -> None:
     assert scores["BLEU-1"] == pytest.approx(100 * math.exp(1 - 6 / 3))
 
 
+def test_bleu_is_of_all_answers_together_and_takes_the_closest_lengths() -> None:
+    """Clipped by each picture's references: one of two, and two of four words; 6 words for 2 + 3 closest."""
+    scores = score_captions([["a b", "a b c d"], ["x y z"]], ["a a", "x x y q"]).total
+    assert scores["BLEU-1"] == pytest.approx(100 * 3 / 6)
+    assert scores["BLEU-2"] == pytest.approx(100 * (3 / 6 * 1 / 4) ** (1 / 2))
+    shorter = score_captions([["a b c", "a b c d e f"], ["x y z"]], ["a", "x y"]).total
+    assert shorter["BLEU-1"] == pytest.approx(100 * math.exp(1 - (3 + 3) / (1 + 2)))
+
+
 def test_rouge_weighs_recall() -> None:
     scores = score_captions([["a b c d"]], ["a b"]).total
     precision, recall, beta = 1.0, 0.5, 1.2
