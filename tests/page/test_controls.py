@@ -44,8 +44,27 @@ def test_a_key_that_no_request_can_carry_is_refused(chat: Tab, speaker: Speaker,
     use_key(page, "sk-of-alice")
     expect(dialog).to_be_hidden()
     speaker.answer("Hello.")
-    chat.ask("Hello!")
+    chat.ask("Hello!")  # the page looks around with the new key meanwhile
+    expect(page.locator("article.answer")).to_have_count(1)
     assert chat.answer() == "Hello."
+
+
+def test_what_somebody_writes_on_does_not_go_by_itself(chat: Tab, speaker: Speaker) -> None:
+    page = chat.page
+    page.route("**/health/ready", lambda route: route.abort())
+    page.get_by_role("button", name="API key").click()
+    use_key(page, "sk-of-alice")
+    expect(page.locator("#notice")).to_contain_text("The server is not ready.")
+    chat.ask("Hello!")
+    page.get_by_label("Your message").press("End")
+    page.get_by_label("Your message").press_sequentially(" And")
+    page.unroute("**/health/ready")
+    expect(page.locator("#notice")).to_be_hidden()
+    expect(page.get_by_label("Your message")).to_have_value("Hello! And")
+    speaker.answer("Hello.")
+    page.get_by_label("Your message").press("Enter")
+    assert chat.answer() == "Hello."
+    expect(page.locator("article.answer")).to_have_count(1)
 
 
 def test_the_page_does_without_storage(speaker: Speaker, tab: Tab) -> None:
@@ -60,6 +79,7 @@ def test_the_page_does_without_storage(speaker: Speaker, tab: Tab) -> None:
     expect(page.get_by_role("dialog", name="API key")).to_be_hidden()
     speaker.answer("Hello.")
     tab.ask("Hello!")
+    expect(page.locator("article.answer")).to_have_count(1)
     assert tab.answer() == "Hello."
 
 

@@ -119,7 +119,8 @@ function send() {
   const text = byId("question").value.trim();
   if (chat.isRunning || !(text || pictures.count || pictures.isReading)) return;
   if (!isReady) {
-    becomeReady();
+    // Then it goes by itself, unless somebody writes on meanwhile.
+    becomeReady().then(() => isReady && byId("question").value.trim() === text && send());
     return;
   }
   if (pictures.isReading) {
