@@ -21,7 +21,7 @@ venv = test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) || { echo "$(NO_PYTHON)" >
 NO_PYTHON := $(PYTHON) cannot make an environment. Python 3.11 or newer with venv is needed (Debian, Ubuntu: \
   apt-get install python3.11-venv); PYTHON=python3.12 names another one.
 
-.PHONY: help serve test test-paddle test-vllm vllm lint bench bench-serve peers image manifests check-deploy check-policy \
+.PHONY: help serve test test-paddle test-vllm vllm lint bench bench-serve peers image push manifests check-deploy check-policy \
   rehearse-cluster rehearse-images clients chromium screenshots constraints clean
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo 'make bench   the engine beside its peers, the price of adapters, scheduling, training   [BENCHES=engine]'
 	@echo 'make bench-serve   tokens per second of the server at PORT        [ARGS="--models base"]'
 	@echo 'make image   build the container images for CPUs            [TARGETS="gateway worker-cuda" TORCH_INDEX=]'
+	@echo 'make push    push them                                      [REGISTRY=registry.example.org/team VERSION=]'
 
 serve: .venv/.serve
 	$(BIN)/llama-adapter serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -104,13 +105,18 @@ $(LLAMA_CPP)/.ready: bench/peers/requirements-llama-cpp.txt
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(LLAMA_CPP)/bin/pip install --quiet --no-deps --requirement $<
 	touch $@
 
+# What an image is called, of its target. A tag that stays is not pulled anew where it is known.
+tag = $(if $(REGISTRY),$(REGISTRY)/)llama-adapter-$(1):$(VERSION)
 image:
 	@command -v docker >/dev/null || { echo 'make image needs docker, which is not installed here.' >&2; exit 1; }
 	for target in $(TARGETS); do \
-	  docker build --file deploy/Dockerfile --target $$target --tag llama-adapter-$$target:$(VERSION) \
+	  docker build --file deploy/Dockerfile --target $$target --tag $(call tag,$$target) \
 	    --build-arg TORCH_INDEX=$(TORCH_INDEX) --build-arg VERSION=$(VERSION) \
 	    --build-arg REVISION=$$(git rev-parse HEAD) . || exit 1; \
 	done
+
+push:
+	for target in $(TARGETS); do docker push $(call tag,$$target) || exit 1; done
 
 # Containers, compose, Helm chart and manifests, as far as that goes without Docker and a cluster.
 check-deploy: .venv/.dev $(DEPLOY)/.ready

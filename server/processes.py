@@ -87,6 +87,8 @@ def run_gateway(settings: GatewaySettings) -> None:
 def run_worker(settings: WorkerSettings) -> None:
     """One engine behind the routes of `server.worker.app`. Raises what `build` raises.
 
+    Where the engine dies the process ends with 1.
+
     Where machine 0 of several has the engine, this one computes for it, and has no routes.
     """
     _begin("worker", settings)
@@ -104,6 +106,8 @@ def run_worker(settings: WorkerSettings) -> None:
     drain = Drain()
     app = RequestScope(create_app(engine, settings, drain))
     _run(_serve(app, settings.host, settings.port, settings.uds, drain, settings.drain_seconds))
+    if drain.failed:
+        raise SystemExit(1)
 
 
 def run_experts(names: tuple[str, ...], settings: ExpertSettings) -> None:

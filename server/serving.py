@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _CLOSING_SECONDS = 5  # for the last bytes to reach slow clients, after the drain
+_IDLE_SECONDS = 75  # longer than proxies (60) and our own clients (5) keep a connection, else both may end it
 _UNREAD_SECONDS = 60  # after which a client that takes nothing of what it is sent has gone
 
 
@@ -28,11 +29,15 @@ class StartupError(Exception):
 
 
 class Drain:
-    """A process on its way out: it admits no new work, and from `expired` on it waits for none."""
+    """A process on its way out: it admits no new work, and from `expired` on it waits for none.
+
+    `failed` tells that nobody asked: what it serves is gone, and it is to end with 1 to be started again.
+    """
 
     def __init__(self) -> None:
         self._asked = asyncio.Event()
         self.expired = asyncio.Event()
+        self.failed = False
 
     @property
     def draining(self) -> bool:
@@ -113,6 +118,7 @@ async def serve_app(app: ASGIApp, sock: socket.socket, drain: Drain, drain_secon
         server_header=False,
         log_level="warning",  # its news of starting and stopping; ours say the same
         timeout_graceful_shutdown=_CLOSING_SECONDS,
+        timeout_keep_alive=_IDLE_SECONDS,
     )
     server = _Server(config)
     asyncio.get_running_loop().set_exception_handler(_tell)

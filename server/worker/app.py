@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -43,21 +44,28 @@ _TOKENIZE: TypeAdapter[TokenizeRequest] = TypeAdapter(TokenizeRequest)
 _DETOKENIZE: TypeAdapter[DetokenizeRequest] = TypeAdapter(DetokenizeRequest)
 _LOAD_ADAPTER: TypeAdapter[LoadAdapterRequest] = TypeAdapter(LoadAdapterRequest)
 
+_LIFE_SECONDS = 1.0  # how often one looks whether the engine lives
+
 Message = TypeVar("Message")
 
 
 def create_app(engine: Engine, settings: WorkerSettings, drain: Drain | None = None) -> FastAPI:
-    """The worker's app. It starts and stops `engine`; once `drain` is asked it admits nothing new."""
+    """The worker's app. It starts and stops `engine`; once `drain` is asked it admits nothing new.
+
+    An engine that dies asks for the drain, which has then `failed`.
+    """
     drain = drain or Drain()
     adapters = RunTimeAdapters(engine, AdapterState(settings.adapter_state))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         await engine.start()
+        watching = asyncio.create_task(_end_with(engine, drain))
         try:
             await adapters.start()
             yield
         finally:
+            watching.cancel()
             await adapters.stop()
             await engine.stop()
 
@@ -130,6 +138,15 @@ def _add_watch_routes(app: FastAPI, engine: Engine, drain: Drain) -> None:
     async def ready() -> dict[str, str]:
         _refuse_unready(engine, drain)
         return {"status": "ok"}
+
+
+async def _end_with(engine: Engine, drain: Drain) -> None:
+    """Nothing brings a dead engine back but a new process, which whatever keeps this one running starts."""
+    while engine.healthy:  # noqa: ASYNC110 - engines have no event
+        await asyncio.sleep(_LIFE_SECONDS)
+    log.error("the engine has stopped, and so the worker ends")
+    drain.failed = True
+    drain.ask()
 
 
 def _refuse_unready(engine: Engine, drain: Drain) -> None:

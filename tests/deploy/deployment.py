@@ -26,9 +26,10 @@ def run(*command: str | Path, **options: Any) -> str:
 def memory_held(settings: GatewaySettings) -> int:
     """Bytes of a gateway that has admitted all it may, by docs/size.md.
 
-    That is of each request its body and the pictures decoded from it, and what a gateway at work takes.
+    That is of each request its body, the pictures decoded from it and those it names by URL, and what a
+    gateway at work takes.
     """
-    return settings.max_concurrent_requests * settings.max_body_bytes * 7 // 4 + 100 * 2**20
+    return settings.max_concurrent_requests * settings.max_body_bytes * 11 // 4 + 100 * 2**20
 
 
 VALUES: dict[str, Object | Path] = {

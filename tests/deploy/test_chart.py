@@ -451,6 +451,10 @@ def test_training_uses_every_gpu_that_it_reserves(render: Render) -> None:
             },
             "monitoring.keySecret",
         ),
+        ({"tracing": {"endpoint": "http://jaeger:4318"}}, "networkPolicy.extraEgress"),
+        ({"gateway": {"limitsStoreSecret": "redis"}}, "networkPolicy.extraEgress"),
+        ({"gateway": {"settings": {"port": 80}}}, "leave out gateway.settings.port: the chart says it"),
+        ({"expert": {"settings": {"uds": "/tmp/x"}}}, "leave out expert.settings.uds: the chart says it"),
     ],
 )
 def test_values_that_cannot_be_are_refused(render: Render, values: Object, said: str) -> None:
@@ -518,3 +522,21 @@ def test_kustomize_builds() -> None:
     namespaced = [thing for thing in built if thing["kind"] != "Namespace"]
     assert len(namespaced) >= 10
     assert {thing["metadata"]["namespace"] for thing in namespaced} == {kustomization()["namespace"]}
+
+
+@pytest.mark.deploy
+@pytest.mark.parametrize("part", ["gateway", "worker", "expert"])
+def test_a_setting_that_a_value_says_is_refused_among_the_settings(render: Render, part: str) -> None:
+    """Were it there twice, the last one would hold without a word."""
+    values = {
+        "gateway": {"keysSecret": "keys", "limitsStoreSecret": "redis"},
+        "worker": {"gpu": {"enabled": True}, "state": {"size": "1Mi"}},
+        "adapters": {"claim": "adapters"},
+        "networkPolicy": {"extraEgress": [{"ports": [{"port": 6379}]}]},
+    }
+    [made] = pods(render(values))[part]["containers"]
+    settings = yaml.safe_load((CHART / "values.yaml").read_text())[part]["settings"]
+    names = {e["name"].removeprefix("LLAMA_ADAPTER_").lower() for e in made["env"]} - settings.keys()
+    for name in names & {*SETTINGS[part].model_fields}:
+        with pytest.raises(AssertionError, match=rf"leave out {part}.settings.{name}: \S+"):
+            render({**values, part: {**values.get(part, {}), "settings": {name: "1"}}})

@@ -143,5 +143,5 @@ def test_files_that_are_mounted_exist(compose: Compose) -> None:
         for volume in service.get("volumes", ())
         if volume["type"] == "bind"
     ]
-    assert len(binds) == 4
+    assert len(binds) == 5
     assert [path for path in binds if not (ROOT / path).exists()] == []

@@ -397,7 +397,10 @@ async def test_refused_models_become_no_label(tmp_path: Path) -> None:
         assert "evil" not in (await worker.client.get("/metrics")).text
 
 
-async def test_dead_engine_fails_liveness_and_readiness(tmp_path: Path) -> None:
+async def test_dead_engine_fails_liveness_and_readiness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.worker.app._LIFE_SECONDS", 60)
     engine = ScriptedEngine(STORY)
     async with served(engine, tmp_path) as worker:
         assert (await worker.client.get("/health/live")).status_code == 200
@@ -407,6 +410,24 @@ async def test_dead_engine_fails_liveness_and_readiness(tmp_path: Path) -> None:
         assert (await worker.client.get("/health/ready")).status_code == 503
         assert (await worker.client.post("/generate", content=body())).status_code == 503
         assert (await worker.client.get("/stats")).json()["ready"] is False
+
+
+async def test_a_worker_ends_with_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine said last still arrives."""
+    monkeypatch.setattr("server.worker.app._LIFE_SECONDS", 0.05)
+    last_words = asyncio.Event()
+    engine = ScriptedEngine([Started(3), last_words, FINISHED])
+    async with served(engine, tmp_path) as worker:
+        running = asyncio.create_task(worker.client.post("/generate", content=body()))
+        await asyncio.wait_for(engine.called.wait(), 5)
+        assert not worker.drain.failed
+        engine.healthy = False
+        await asyncio.wait_for(worker.drain.asked(), 10)
+        assert worker.drain.failed
+        last_words.set()
+        assert await lines(await running) == [Started(3), FINISHED]
+        await asyncio.wait_for(worker.task, 10)
+    assert engine.stopped
 
 
 async def test_drain_finishes_what_runs_and_admits_nothing_new(tmp_path: Path) -> None:

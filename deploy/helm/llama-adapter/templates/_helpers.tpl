@@ -82,6 +82,18 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- end }}
 
+{{/*
+Fails where settings hold what a value says already: a variable that is there twice is the last one's, or refused.
+Of (part, settings, values: from the setting's name to the value's)
+*/}}
+{{- define "llama-adapter.check-settings" -}}
+{{- range $name, $value := .values }}
+{{- if hasKey $.settings $name }}
+{{- fail (printf "leave out %s.settings.%s: %s says it" $.part $name $value) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* Probes of (startupSeconds) at the port named http */}}
 {{- define "llama-adapter.probes" -}}
 startupProbe:
