@@ -46,7 +46,7 @@ class JsonFormatter(logging.Formatter):
         line |= {key: value for key, value in extra if key not in _STANDARD_ATTRIBUTES and key not in line}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps(line, default=str)  # in ASCII: a path may hold what ends lines or moves a cursor
 
 
 def configure_logging(level: str) -> None:

@@ -29,7 +29,15 @@ _TUNNELS = (IPv6Network("2002::/16"), IPv6Network("2001::/32"))  # 6to4, Teredo:
 _SHARED = ip_network("100.64.0.0/10")  # neither private nor global: pods, carriers and overlays live there
 _METADATA = tuple(  # of clouds; those that no other rule covers, also for `image_allow_private`
     ip_network(net)
-    for net in ("168.63.129.16/32", "100.100.100.200/32", "192.0.0.192/32", "fd00:ec2::254/128")
+    for net in (
+        "168.63.129.16/32",
+        "100.100.100.200/32",
+        "192.0.0.192/32",
+        "fd00:ec2::/32",
+        "fd20:ce::254/128",
+        "fd00:c1::a9fe:a9fe/128",
+        "fd00:42::42/128",
+    )
 )
 _HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]{0,252})")
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})

@@ -57,6 +57,17 @@ class Key:
     caller: Caller
 
 
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+_OF_NOTHING = digest("").hex()
+
+
+def _is_sendable(key: str) -> bool:
+    return bool(key) and key == key.strip()
+
+
 class _Entry(BaseModel):
     """One table of the keys file."""
 
@@ -77,6 +88,10 @@ class _Entry(BaseModel):
     def _one_of_both(self) -> Self:
         if (self.key is None) == (self.sha256 is None):
             raise ValueError("give either key or sha256")
+        if self.sha256 == _OF_NOTHING:
+            raise ValueError("sha256 is that of an empty key; was the variable set?")
+        if self.key and not _is_sendable(self.key.get_secret_value()):
+            raise ValueError("key must not begin or end with a space or a line's end, which headers lose")
         return self
 
     def digest(self) -> bytes:
@@ -86,10 +101,6 @@ class _Entry(BaseModel):
 _ENTRIES: TypeAdapter[dict[str, _Entry]] = TypeAdapter(
     dict[Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")], _Entry]
 )
-
-
-def digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
 
 
 class KeyRing:
@@ -122,11 +133,14 @@ class KeyRing:
         return any(key.caller.admin for key in (*self._given, *self._listed))
 
     def find(self, token: bytes) -> Caller | None:
-        """Whose key `token` is. Compares with all of them, always, in time that tells nothing of them."""
+        """Whose key `token` is. Compares with all of them, always, in time that tells nothing of them.
+
+        Nobody's where it is empty, whatever a digest in a file says: who sends no key has none.
+        """
         presented = hashlib.sha256(token).digest()
         keys = (*self._given, *self._listed)
         found = [key.caller for key in keys if hmac.compare_digest(presented, key.digest)]
-        return found[0] if found else None
+        return found[0] if found and token else None
 
     def reload(self) -> None:
         """Read the keys file again if it has changed. A bad one is logged, and the keys stay."""
@@ -210,6 +224,12 @@ def _caller(name: str, entry: _Entry, default: Quota) -> Caller:
 
 
 def _numbered(kind: str, keys: Iterable[SecretStr], quota: Quota, admin: bool) -> list[Key]:
+    for number, key in enumerate(keys, 1):
+        if not _is_sendable(key.get_secret_value()):
+            raise StartupError(
+                f"{kind}-{number} is empty, or begins or ends with a space or a line's end, which headers "
+                "lose; mend api_keys and admin_keys"
+            )
     return [
         Key(digest(key.get_secret_value()), Caller(f"{kind}-{number}", quota, admin))
         for number, key in enumerate(keys, 1)

@@ -118,10 +118,12 @@ class Limiter:
         if most is not None and self._running[caller.name] >= most:
             raise RateLimited(f"{most} requests of this key run already; try again.")
         with _held(self._running, caller.name, 1), _called(caller.name):
-            if caller.quota.requests:
-                await self._count_request(caller, caller.quota.requests, headers)
-            if caller.quota.tokens:
-                await self._refuse_debtor(caller, caller.quota.tokens, headers)
+            requests, tokens = caller.quota.requests, caller.quota.tokens
+            wait = await self._debt(caller, tokens, headers) if tokens else 0.0
+            if requests:
+                await self._count_request(caller, requests, headers, counts=wait <= 0)
+            if tokens and wait > 0:
+                raise _out_of("tokens", tokens, wait)
             yield
 
     @asynccontextmanager
@@ -144,22 +146,26 @@ class Limiter:
                 if spending.tokens:
                     await self._charge(caller, rate, spending.tokens)
 
-    async def _count_request(self, caller: Caller, rate: Rate, headers: dict[str, str]) -> None:
+    async def _count_request(
+        self, caller: Caller, rate: Rate, headers: dict[str, str], *, counts: bool
+    ) -> None:
+        """One that is refused for another reason does not count, but is told the same."""
         key = _key("requests", caller, rate)
-        counted = await self._store.ask(lambda counter: _add(counter, key, rate, 1, rate.amount))
+        counted = not counts or await self._store.ask(
+            lambda counter: _add(counter, key, rate, 1, rate.amount)
+        )
         window = await self._store.ask(lambda counter: _window(counter, key, rate))
         left = rate.amount - int(window.used)
         headers |= _headers("requests", rate, left, window)
         if not counted:
             raise _out_of("requests", rate, window.wait(rate.amount, 1))
 
-    async def _refuse_debtor(self, caller: Caller, rate: Rate, headers: dict[str, str]) -> None:
+    async def _debt(self, caller: Caller, rate: Rate, headers: dict[str, str]) -> float:
+        """Seconds until there is a token left; not over 0 where there is one."""
         window = await self._tokens(caller, rate)
         left = rate.amount - int(window.used) - self._reserved[caller.name]
         headers |= _headers("tokens", rate, left, window)
-        wait = window.wait(rate.amount, 1)
-        if wait > 0:
-            raise _out_of("tokens", rate, wait)
+        return window.wait(rate.amount, 1)
 
     async def _tokens(self, caller: Caller, rate: Rate) -> Window:
         return await self._store.ask(lambda counter: _window(counter, _key("tokens", caller, rate), rate))

@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 Schema = TypeVar("Schema", bound=Body)
 
 _TYPE_NAMES = frozenset({"str", "int", "float", "bool", "constrained-str"})
-_MAX_REMEMBERED = 1000  # unknown field names; clients choose them, so there must be an end
+# Unknown field names and their characters: clients choose them, so there must be an end.
+_MAX_REMEMBERED = 1000
+_NAME_LENGTH = 100
 
 
 class IgnoredFields:
@@ -31,10 +33,10 @@ class IgnoredFields:
         self._seen: set[str] = set()
 
     def note(self, body: BaseModel) -> None:
-        for name in (body.model_extra or {}).keys() - self._seen:
+        for name in {name[:_NAME_LENGTH] for name in body.model_extra or ()} - self._seen:
             if len(self._seen) < _MAX_REMEMBERED:
                 self._seen.add(name)
-                log.warning("a request field is unknown and ignored", extra={"field": name[:100]})
+                log.warning("a request field is unknown and ignored", extra={"field": name})
 
 
 def json_body(schema: type[Schema]) -> Callable[[Request], Awaitable[Schema]]:

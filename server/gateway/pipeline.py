@@ -9,7 +9,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 
-from server.errors import InvalidRequest
+from pydantic_core import to_json
+
+from server.errors import InvalidRequest, TooLarge
 from server.gateway.clients.pool import WorkerPool
 from server.gateway.context import ExpertPanel, ExpertReport, context_items
 from server.gateway.images import Image, ImageLoader
@@ -135,6 +137,21 @@ class Pipeline:
                 param=param,
             )
 
+    def _refuse_bulk(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, choices: int, param: str
+    ) -> None:
+        """Each choice travels with all that it is asked for: n times a large body would be many of them."""
+        if choices == 1:
+            return
+        each = choices // len(prompts)
+        size = choices * len(to_json(sampling)) + each * sum(len(to_json(prompt)) for prompt in prompts)
+        if size > self._settings.max_body_bytes:
+            raise TooLarge(
+                f"{param}: {choices} choices of this request are {size} bytes together, of at most "
+                f"{self._settings.max_body_bytes} (max_body_bytes); ask for fewer.",
+                param=param,
+            )
+
     def _refuse_blindness(
         self, body: Conversation, model: ModelInfo, names: Sequence[str], images: Sequence[Image]
     ) -> None:
@@ -159,6 +176,9 @@ class Pipeline:
         id = body.ID_BEGINS + uuid.uuid4().hex  # never the client's request id: that may come twice
         n = body.n or 1
         sampling = body.sampling(model.sampling)
+        many = "n" if len(prompts) == 1 else "prompt"
+        self._refuse_crowd(body.model, n * len(prompts), many)
+        self._refuse_bulk(prompts, sampling, n * len(prompts), many)
         remaining = max(0.001, arrived + self._settings.request_seconds - time.monotonic())
         choices = tuple(
             GenerateRequest(
@@ -167,7 +187,6 @@ class Pipeline:
             for p, prompt in enumerate(prompts)
             for i in range(n)
         )
-        self._refuse_crowd(body.model, len(choices), "n" if len(prompts) == 1 else "prompt")
         fields = {"id": id, "model": body.model, "user": body.user, "choices": len(choices)}
         log.info("generation", extra=fields)
         return Job(id, int(time.time()), body.model, choices, n, reports, arrived)

@@ -57,6 +57,9 @@ LogitBias = Annotated[
 ]
 
 
+StopText = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
 
@@ -71,11 +74,7 @@ class Sampled(Body):
     top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
-        | None
-    ) = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)

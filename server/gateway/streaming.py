@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -19,14 +20,23 @@ from server.gateway.tasks import cancelled
 PING = b": ping\n\n"  # a comment, which clients pass over
 DONE = b"data: [DONE]\n\n"
 
+_BEYOND_ASCII = re.compile("[^\0-\x7f]+")
+
 
 def sse(data: dict[str, Any], event: str = "") -> bytes:
-    """One event of one line of data. In ASCII, since many clients split lines at U+2028 and U+0085 too."""
+    """One event of one line of data. In ASCII, since many clients split lines at U+2028 and U+0085 too.
+
+    Text by text, where json itself would let nobody else run until all of it is written.
+    """
     head = b"event: %s\n" % event.encode("ascii") if event else b""
     text = to_json(data)  # in a fifth of json's time, but of itself in UTF-8
     if not text.isascii():
-        text = json.dumps(data, separators=(",", ":")).encode("ascii")
+        text = _BEYOND_ASCII.sub(_escaped, text.decode()).encode("ascii")
     return b"%sdata: %s\n\n" % (head, text)
+
+
+def _escaped(signs: re.Match[str]) -> str:
+    return json.dumps(signs[0])[1:-1]
 
 
 def error_event(error: ApiError) -> bytes:

@@ -38,6 +38,16 @@ def test_lines_are_json_with_the_request_id(capsys: pytest.CaptureFixture[str]) 
     assert second["level"] == "info"
 
 
+def test_no_path_ends_a_line_or_moves_a_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("info")
+    path = "/\u2028{}\u2029\x85\x9b31m\x1b[2J\u202e"
+    logging.getLogger("x").info("request", extra={"path": path})
+    said = capsys.readouterr().err
+    assert said.isascii()
+    assert said.rstrip("\n").isprintable()
+    assert json.loads(said)["path"] == path
+
+
 def test_exceptions_are_part_of_their_line(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("error")
     try:

@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-# In a row, until a worker is not ready, and what waits for its first token goes to another one. One alone may
-# only be busy; without a second worker everybody would be refused.
+# In a row, until a worker is not ready, and what waits for its first token goes to another one that has the
+# model. One alone may only be busy; without a second worker everybody would be refused.
 _SILENT_POLLS = 3
 _LOST_POLLS = 3  # in a row that could not even connect, which a worker that is only slow lets us do
 
@@ -70,7 +70,8 @@ class Worker:
     silent_polls: int = 0  # in a row that got no answer
     lost_polls: int = 0  # in a row that found nobody
     _heard: float = field(default_factory=time.monotonic)  # when anything came from it
-    _patience: dict[asyncio.Timeout, bool] = field(default_factory=dict)  # and whether the answer has begun
+    # Of each `next` that waits, for what model; "" where its answer has begun.
+    _patience: dict[asyncio.Timeout, str] = field(default_factory=dict)
 
     @property
     def load(self) -> int:
@@ -118,11 +119,14 @@ class Worker:
         """Since anything came from it: an answer to a poll, or an event of any request."""
         return time.monotonic() - self._heard
 
-    async def next(self, events: AsyncGenerator[Event, None], begun: bool) -> Event | None:
-        """The next event, None at the end. Raises `BrokeOff` if the worker is given up meanwhile."""
+    async def next(self, events: AsyncGenerator[Event, None], model: str) -> Event | None:
+        """The next event, None at the end. Raises `BrokeOff` if the worker is given up meanwhile.
+
+        `model` is what the answer is of, "" where it has begun.
+        """
         try:
             async with asyncio.timeout(None) as patience:
-                self._patience[patience] = begun
+                self._patience[patience] = model
                 try:
                     event = await anext(events, None)
                 finally:
@@ -132,11 +136,11 @@ class Worker:
         self._heard = time.monotonic()
         return event
 
-    def give_up(self, *, begun: bool) -> None:
-        """End every `next` that waits, or only those of answers that have not begun."""
+    def give_up(self, models: Collection[str] | None = None) -> None:
+        """End every `next` that waits, or only those of answers of `models` that have not begun."""
         now = asyncio.get_running_loop().time()
-        for patience, has_begun in self._patience.items():
-            if begun or not has_begun:
+        for patience, model in self._patience.items():
+            if models is None or model in models:
                 patience.reschedule(now)
 
     @contextmanager
@@ -161,6 +165,7 @@ class WorkerPool:
         self._poll_timeout = max(1.0, poll_seconds)  # for a poll's answer
         self._lost_seconds = lost_seconds
         self._polls: list[asyncio.Task[None]] = []
+        self._loading: set[asyncio.Task[ModelInfo]] = set()
 
     @classmethod
     def of(cls, settings: GatewaySettings) -> WorkerPool:
@@ -174,7 +179,7 @@ class WorkerPool:
         self._polls = [asyncio.create_task(self._poll_forever(worker)) for worker in self.workers]
 
     async def close(self) -> None:
-        await cancelled(self._polls)
+        await cancelled([*self._polls, *self._loading])
         await asyncio.gather(*(worker.client.close() for worker in self.workers))
 
     async def _poll_forever(self, worker: Worker) -> None:
@@ -183,9 +188,9 @@ class WorkerPool:
             try:
                 await worker.poll(self._poll_timeout)
                 if worker.lost_polls >= _LOST_POLLS and worker.silent_seconds >= self._lost_seconds:
-                    worker.give_up(begun=True)
-                elif worker.silent_polls >= _SILENT_POLLS and self.ready:
-                    worker.give_up(begun=False)
+                    worker.give_up()
+                elif worker.silent_polls >= _SILENT_POLLS:
+                    worker.give_up({id for other in self.workers if other.ready for id in other.models})
             except Exception:
                 log.exception("polling a worker failed")
                 worker.ready = False
@@ -259,7 +264,7 @@ class WorkerPool:
             try:
                 with worker.counted():
                     async with aclosing(worker.client.generate(request)) as events:
-                        while event := await worker.next(events, begun):
+                        while event := await worker.next(events, "" if begun else request.model):
                             begun = begun or not isinstance(event, (Started, Scheduled))
                             if begun or type(event) not in told:
                                 told.add(type(event))
@@ -312,7 +317,21 @@ class WorkerPool:
                     raise
 
     async def load_adapter(self, request: LoadAdapterRequest) -> ModelInfo:
-        """Load it on every ready worker, or on none: where one refuses, the others give it back."""
+        """Load it on every ready worker, or on none: where one refuses, the others give it back.
+
+        So it is also where whoever asked does not wait for it.
+        """
+        loading = asyncio.create_task(self._load_on_each(request))
+        self._loading.add(loading)
+        loading.add_done_callback(self._loaded)
+        return await asyncio.shield(loading)
+
+    def _loaded(self, loading: asyncio.Task[ModelInfo]) -> None:
+        self._loading.discard(loading)
+        if not loading.cancelled() and (error := loading.exception()):
+            log.info("an adapter was not loaded", extra={"cause": str(error)})
+
+    async def _load_on_each(self, request: LoadAdapterRequest) -> ModelInfo:
         workers = self._ready_workers()
         had = {worker for worker in workers if request.id in worker.models}
         results = await self._on_each(workers, lambda client: client.load_adapter(request))
@@ -321,18 +340,21 @@ class WorkerPool:
             loaded = [
                 w for w, r in zip(workers, results, strict=True) if isinstance(r, ModelInfo) and w not in had
             ]
-            await self._on_each(loaded, lambda client: client.unload_adapter(request.id))
+            await self._on_each(loaded, lambda client: client.unload_adapter(request.id, 0))
             raise errors[0]
         return next(result for result in results if isinstance(result, ModelInfo))
 
-    async def unload_adapter(self, id: str) -> None:
-        """Unload it wherever it is. Raises `NotFound` where no worker has it."""
+    async def unload_adapter(self, id: str, seconds: float) -> None:
+        """Unload it wherever it is, and wait for its requests, which take `seconds` at most.
+
+        Raises `NotFound` where no worker has it.
+        """
         holders = [worker for worker in self._ready_workers() if id in worker.models]
         if not holders:
             raise NotFound(f"No adapter {id!r} is loaded; GET /v1/adapters lists them.", param="id")
         if any(worker.models[id].kind == "base" for worker in holders):
             raise Conflict(f"{id!r} is the base model; it cannot be unloaded.")
-        for result in await self._on_each(holders, lambda client: client.unload_adapter(id)):
+        for result in await self._on_each(holders, lambda client: client.unload_adapter(id, seconds)):
             if isinstance(result, BaseException):
                 raise result
 

@@ -138,8 +138,9 @@ class WorkerClient:
         body = _LOAD_ADAPTER.dump_json(request)
         return await self._ask("POST", "/adapters", _MODEL, body, seconds=_ADMIN_SECONDS)
 
-    async def unload_adapter(self, id: str) -> None:
-        await self._send("DELETE", f"/adapters/{quote(id, safe='')}", None, _ADMIN_SECONDS)
+    async def unload_adapter(self, id: str, seconds: float) -> None:
+        """Returns when no request uses it any more; `seconds` is how long one may run."""
+        await self._send("DELETE", f"/adapters/{quote(id, safe='')}", None, seconds + _ADMIN_SECONDS)
 
     def _stream(self, request: GenerateRequest) -> AbstractAsyncContextManager[httpx.Response]:
         return self._http.stream("POST", "/generate", content=_pieces(request), headers=outgoing_headers())

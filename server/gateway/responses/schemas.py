@@ -83,15 +83,19 @@ class MessageItem(Body):
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
-        if self.role != "user" and any(isinstance(part, ImagePart) for part in self.content):
+        if self.role != "user" and any(isinstance(part, ImagePart) for part in self.parts):
             raise inconsistent("content", "only a user's message may have images")
         return self
+
+    @property
+    def parts(self) -> list[Part]:
+        return self.content if isinstance(self.content, list) else []
 
     @property
     def text(self) -> str:
         if isinstance(self.content, str):
             return self.content
-        return "\n".join(part.text for part in self.content if not isinstance(part, ImagePart))
+        return "\n".join(part.text for part in self.parts if not isinstance(part, ImagePart))
 
 
 class FunctionCallItem(Body):
@@ -264,7 +268,7 @@ class ResponseRequest(Sampled):
 
     def _images(self) -> Iterator[tuple[str, str]]:
         for i, item in enumerate(self._items):
-            for p, part in enumerate(item.content if isinstance(item, MessageItem) else ()):
+            for p, part in enumerate(item.parts if isinstance(item, MessageItem) else ()):
                 if isinstance(part, ImagePart):
                     yield f"input[{i}].content[{p}].image_url", part.image_url
 

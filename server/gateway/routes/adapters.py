@@ -38,5 +38,5 @@ async def load_adapter(
 
 @router.delete("/v1/adapters/{id}", **documented("Unload an adapter", Deleted, openapi_extra=_ADMIN))
 async def unload_adapter(id: str, gateway: GatewayDep) -> Response:
-    await gateway.pool.unload_adapter(id)
+    await gateway.pool.unload_adapter(id, gateway.settings.request_seconds)
     return JSONResponse({"id": id, "object": "model", "deleted": True})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
+from server.errors import InvalidRequest
 from server.gateway.answers import Choice, LegacyLogprobs, collect, json_answer, usage_body
 from server.gateway.keys import Caller
 from server.gateway.openapi import Completion, documented
@@ -50,7 +52,9 @@ async def _echoes(gateway: Gateway, job: Job, body: CompletionRequest) -> list[s
     """What each choice's text begins with, as far as no `PromptScored` is to tell it."""
     if not body.echo or body.logprobs is not None:
         return [""] * len(job.choices)
-    return await all_or_none(_prompt_text(gateway, choice) for choice in job.choices)
+    firsts = job.choices[:: job.choices_per_prompt]
+    texts = await all_or_none(_prompt_text(gateway, choice) for choice in firsts)
+    return [text for text in texts for _ in range(job.choices_per_prompt)]
 
 
 async def _prompt_text(gateway: Gateway, choice: GenerateRequest) -> str:
@@ -58,7 +62,11 @@ async def _prompt_text(gateway: Gateway, choice: GenerateRequest) -> str:
         case TextPrompt(text=text):
             return text
         case TokenPrompt(token_ids=ids):
-            return (await gateway.pool.detokenize(DetokenizeRequest(choice.model, ids))).text
+            try:
+                return (await gateway.pool.detokenize(DetokenizeRequest(choice.model, ids))).text
+            except InvalidRequest as error:
+                error.param = "prompt"  # the worker knows them as `tokens`
+                raise
     raise AssertionError("a plain completion has no chat prompt")
 
 
@@ -91,7 +99,9 @@ async def _stream(gateway: Gateway, body: CompletionRequest, caller: Caller) -> 
             match event:
                 case Started():
                     yield pieces.text(index, echoes[index])
-                case PromptScored() | Delta() if event.text or event.logprobs:
+                case PromptScored() if event.text or event.logprobs:  # of the whole prompt, which may be long
+                    yield await asyncio.to_thread(pieces.text, index, event.text, event)
+                case Delta() if event.text or event.logprobs:
                     yield pieces.text(index, event.text, event)
                 case Finished():
                     usages[index] = event.usage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -43,19 +44,24 @@ async def create(
             return sse({**told, "sequence_number": next(number)}, told["type"])
 
         ping_seconds = gateway.settings.stream_ping_seconds
-        return EventStream(_mapped(numbered, events), ping_seconds, lambda error: numbered(_failure(error)))
+        chunks = _written(numbered, events, body.scores_tokens)
+        return EventStream(chunks, ping_seconds, lambda error: numbered(_failure(error)))
     async with aclosing(events):
         async for told in events:
             last = told
     return await json_answer(lambda: last["response"])
 
 
-async def _mapped(
-    change: Callable[[Told], bytes], events: AsyncGenerator[Told, None]
+async def _written(
+    write: Callable[[Told], bytes], events: AsyncGenerator[Told, None], scored: bool
 ) -> AsyncGenerator[bytes, None]:
+    """What repeats all log-probabilities of an answer, where it is `scored`, is written on a thread."""
     async with aclosing(events):
         async for told in events:
-            yield change(told)
+            if scored and not told["type"].endswith(".delta"):
+                yield await asyncio.to_thread(write, told)
+            else:
+                yield write(told)
 
 
 def _failure(error: ApiError) -> Told:

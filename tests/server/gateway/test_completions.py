@@ -7,7 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
+from server.errors import InvalidRequest
 from server.worker.messages import (
     Delta,
     Finished,
@@ -132,6 +135,38 @@ async def test_echo_without_logprobs(gateway: Stack, worker: ScriptedWorker) -> 
     assert body["choices"][0]["text"] == "HiHello world"
     chunks = await gateway.chunks("/v1/completions", prompt="P", echo=True)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == "PHello world"
+
+
+async def test_echo_asks_once_for_each_prompt_and_calls_it_so(launch: Launch) -> None:
+    asked: list[list[int]] = []
+
+    class Counting(ScriptedWorker):
+        async def _detokenize(self, request: Request) -> Response:
+            asked.append((await request.json())["token_ids"])
+            if 9 in asked[-1]:
+                raise InvalidRequest("9 is no token", param="tokens")
+            return await super()._detokenize(request)
+
+    gateway = await launch(Counting())
+    body = (await complete(gateway, echo=True, prompt=[[72], [105]], n=3)).json()
+    assert [choice["text"] for choice in body["choices"]] == ["HHello world"] * 3 + ["iHello world"] * 3
+    assert asked == [[72], [105]]
+    refused = await complete(gateway, echo=True, prompt=[9], max_tokens=0)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+
+
+async def test_choices_that_are_large_together_are_refused(launch: Launch, worker: ScriptedWorker) -> None:
+    gateway = await launch(worker, max_body_bytes=10_000)
+    for many, field in (({"n": 3}, "n"), ({"prompt": ["x"] * 3}, "prompt")):
+        refused = await complete(gateway, **{"stop": ["s" * 4000], **many})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (413, field)
+    refused = await complete(gateway, prompt="p" * 4000, n=3)
+    assert refused.status_code == 413
+    assert "max_body_bytes" in refused.json()["error"]["message"]
+    assert worker.requests == []
+    assert (await complete(gateway, prompt="p" * 4000, n=2)).status_code == 200
+    long_stop = await complete(gateway, stop="s" * 5000)
+    assert (long_stop.status_code, long_stop.json()["error"]["param"]) == (400, "stop")
 
 
 async def test_echo_with_logprobs_scores_the_prompt(gateway: Stack, worker: ScriptedWorker) -> None:

@@ -88,6 +88,10 @@ def test_private_addresses_may_be_allowed(address: str) -> None:
         "ff02::1",
         "168.63.129.16",
         "fd00:ec2::254",
+        "fd00:ec2::23",
+        "fd20:ce::254",
+        "fd00:c1::a9fe:a9fe",
+        "fd00:42::42",
         "100.100.100.200",
     ],
 )

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import logging
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from server.errors import ServerFailure
 from server.gateway import keys
-from server.gateway.keys import KeyRing, read_keys
+from server.gateway.keys import Key, KeyRing, read_keys
 from server.gateway.rates import Quota, Rate
 from server.options import load
 from server.serving import StartupError
@@ -117,6 +118,9 @@ SECRET = "sk-never-to-be-told"
         (f'[a]\nkey = "{SECRET}"\nmodels = "all"', "a.models"),
         (f'[a]\nkey = ["{SECRET}"]', "a.key"),
         ('[a]\nkey = ""', "a.key"),
+        (f'[a]\nkey = "{SECRET} "', "begin or end with a space"),
+        (f'[a]\nkey = "\\n{SECRET}"', "begin or end with a space"),
+        (f'[a]\nsha256 = "{sha256(b"").hexdigest()}"', "of an empty key"),
         (f'[a]\nsha256 = "{SECRET}"', "a.sha256"),
         (f'["a b"]\nkey = "{SECRET}"', "a b"),
         (f'a = "{SECRET}"', "a"),
@@ -296,6 +300,19 @@ def test_start_up_errors_tell_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match=r"--key-requests .* not 'many'"):
         load(GatewaySettings, {"key_requests": "many"})
     assert load(GatewaySettings, {"api_keys": [SECRET]}).api_keys[0].get_secret_value() == SECRET
+
+
+def test_who_sends_no_key_has_none() -> None:
+    known = ring(api_keys=("sk-a",))
+    known._given.append(Key(sha256(b"").digest(), known.anyone))
+    assert known.find(b"") is None
+    assert known.find(b"sk-a") is not None
+
+
+@pytest.mark.parametrize("key", [" sk-a", "sk-a\n", " "])
+def test_a_key_of_the_settings_that_no_header_can_carry(key: str) -> None:
+    with pytest.raises(StartupError, match="key-2 is empty, or begins or ends with a space"):
+        ring(api_keys=("sk-b", key))
 
 
 async def test_a_key_may_be_for_some_models_alone(

@@ -163,6 +163,19 @@ async def test_what_is_over_the_estimate_is_owed(limiter: Limiter) -> None:
     assert "1000 tokens" in error.message
 
 
+async def test_who_is_refused_for_a_debt_of_tokens_has_made_no_request(limiter: Limiter) -> None:
+    alice = caller(requests=Rate(5, 60), tokens=Rate(10, 60))
+    await admit(limiter, alice)
+    await spend(limiter, alice, 10, 50)
+    for _ in range(8):
+        headers: dict[str, str] = {}
+        with pytest.raises(RateLimited, match="10 tokens in 60 s"):
+            async with limiter.admitted(alice, headers):
+                raise AssertionError("admitted")
+        assert headers["x-ratelimit-remaining-requests"] == "4"
+        assert headers["x-ratelimit-remaining-tokens"] == "0"
+
+
 async def test_reserved_tokens_are_nobody_elses(limiter: Limiter) -> None:
     alice = caller(tokens=Rate(1000, 3600))
     async with limiter.spending(alice, 600):

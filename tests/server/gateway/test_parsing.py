@@ -266,6 +266,13 @@ def test_unknown_fields_are_ignored_and_logged_once(caplog: pytest.LogCaptureFix
     assert len(caplog.records) < 1001
 
 
+def test_of_a_long_unknown_field_only_its_beginning_is_remembered() -> None:
+    fields = IgnoredFields()
+    for i in range(3):
+        fields.note(chat(**{"x" * 1_000_000 + str(i): 1}))
+    assert fields._seen == {"x" * 100}
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

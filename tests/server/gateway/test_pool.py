@@ -264,6 +264,26 @@ async def test_nobody_is_given_up_where_nobody_does_better(launch: Launch) -> No
     assert (await asked).json()["choices"][0]["message"]["content"] == "late"
 
 
+async def test_nobody_is_given_up_for_those_who_have_another_model(launch: Launch) -> None:
+    go_on = asyncio.Event()
+
+    async def script(_: object):
+        yield Started(5)
+        await go_on.wait()
+        for event in story("late")[1:]:
+            yield event
+
+    holder = ScriptedWorker(models=[BASE, TEXT_ADAPTER], script=script)
+    gateway = await launch(holder, ScriptedWorker(models=[BASE]))
+    asked = asyncio.create_task(gateway.chat(model="alpaca"))
+    await until(lambda: bool(holder.requests))
+    holder.is_silent = True
+    polls = holder.polls
+    await until(lambda: holder.polls >= polls + 4, seconds=10)
+    go_on.set()
+    assert (await asked).json()["choices"][0]["message"]["content"] == "late"
+
+
 async def test_nothing_is_retried_after_the_first_token(launch: Launch) -> None:
     async def script(_: object):
         yield Started(1)

@@ -235,6 +235,17 @@ async def test_calls_after_a_result_are_a_message_of_their_own(
     assert roles == [("assistant", 1), ("tool", 0), ("assistant", 1), ("tool", 0)]
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_long_text_is_not_looked_at_sign_by_sign(role: str) -> None:
+    """32 MB of it would take four seconds."""
+    content = "x" * 32_000_000
+    raw = json.dumps({"model": "base", "input": [{"role": role, "content": content}]}).encode()
+    begun = time.process_time()
+    body = parse(ResponseRequest, raw)
+    assert list(body.image_urls) == []
+    assert time.process_time() - begun < 1.0
+
+
 def test_many_calls_in_a_row_are_read_in_time_that_grows_with_their_number() -> None:
     """All that a body may hold: copied once for each, they would take eight seconds."""
     call = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}"}

@@ -91,7 +91,7 @@ async def test_what_fails_amid_silence_still_has_the_last_word(
 
     worker.script = silent
     raw = await _raw(
-        await launch(worker, stream_ping_seconds=0.05, request_seconds=0.4), "/v1/chat/completions"
+        await launch(worker, stream_ping_seconds=0.05, request_seconds=2), "/v1/chat/completions"
     )
     assert PING in raw
     last = raw.rstrip().split(b"\n\n")[-1]
