@@ -32,7 +32,9 @@ def seeing_prompt(placeholders: list[int], tokens: list[int], rows_RC: Tensor, d
     """vLLM's `EmbedsInput`: the rows for the placeholders, tokens for the rest."""
     return {
         "type": "embeds",
-        "prompt_embeds": torch.cat([rows_RC, torch.zeros(len(tokens), rows_RC.shape[1])]).to(dtype),
+        "prompt_embeds": torch.cat(
+            [rows_RC.to(dtype), torch.zeros(len(tokens), rows_RC.shape[1], dtype=dtype)]
+        ),
         "prompt_token_ids": [*placeholders, *tokens],
         "is_token_ids": [False] * len(placeholders) + [True] * len(tokens),
     }

@@ -160,20 +160,23 @@ def _try_longest(step_loop: StepLoop, scheduler: Scheduler) -> None:
 
     Raises as `_warm_up` does. Nothing is remembered of it: neither its prompt nor how long it took.
     """
-    _warm_up(step_loop, max(1, min(scheduler.max_num_batched_tokens, scheduler.max_sequence_len - 3)))
+    num_tokens = max(1, min(scheduler.max_num_batched_tokens, scheduler.max_sequence_len - 3))
+    _warm_up(step_loop, num_tokens, scored=True)
     scheduler.blocks.reset()
     scheduler.pace = Pace()
 
 
-def _warm_up(step_loop: StepLoop, num_tokens: int) -> None:
+def _warm_up(step_loop: StepLoop, num_tokens: int, *, scored: bool = False) -> None:
     """One prompt and two decodes through every kernel: compiling them takes seconds the first time.
+
+    `scored`: with the logits of all its tokens.
 
     Raises `StartupError` where they fail, for so would every request.
     """
     prepared = Prepared(
         request_id="warm-up",
         token_ids=[0] * num_tokens,
-        sampling=SamplingParams(temperature=0, ignore_eos=True),
+        sampling=SamplingParams(temperature=0, ignore_eos=True, prompt_logprobs=1 if scored else None),
         max_tokens=3,
         stop=(),
     )

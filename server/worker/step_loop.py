@@ -84,7 +84,7 @@ class StepLoop:
             skip_prefix_lookup=params.prompt_logprobs is not None,
         )
         if params.grammar is not None and params.grammar.tools:
-            emit = ToolCallEvents(emit)
+            emit = ToolCallEvents(emit, params.grammar)
         vocab_size, prompt_ids = self.runner.base.config.vocab_size, prepared.token_ids
         sampler = SamplerState(params, vocab_size, self._eos_ids, prompt_ids, prepared.grammar)
         decoder = IncrementalDecoder(self._tokenizer, continuation=prepared.continues_text)
@@ -303,7 +303,9 @@ class StepLoop:
             start = end
             if self._scores_prompt(request, item):
                 end += item.num_tokens
-                if not score_prompt(self._tokenizer, request, item.start, logits_MV[start:end]):
+                scored = logits_MV[start:end]
+                # It may have ended since it was asked, with a step whose tokens were read only now.
+                if self._runs(request) and not score_prompt(self._tokenizer, request, item.start, scored):
                     self._refuse(request, NOT_FINITE)
             else:
                 end += item.samples

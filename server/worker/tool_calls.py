@@ -9,7 +9,7 @@ from dataclasses import replace
 from enum import Enum, auto
 
 from models.tool_text import CALL_CLOSE, CALL_OPEN, CALL_SEPARATOR, call_head
-from server.worker.messages import Delta, Event, Finished, ToolCallDelta
+from server.worker.messages import Delta, Event, Finished, Grammar, ToolCallDelta
 
 _BEFORE_NAME, _, _AFTER_NAME = call_head("\0").partition(json.dumps("\0"))
 _HEAD = re.compile(f'{re.escape(_BEFORE_NAME)}("(?:[^"\\\\]|\\\\.)*"){re.escape(_AFTER_NAME)}')
@@ -17,15 +17,20 @@ _HEAD = re.compile(f'{re.escape(_BEFORE_NAME)}("(?:[^"\\\\]|\\\\.)*"){re.escape(
 
 class _Place(Enum):
     TEXT = auto()  # before the first call
+    ONLY_TEXT = auto()  # of an answer that no call can follow
     HEAD = auto()
     ARGUMENTS = auto()
     AFTER = auto()  # behind a call
 
 
 class ToolCallReader:
-    """Splits text that keeps to a grammar with tools. Never gives a part of a marker as text or arguments."""
+    """Splits text that keeps to a grammar with tools. Never gives a part of a marker as text or arguments.
 
-    def __init__(self) -> None:
+    Where the answer is JSON a call can only be all of it: what else has a marker in it is text.
+    """
+
+    def __init__(self, *, is_json: bool = False) -> None:
+        self._is_json = is_json
         self._place = _Place.TEXT
         self._held = ""
         self.num_calls = 0  # whose name is known
@@ -42,6 +47,11 @@ class ToolCallReader:
         while True:
             place = self._place
             match place:
+                case _Place.TEXT if self._is_json and not _may_begin(self._held, CALL_OPEN):
+                    self._place = _Place.ONLY_TEXT
+                case _Place.ONLY_TEXT:
+                    shown += self._held
+                    self._held = ""
                 case _Place.TEXT:
                     shown += self._upto(CALL_OPEN, _Place.HEAD)
                 case _Place.HEAD:
@@ -81,12 +91,17 @@ class ToolCallReader:
             self._held, self._place = self._held[head.end() :], _Place.ARGUMENTS
 
 
-class ToolCallEvents:
-    """Passes a request's events on to `emit`, calls of tools as such instead of as text."""
+def _may_begin(text: str, marker: str) -> bool:
+    """Whether `text` begins with `marker`, or may when it goes on."""
+    return text.startswith(marker) or marker.startswith(text)
 
-    def __init__(self, emit: Callable[[Event], None]) -> None:
+
+class ToolCallEvents:
+    """Passes on to `emit` the events of a request with `grammar`, calls of tools as such and not as text."""
+
+    def __init__(self, emit: Callable[[Event], None], grammar: Grammar) -> None:
         self._emit = emit
-        self._reader = ToolCallReader()
+        self._reader = ToolCallReader(is_json=grammar.kind in ("json_object", "json_schema"))
 
     def __call__(self, event: Event) -> None:
         match event:

@@ -49,7 +49,7 @@ class Answer:
         self._events: list[Event] = []
         grammar = prepared.sampling.grammar
         add = self._events.append
-        self._emit = ToolCallEvents(add) if grammar is not None and grammar.tools else add
+        self._emit = ToolCallEvents(add, grammar) if grammar is not None and grammar.tools else add
 
     def score_prompt(self, steps: Sequence[Step | None]) -> Iterator[Event]:
         """`steps` tell of each of the prompt's tokens, placeholders left out.

@@ -132,7 +132,7 @@ class Vllm:
         Raises `InvalidRequest` for what vLLM takes for no request, `Unavailable` where it died, and
         `ServerFailure` where what it computes is not finite.
         """
-        prompt = self._prompt(prepared, rows_RC)
+        prompt = await asyncio.to_thread(self._prompt, prepared, rows_RC)  # as large as all its embeddings
         id = f"{prepared.request_id}-{uuid.uuid4().hex}"
         try:
             with _needs_life():

@@ -47,8 +47,9 @@ class _Row:
 class GrammarProcessor(LogitsProcessor):
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         model = vllm_config.model_config
-        self._folder, self._vocab_size = Path(model.model), model.get_vocab_size()
-        self._compiler: GrammarCompiler | None = None  # made for the first grammar: it reads all tokens
+        # Made before anybody waits: it reads all tokens.
+        tokenizer, vocab_size = load_tokenizer(Path(model.model)), model.get_vocab_size()
+        self._compiler = GrammarCompiler(tokenizer, vocab_size, max_bytes=2**31, cache_entries=128)
         self._rows: dict[int, _Row] = {}
 
     def is_argmax_invariant(self) -> bool:
@@ -78,7 +79,4 @@ class GrammarProcessor(LogitsProcessor):
 
     def _compile(self, text: str) -> GrammarState:
         """The engine has compiled it already: it is neither too large nor impossible to follow."""
-        if self._compiler is None:
-            tokenizer = load_tokenizer(self._folder)
-            self._compiler = GrammarCompiler(tokenizer, self._vocab_size, max_bytes=2**31, cache_entries=128)
         return self._compiler.compile(_GRAMMAR.validate_json(text))

@@ -468,12 +468,13 @@ def test_the_longest_step_is_tried_and_forgotten(folder: Path, monkeypatch: pyte
     loop, run, steps = engine._step_loop, Runner.run, []
 
     def counted(self: Runner, items: list, *rest: object) -> torch.Tensor:
-        steps.append(sum(len(item.tokens) for item in items))
-        return run(self, items, *rest)
+        logits_MV = run(self, items, *rest)
+        steps.append((sum(len(item.tokens) for item in items), len(logits_MV)))
+        return logits_MV
 
     monkeypatch.setattr(Runner, "run", counted)
     _try_longest(loop, loop._scheduler)
-    assert steps == [80, 1, 1]
+    assert steps == [(80, 80), (1, 1), (1, 1)]  # tokens, and rows of logits: all may be asked for
     assert loop._scheduler.blocks.stats.cached == loop._scheduler.blocks.stats.prefix_queries == 0
 
 

@@ -676,6 +676,30 @@ def test_tokens_that_cannot_be_read_end_their_requests_only(
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_a_prompt_that_a_lost_step_had_is_scored_no_further(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    deployment = Deployment()
+    loop = deployment.loop(overlap=True, budget=8, seqs=4)
+    sampling = SamplingParams(temperature=0, ignore_eos=True)
+    decodes = deployment.request(0, random.Random(0), token_ids=[5], sampling=sampling, max_tokens=20)
+    scoring = SamplingParams(temperature=0, prompt_logprobs=1)
+    scored = deployment.request(1, random.Random(1), image=None, token_ids=[5] * 40, sampling=scoring)
+    events: list = []
+    loop.add(decodes, lambda event: None)
+    loop.step()
+    loop.add(scored, events.append)
+    loop.step()
+    loop.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(Choice, "read", lambda choice: 1 / 0)
+        loop.step()
+    while loop.has_work:
+        loop.step()
+    assert [isinstance(event, Failed) for event in events].index(True) == len(events) - 1
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_a_step_begins_when_the_one_before_it_is_done(monkeypatch: pytest.MonkeyPatch):
     """It is given to the device while that computes another; only the device takes time here."""
     deployment, pace = Deployment(), Pace()

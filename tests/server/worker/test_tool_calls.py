@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.tool_text import call_text
-from server.worker.messages import Delta, Event, Finished, Started, ToolCallDelta, Usage
+from server.worker.messages import Delta, Event, Finished, Grammar, Started, ToolCallDelta, Usage
 from server.worker.tool_calls import ToolCallEvents
 
 USAGE = Usage(1, 2)
@@ -21,9 +21,9 @@ CALLS = st.lists(st.tuples(st.text(max_size=5), ARGUMENTS), max_size=3)
 TEXTS = st.text("<tool_cal>x\n", max_size=30).filter(lambda text: "<tool_call>" not in text)
 
 
-def read(pieces: list[str], reason: str = "stop") -> list[Event]:
+def read(pieces: list[str], reason: str = "stop", kind: str = "text") -> list[Event]:
     events: list[Event] = []
-    see = ToolCallEvents(events.append)
+    see = ToolCallEvents(events.append, Grammar(kind))  # type: ignore[arg-type]
     for piece in pieces:
         see(Delta(piece, (1,)))
     see(Finished(reason, USAGE))  # type: ignore[arg-type]
@@ -96,5 +96,23 @@ def test_text_without_calls_is_left_alone(text: str):
 
 def test_other_events_pass():
     events: list[Event] = []
-    ToolCallEvents(events.append)(Started(3))
+    ToolCallEvents(events.append, Grammar("text"))(Started(3))
     assert events == [Started(3)]
+
+
+@given(
+    st.dictionaries(st.text(max_size=3), st.text("<tool_cal>\n", max_size=20)), st.lists(st.integers(0, 99))
+)
+def test_in_json_a_marker_is_text(answer: dict[str, str], places: list[int]):
+    whole = json.dumps(answer | {"": "<tool_call>"})
+    events = read(cut(whole, places), kind="json_object")
+    assert put_together(events) == (whole, [])
+    assert events[-1] == Finished("stop", USAGE)
+
+
+@given(CALLS.filter(len), st.lists(st.integers(0, 500), max_size=40))
+def test_calls_in_the_place_of_json(calls: list[tuple[str, str]], places: list[int]):
+    whole = "\n".join(call_text(*call) for call in calls)
+    events = read(cut(whole, places), kind="json_schema")
+    assert put_together(events) == ("", calls)
+    assert events[-1] == Finished("tool_calls", USAGE)
