@@ -50,7 +50,7 @@ class Service:
 
 @contextmanager
 def serving(
-    *arguments: str, command: Sequence[str] = COMMAND, start_seconds: float = 300 if ON_VLLM else 90
+    *arguments: str, command: Sequence[str] = COMMAND, start_seconds: float = 300 if ON_VLLM else 150
 ) -> Iterator[Service]:
     """A service that has said that it is ready; killed afterwards if it still runs."""
     with subprocess.Popen(

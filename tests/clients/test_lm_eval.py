@@ -15,7 +15,7 @@ from tokenizer_files import CORPUS, byte_level_backend
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(240)]
 
 PAIRS = [
     ("The quick brown fox jumps over", " the lazy dog"),

@@ -14,7 +14,7 @@ from openai import AsyncOpenAI, DefaultHttpxClient, OpenAI
 from pydantic import BaseModel, Field
 from service import Service, serving
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(240)]
 
 TEXT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}

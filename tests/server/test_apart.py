@@ -52,7 +52,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         expert = start("expert", "ocr")
         captions = ("--captions", "--caption-min-confidence", "0")
         gateway = start("gateway", "--worker", worker, "--expert", f"ocr={expert}", *captions)
-        until(lambda: ready(gateway) and ready(expert), 90)
+        until(lambda: ready(gateway) and ready(expert), 150)
         yield gateway
 
 

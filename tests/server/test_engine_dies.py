@@ -13,7 +13,7 @@ from tiny_base import write_tiny_base
 
 from server.worker.messages import GenerateRequest, TextPrompt, generate_body
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 # The first step after the warm-up dies as no step may.
 DOOMED = """
@@ -44,7 +44,7 @@ def test_the_process_ends_with_1(tmp_path: Path) -> None:
         httpx.Client(transport=transport, base_url="http://worker", timeout=60) as client,
     ):
         try:
-            until(uds.exists, 90)
+            until(uds.exists, 150)
             until(lambda: client.get("/health/ready").status_code == 200, 90)
             request = GenerateRequest("r", "tiny", TextPrompt("x"))
             answer = client.post("/generate", content=b"".join(generate_body(request)))
