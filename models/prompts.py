@@ -26,6 +26,7 @@ class Turn:
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    is_result: bool = False  # a tool's, told as by the user: not what is asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +99,21 @@ def context_text(context: Iterable[Context]) -> str:
 
 
 def _with_context(turns: Sequence[Turn], text: str) -> list[Turn]:
-    """The turns with the context before the question, in the last user turn; at worst one of its own."""
+    """The turns with the context before the question; at worst in one of its own."""
     turns = list(turns)
     if not text:
         return turns
-    last = next((index for index in reversed(range(len(turns))) if turns[index].role == "user"), None)
+    last = _question(turns)
     if last is None:
         return [*turns, Turn("user", text)]
     turns[last] = replace(turns[last], content="\n".join(filter(None, (text, turns[last].content))))
     return turns
+
+
+def _question(turns: Sequence[Turn]) -> int | None:
+    """Where the user last asked something; where there are results alone, the last of them."""
+    asked = [(not turn.is_result, index) for index, turn in enumerate(turns) if turn.role == "user"]
+    return max(asked)[1] if asked else None
 
 
 def _in_plain_text(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> list[Turn]:
@@ -121,7 +128,7 @@ def _in_plain_text(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) ->
 
 def _without_tools(turn: Turn) -> Turn:
     if turn.role == "tool":
-        return Turn("user", response_text(turn.content))
+        return Turn("user", response_text(turn.content), is_result=True)
     if not turn.tool_calls:
         return turn
     calls = CALL_SEPARATOR.join(call_text(call.name, call.arguments) for call in turn.tool_calls)
@@ -192,9 +199,9 @@ def _alpaca(turns: Sequence[Turn], context: str, eos: str, add_generation_prompt
     V1 knows one turn only; further ones repeat the blocks, each answer ended by EOS.
     """
     talk = [turn for turn in turns if turn.role != "system"]
-    last = max((index for index, turn in enumerate(talk) if turn.role == "user"), default=-1)
+    last = _question(talk)
     given = "\n".join(filter(None, (_system(turns), context)))
-    if last < 0:  # nothing was asked: the input alone is the instruction
+    if last is None:  # nothing was asked: the input alone is the instruction
         talk, last, given = [Turn("user", given), *talk], 0, ""
     yield _markup(_ALPACA_INPUT if given else _ALPACA)
     for index, turn in enumerate(talk):

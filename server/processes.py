@@ -43,7 +43,7 @@ _READY = """
 
 models: {models}
 
-{page}  curl {url}/v1/chat/completions -H 'content-type: application/json' {key}\\
+{page}  curl '{url}/v1/chat/completions' -H 'content-type: application/json' {key}\\
     -d '{{"model": "{model}", "max_tokens": 32, "messages": [{{"role": "user", "content": "Say hello."}}]}}'
 """
 

@@ -40,6 +40,8 @@ def top(
     ] = "",
 ) -> None:
     """Watch a gateway: queues, batches, caches, adapters, tokens per second. Ctrl-C ends it."""
+    if not api_key.isascii():
+        raise StartupError("the API key holds a character, maybe an invisible one, that no header can carry")
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     console = Console()
     if not console.is_terminal:

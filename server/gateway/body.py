@@ -16,11 +16,12 @@ def inconsistent(field: str, message: LiteralString) -> PydanticCustomError:
 
 
 def type_tag(thing: Any, otherwise: str | None = None) -> str | None:
-    """For a discriminator: the `type` of a dictionary or an instance; `otherwise` if a dictionary has none.
+    """For a discriminator: the `type` of a dictionary or an instance; `otherwise` if it has none.
 
     In brackets, lest it is taken for a field's name where an error says its place.
     """
-    kind = thing.get("type", otherwise) if isinstance(thing, dict) else getattr(thing, "type", None)
+    kind = thing.get("type") if isinstance(thing, dict) else getattr(thing, "type", None)
+    kind = otherwise if kind is None and isinstance(thing, dict | Body) else kind
     return f"<{kind}>" if isinstance(kind, str) else None
 
 

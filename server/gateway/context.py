@@ -79,7 +79,7 @@ class ExpertPanel:
         A model does not hear itself: the expert `caption` is the adapter `caption`.
         """
         if asked is None or isinstance(asked, str):
-            return tuple(name for name in self._experts if name != model)
+            return tuple(name for name in self._experts if not name == model == "caption")
         for i, name in enumerate(asked):
             if name not in self._experts:
                 known = ", ".join(self._experts) or "none"

@@ -199,7 +199,7 @@ class FunctionCall(Body):
 
 class ToolCallBody(Body):
     id: str
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
     function: FunctionCall
 
 
@@ -378,4 +378,4 @@ class DetokenizeBody(Body):
 class AdapterBody(Body):
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,95}$")
     path: str = Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")
-    options: dict[str, Annotated[str, Field(max_length=256)]] = Field({}, max_length=16)
+    options: Annotated[dict[str, Annotated[str, Field(max_length=256)]], at_most(16)] | None = None

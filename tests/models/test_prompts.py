@@ -351,6 +351,22 @@ def test_tools_become_text_for_any_other_template(tmp_path: Path, template: str 
     assert sum(id in tokenizer.eos_ids for id in ids) == 4  # the description's is none
 
 
+@pytest.mark.parametrize("template", ["alpaca", "vicuna_v1", "bair_v1", "plain", "caption"])
+def test_context_stands_with_the_question_and_not_with_a_tools_result(
+    tokenizer: Tokenizer, template: str
+) -> None:
+    turns = [
+        Turn("user", "What does the sign say, and what is the weather?"),
+        Turn("assistant", "", (ToolCall("c1", "weather", "{}"),)),
+        Turn("tool", "rainy", tool_call_id="c1"),
+    ]
+    text = render(template, turns, (OCR,), tokenizer).text
+    assert text.count("OCR Context:") == 1
+    assert text.index("OCR Context:") < text.index("<tool_call>") < text.index("rainy")
+    only_result = render(template, turns[2:], (OCR,), tokenizer).text
+    assert "OCR Context:" in only_result
+
+
 @pytest.mark.parametrize("template", [name for name in template_names() if name != "chat"])
 def test_adapters_templates_tell_of_tools(tokenizer: Tokenizer, template: str) -> None:
     tools = [{"type": "function", "function": {"name": "now"}}]

@@ -67,6 +67,16 @@ def test_what_somebody_writes_on_does_not_go_by_itself(chat: Tab, speaker: Speak
     expect(page.locator("article.answer")).to_have_count(1)
 
 
+def test_a_new_chat_on_a_narrow_screen_is_seen(chat: Tab) -> None:
+    page = chat.page
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.locator("#toggle-panel").click()
+    expect(page.locator("#toggle-panel")).to_have_attribute("aria-expanded", "true")
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator("#toggle-panel")).to_have_attribute("aria-expanded", "false")
+    expect(page.get_by_label("Your message")).to_be_focused()
+
+
 def test_the_page_does_without_storage(speaker: Speaker, tab: Tab) -> None:
     tab.context.add_init_script(
         """Object.defineProperty(window, "sessionStorage", {

@@ -109,7 +109,8 @@ function settings() {
   }
   const boxes = expertBoxes();
   const on = boxes.filter((box) => box.checked).map((box) => box.value);
-  if (on.length < boxes.length) asked.experts = on;
+  // As the server's own default: the adapter `caption` does not hear itself.
+  if (on.length < boxes.length) asked.experts = on.filter((name) => !(name === "caption" && asked.model === name));
   return asked;
 }
 
@@ -258,6 +259,7 @@ function listen() {
   byId("stop").addEventListener("click", () => chat.stop());
   byId("new-chat").addEventListener("click", () => {
     chat.clear();
+    showPanel(false);
     byId("question").focus();
   });
   byId("model").addEventListener("change", showAdapter);

@@ -7,7 +7,7 @@ const PYTHON_CLIENT_FIELDS = ["model", "messages", "temperature", "top_p", "max_
 export function asCurl(address, body, withKey) {
   const key = withKey ? ' \\\n  -H "authorization: Bearer $OPENAI_API_KEY"' : "";
   const json = JSON.stringify(body, null, 2);
-  return `curl --no-buffer ${address} \\\n  -H 'content-type: application/json'${key} \\\n  --data-binary @- <<'JSON'\n${json}\nJSON\n`;
+  return `curl --no-buffer '${address}' \\\n  -H 'content-type: application/json'${key} \\\n  --data-binary @- <<'JSON'\n${json}\nJSON\n`;
 }
 
 // For OpenAI's client. `base` is the address that ends in /v1.

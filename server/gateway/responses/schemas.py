@@ -77,7 +77,7 @@ Part = Annotated[
 
 
 class MessageItem(Body):
-    type: Literal["message"] = "message"
+    type: Literal["message"] | None = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(fail_fast=True)]
 

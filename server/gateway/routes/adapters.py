@@ -32,7 +32,7 @@ async def list_adapters(gateway: GatewayDep) -> Response:
 async def load_adapter(
     body: Annotated[AdapterBody, Depends(json_body(AdapterBody))], gateway: GatewayDep
 ) -> Response:
-    info = await gateway.pool.load_adapter(LoadAdapterRequest(body.id, body.path, body.options))
+    info = await gateway.pool.load_adapter(LoadAdapterRequest(body.id, body.path, body.options or {}))
     return JSONResponse(model_body(info), status_code=201)
 
 

@@ -104,6 +104,11 @@ def test_what_is_no_gateway_is_said_to_be_none(
     assert word in str(result.exception)
 
 
+def test_a_key_that_no_header_can_carry(url: str) -> None:
+    result = CliRunner().invoke(app, ["top", url, "--once", "--api-key", "sk-\u200bé"])
+    assert isinstance(result.exception, StartupError), result.output
+
+
 @pytest.mark.parametrize("wrong", ["http://127.0.0.1:1", "localhost:1", "http://[", "ftp://x"])
 def test_an_address_where_nobody_answers(wrong: str) -> None:
     result = CliRunner().invoke(app, ["top", wrong, "--once"])

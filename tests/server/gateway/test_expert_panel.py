@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,15 @@ from server.errors import InvalidRequest
 from server.gateway.clients.breaker import CircuitBreaker
 from server.gateway.clients.experts import GuardedExpert, Skipped
 from server.worker.messages import ContextItem
-from tests.server.gateway.scripted import Launch, ScriptedExpert, ScriptedWorker, Stack, picture, until
+from tests.server.gateway.scripted import (
+    SEEING_ADAPTER,
+    Launch,
+    ScriptedExpert,
+    ScriptedWorker,
+    Stack,
+    picture,
+    until,
+)
 from tests.server.gateway.test_image_loading import content, data_url
 
 PICTURE = data_url(picture())
@@ -80,14 +89,15 @@ async def test_the_caller_chooses(launch: Launch, worker: ScriptedWorker) -> Non
 
 
 async def test_a_model_does_not_hear_itself(launch: Launch, worker: ScriptedWorker) -> None:
-    """The expert `alpaca` asks the adapter of that name, which would be asked twice."""
-    experts = {name: ScriptedExpert(name, name) for name in ("alpaca", "ocr")}
+    """The expert `caption` asks the adapter of that name, which would be asked twice; no other does."""
+    worker.models += [replace(SEEING_ADAPTER, id=id) for id in ("caption", "ocr")]
+    experts = {name: ScriptedExpert(name, name) for name in ("caption", "ocr")}
     gateway = await launch(worker, experts=experts)
-    for model, heard in (("alpaca", ["ocr"]), ("base", ["alpaca", "ocr"])):
+    for model, heard in (("caption", ["ocr"]), ("ocr", ["caption", "ocr"]), ("base", ["caption", "ocr"])):
         assert [name for name, *_ in outcomes(await ask(gateway, model=model))] == heard
         assert [name for name, *_ in outcomes(await ask(gateway, model=model, experts="auto"))] == heard
-    named = await ask(gateway, model="alpaca", experts=["alpaca"])
-    assert [name for name, *_ in outcomes(named)] == ["alpaca"]  # who names it means it
+    named = await ask(gateway, model="caption", experts=["caption"])
+    assert [name for name, *_ in outcomes(named)] == ["caption"]  # who names it means it
 
 
 async def test_without_images_nobody_is_asked(launch: Launch, worker: ScriptedWorker) -> None:

@@ -15,6 +15,7 @@ from openai.types.chat.chat_completion_content_part_image_param import ImageURL
 from server.errors import InvalidRequest
 from server.gateway.body import Body
 from server.gateway.parsing import IgnoredFields, parse
+from server.gateway.responses.schemas import ResponseRequest
 from server.gateway.schemas import (
     AdapterBody,
     ChatRequest,
@@ -168,6 +169,15 @@ def test_a_mistake_names_its_field(fields: dict[str, Any], param: str) -> None:
 )
 def test_what_asks_for_nothing_special_is_accepted(fields: dict[str, Any]) -> None:
     chat(**fields)
+
+
+def test_null_is_as_if_it_was_not_there() -> None:
+    call = {"id": "1", "type": None, "function": {"name": "f", "arguments": "{}"}}
+    chat(messages=[{"role": "assistant", "content": None, "tool_calls": [call]}])
+    item = {"type": None, "role": "user", "content": "Hi"}
+    body = parse(ResponseRequest, json.dumps({"model": "base", "input": [item]}).encode())
+    assert [said.content for said in body.for_worker()] == ["Hi"]
+    parse(AdapterBody, b'{"id": "a", "path": "b", "options": null}')
 
 
 def test_a_refusal_is_an_assistants_text() -> None:
