@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
 from server.errors import InvalidRequest
 from server.serving import Drain
@@ -190,6 +192,32 @@ async def test_an_adapter_is_loaded_everywhere_or_nowhere(launch: Launch) -> Non
     response = await gateway.http.post("/v1/adapters", json={"id": "new", "path": "../x"}, headers=headers)
     assert assert_error(response, 400)["param"] == "path"
     assert "new" not in [info.id for info in good.models]
+
+
+async def test_who_does_not_wait_for_an_adapter_leaves_it_nowhere_half(launch: Launch) -> None:
+    asked, go_on, given_back = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    class Slow(ScriptedWorker):
+        async def _load(self, request: Request) -> Response:
+            asked.set()
+            await go_on.wait()
+            return await super()._load(request)
+
+        async def _unload(self, request: Request) -> Response:
+            given_back.set()
+            return await super()._unload(request)
+
+    slow, bad = Slow(), ScriptedWorker(loading_refusal=InvalidRequest("no room", param="path"))
+    gateway = await launch(slow, bad, admin_keys=("root",))
+    gateway.http.headers["authorization"] = "Bearer root"
+    asking = asyncio.create_task(gateway.http.post("/v1/adapters", json={"id": "new", "path": "x"}))
+    await asyncio.wait_for(asked.wait(), 10)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await until(lambda: not gateway.app.state.gateway.limiter._running)  # the gateway has seen it leave
+    go_on.set()
+    await asyncio.wait_for(given_back.wait(), 10)
+    assert "new" not in [info.id for info in slow.models]
 
 
 async def test_a_new_version_that_one_refuses_takes_no_old_one_away(launch: Launch) -> None:
