@@ -19,6 +19,7 @@ from torch import Tensor
 from models.adapter_config import AdapterConfig, BaseSpec, GateConfig, PromptConfig
 from models.checkpoints.adapter_table import AdapterOptions, Entry, NameTable, static_prompts, top_layers
 from models.checkpoints.tensor_file import TensorFile
+from models.checkpoints.torch_files import shown
 from models.errors import CheckpointError
 
 PROMPT = "base_model.model.model.layers.{i}.self_attn.adaption_prompt"
@@ -40,15 +41,16 @@ class Peft:
     def config(self, file: TensorFile, base: BaseSpec, options: AdapterOptions) -> AdapterConfig:
         layers = file.numbers(PROMPT)
         length = file.dim(PROMPT.format(i=layers[-1]), 1, rank=3)
-        for field, found, wanted in (
-            ("peft_type", file.config.get("peft_type"), "ADAPTION_PROMPT"),
-            ("adapter_len", file.config.get("adapter_len"), length),
-            ("adapter_layers", file.config.get("adapter_layers"), len(layers)),
-            ("target_modules", file.config.get("target_modules") or "self_attn", "self_attn"),
+        for field, default, wanted in (
+            ("peft_type", None, "ADAPTION_PROMPT"),
+            ("adapter_len", None, length),
+            ("adapter_layers", None, len(layers)),
+            ("target_modules", "self_attn", "self_attn"),
         ):
-            if found != wanted:
+            found = default if file.config.get(field) is None else file.config[field]
+            if not isinstance(found, int | str) or found != wanted:
                 raise CheckpointError(
-                    f"{file.path.parent / 'adapter_config.json'}: {field} is {found!r}, the weights say "
+                    f"{file.path.parent / 'adapter_config.json'}: {field} is {shown(found)}, the weights say "
                     f"{wanted!r}; use the file that was saved with them"
                 )
         if length > 1024:

@@ -87,7 +87,7 @@ class Reference7B:
                 f"visual_query.weight) for each of {len(vision.layers)} layers; fetch the file again"
             )
         lora = self._lora(file)
-        biased = bool(file.config.get("w_bias")) or lora is not None
+        biased = file.config.get("w_bias") is True or lora is not None
         has_norms = biased or any(map(file.has, _NORMS))
         return AdapterConfig(
             base=base,
@@ -137,7 +137,7 @@ class Reference7B:
 
     def _lora(self, file: TensorFile) -> LoraConfig | None:
         first = _lora_key("wq", 1)
-        if not file.has(first) and not file.config.get("w_lora"):
+        if not file.has(first) and file.config.get("w_lora") is not True:
             return None
         return LoraConfig(rank=file.dim(first.format(i=0), 0, rank=2), targets=LINEARS)
 

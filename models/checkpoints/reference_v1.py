@@ -4,7 +4,8 @@
     layers.{i}.attention.gate        [1, H, 1, 1]   in all layers; [1] in files of v.1.0.0's code
 
 Neither K nor whether the gates pass through tanh is in an extracted file. The reference inference code
-takes K = 10; training uses tanh, and the one released file is run without it (its issue 39).
+takes K = 10; training uses tanh, and the one released file is run without it (its issue 39). Gates begin at
+0 and are trained in the layers that have prompts: they tell where an assumed K is wrong.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from models.checkpoints.adapter_table import (
 )
 from models.checkpoints.reference import BASE_NORMS, BASE_WEIGHTS, gate_entry, ignored
 from models.checkpoints.tensor_file import TensorFile
+from models.checkpoints.torch_files import shown
 from models.errors import CheckpointError
 
 RELEASED = "llama_adapter_len10_layer30_release.pth"
@@ -54,7 +56,8 @@ class ReferenceV1:
         return found
 
     def config(self, file: TensorFile, base: BaseSpec, options: AdapterOptions) -> AdapterConfig:
-        rows, length = file.dim(self.query, 0, rank=2), self._length(file, options)
+        rows, said = file.dim(self.query, 0, rank=2), self._said_length(file, options)
+        length = _DEFAULT_LENGTH if said is None else said
         count = rows // length
         if rows % length or count > base.num_layers:
             raise CheckpointError(
@@ -62,6 +65,14 @@ class ReferenceV1:
                 f"{length} rows in at most {base.num_layers} layers; say the prompts' length, "
                 "such as length=10"
             )
+        stated = file.args.get("adapter_layer")
+        if isinstance(stated, int) and stated != count:
+            raise CheckpointError(
+                f"{file.path}: {self.query} has {rows} rows, prompts of {length} for {count} layers, and "
+                f"args.adapter_layer is {stated}; say the prompts' length, such as length=10"
+            )
+        if said is None:
+            self._check_gates(file, base.num_layers - count)
         return AdapterConfig(
             base=base,
             prompt=PromptConfig(length=length, layers=top_layers(base, count)),
@@ -89,11 +100,24 @@ class ReferenceV1:
     def write(self, path: Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
         torch.save(tensors, path)
 
-    def _length(self, file: TensorFile, options: AdapterOptions) -> int:
-        stated = options.length or file.args.get("adapter_len") or _DEFAULT_LENGTH
-        if not isinstance(stated, int) or not 0 < stated <= 1024:
-            raise CheckpointError(f"{file.path}: args.adapter_len is {stated!r}; say length=10 or what it is")
-        return stated
+    def _said_length(self, file: TensorFile, options: AdapterOptions) -> int | None:
+        said = file.args.get("adapter_len") if options.length is None else options.length
+        if said is not None and not (isinstance(said, int) and 0 < said <= 1024):
+            raise CheckpointError(
+                f"{file.path}: args.adapter_len is {shown(said)}; say length=10 or what it is"
+            )
+        return said
+
+    def _check_gates(self, file: TensorFile, first: int) -> None:
+        """Raises CheckpointError where others than the layers from `first` on were trained."""
+        layers = file.numbers(GATE)
+        file.check_size(GATE.format(i=i) for i in layers)
+        trained = [i for i in layers if file.tensor(GATE.format(i=i)).any()]
+        if trained and trained[0] != first:
+            raise CheckpointError(
+                f"{file.path}: prompts of {_DEFAULT_LENGTH} rows would begin in layer {first}, and the gates "
+                f"are trained from layer {trained[0]} on; say the prompts' length, as length=ROWS"
+            )
 
 
 REFERENCE_V1 = ReferenceV1()

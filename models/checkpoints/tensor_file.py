@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.checkpoints.fields import read_json
-from models.checkpoints.torch_files import check_dense, first_line, load_pickle
+from models.checkpoints.torch_files import first_line, load_pickle, shown
 from models.errors import CheckpointError
 
 _WEIGHTS_OF_FOLDER = (
@@ -93,7 +93,7 @@ def read_tensor_file(path: Path) -> TensorFile:
         )
     if "model" not in value:
         return TensorFile(path, size, _checked(path, value))
-    config = value.get("config") or {}
+    config = {} if value.get("config") is None else value["config"]
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: config is a {type(config).__name__}, not a dict; fetch it again")
     args = dict(vars(value["args"])) if isinstance(value.get("args"), argparse.Namespace) else {}
@@ -129,9 +129,8 @@ def _checked(path: Path, model: object) -> dict[str, Tensor]:
     for key, value in model.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path}: {key!r} is a {type(value).__name__}, not a tensor; save the tensors alone"
+                f"{path}: {shown(key)} is a {type(value).__name__}, not a tensor; save the tensors alone"
             )
-        check_dense(path, key, value)
         # Multimodal training checkpoints call the base `llma`; extracted files say `llama`.
         name = ".".join("llama" if part == "llma" else part for part in key.split("."))
         if name in tensors:

@@ -2,32 +2,31 @@
 
 One class beside tensors and containers is allowed by name, the `argparse.Namespace` of a training
 checkpoint's `args`. A file can make nobody allocate more than it weighs: records of a zip must be stored
-as `torch.save` stores them, storages are views of the mapped file, and what `weights_only` lets a pickle
-call to make large things of small ones is refused.
+as `torch.save` stores them, storages are views of the mapped file, and of what `weights_only` lets a pickle
+call only what plain tensors need is let through (`pickle_check`).
 """
 
 from __future__ import annotations
 
 import argparse
 import pickle
+import reprlib
 import struct
 import zipfile
 from io import BytesIO
 from pathlib import Path
-from pickletools import genops
 from typing import IO
 
 import torch
 from torch import Tensor
 
+from models.checkpoints.pickle_check import check_pickle
 from models.errors import CheckpointError
 
 _DAMAGED = (
     *(RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError),
     zipfile.BadZipFile,
 )
-# Any number of zeros; and a codec such as hex, which doubles a text, again and again.
-_ENLARGING = {"builtins bytearray", "__builtin__ bytearray", "_codecs encode"}
 _LEGACY_PICKLES = 5  # a number, a version, sizes of the machine's types, the value, its storages' names
 _END, _LOCATOR, _END_64 = b"PK\5\6", b"PK\6\7", b"PK\6\6"  # of a zip, from its last record back
 
@@ -47,20 +46,9 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{file}: {key!r} is a {type(value).__name__}, not a tensor; use a file of weights alone"
+                f"{file}: {shown(key)} is a {type(value).__name__}, not a tensor; use a file of weights alone"
             )
-        check_dense(file, key, value)
     return state
-
-
-def check_dense(file: Path, key: str, tensor: Tensor) -> None:
-    """Raises CheckpointError for what a pickle may also bring: sparse, nested, quantised, without values."""
-    kind = "nested" if tensor.is_nested else f"{tensor.dtype} in {tensor.layout}"
-    strided = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
-    if not strided or tensor.device.type != "cpu":
-        raise CheckpointError(
-            f"{file}: {key} is {kind} on {tensor.device}; save it as a plain dense tensor of floats"
-        )
 
 
 def load_pickle(file: Path, *, legacy: bool = False) -> object:
@@ -79,7 +67,7 @@ def load_pickle(file: Path, *, legacy: bool = False) -> object:
     try:
         if zipped:
             _check_zip(file)
-        _check_calls(file, zipped)
+        _check_pickles(file, zipped)
         with torch.serialization.safe_globals([argparse.Namespace]):
             value: object = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except CheckpointError:
@@ -99,6 +87,11 @@ def load_pickle(file: Path, *, legacy: bool = False) -> object:
 def first_line(error: BaseException) -> str:
     """What an exception says, short enough for a sentence."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def shown(value: object) -> str:
+    """A value from a file as a sentence has it, which is short whatever it holds."""
+    return repr(value[:200]) if isinstance(value, str) else reprlib.repr(value)[:200]
 
 
 def _check_zip(file: Path) -> None:
@@ -139,20 +132,11 @@ def _has_plain_directory(file: Path) -> bool:
     return plain and start + length == ends_at
 
 
-def _check_calls(file: Path, zipped: bool) -> None:
-    """Goes through the pickles that torch will read, and calls nothing."""
+def _check_pickles(file: Path, zipped: bool) -> None:
+    """All that torch will read."""
     with file.open("rb") as stream:
         pickles: list[IO[bytes]] = [stream] * _LEGACY_PICKLES
         if zipped:
             pickles = [BytesIO(torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))]
-        called = {
-            str(argument)
-            for part in pickles
-            for opcode, argument, _ in genops(part)
-            if opcode.name == "GLOBAL"
-        }
-    if enlarging := sorted(called & _ENLARGING):
-        raise CheckpointError(
-            f"{file}: refused; it calls {enlarging[0].replace(' ', '.')}, which no tensor needs and which "
-            "could fill the memory. Save the tensors alone, best as safetensors"
-        )
+        for part in pickles:
+            check_pickle(file, part)

@@ -1,7 +1,10 @@
 """Images are decoded in workers, encoded once, and found again by their content."""
 
+import multiprocessing
 import random
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from train_files import write_lines
 from models.adapter_config import VisionConfig
 from models.tokenizer import load_tokenizer
 from models.vision.preprocess import Color
+from train.data.batches import Steps
 from train.data.features import (
     FeatureCache,
     cache_folder,
@@ -24,6 +28,7 @@ from train.data.features import (
     random_resized_crop,
 )
 from train.data.images import Images, noisy
+from train.data.plan import Plan, SourcePlan
 from train.data.store import Encoder, Store, prepare
 from train.errors import TrainError
 from train.processes import StopSignal
@@ -135,24 +140,47 @@ def test_features_that_are_not_on_disk_have_no_hash(tmp_path: Path, monkeypatch:
     assert len(FeatureCache(tmp_path, (3,))) == 0
 
 
+def prepared(images: Images, base: Path, folder: Path, shades: list[int]) -> Store:
+    """Captions of grey images, one of each shade."""
+    folder.mkdir()
+    for shade in shades:
+        Image.new("RGB", (8, 8), (shade,) * 3).save(folder / f"{shade}.png")
+    rows = [{"image": f"{shade}.png", "caption": f"shade {shade}"} for shade in shades]
+    file = write_lines(folder / "rows.jsonl", rows)
+    source = SourceRecipe(format="captions", path=(file,), images=folder, question="What?")
+    tokens = Encoder(load_tokenizer(base), "chat", 512, tiny_config().vocab_size, sees=True)
+    return prepare(folder.name, source, tokens, folder / "store", images.read_all, lambda count: None)
+
+
+@pytest.fixture
+def forkserver() -> Iterator[None]:
+    """Python's own way of starting processes since 3.14."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
+@pytest.mark.usefixtures("forkserver")
+@pytest.mark.parametrize("features", ["cached", "live"])
+def test_workers_have_the_images_however_python_starts_processes(tiny: Path, tmp_path: Path, features: str):
+    compute = ComputeRecipe.model_validate({"workers": 1, "features": features})
+    images = Images(compute, VISION, MeanColor(), tmp_path, StopSignal())
+    store = prepared(images, tiny, tmp_path / "grey", [51, 102])
+    plan = Plan([SourcePlan("grey", store.train, 1)], batch_size=1, seed=0)
+    read = images.reader([store])
+    steps = list(Steps(plan, [store], read, 1 << 14, rank=0, world=1, seed=0).load(0, workers=1))
+    seen = sorted(round(255 * float(part.images.mean())) for step in steps for part in step.passes)
+    assert seen == [51, 102]
+
+
 def test_a_row_gets_its_own_image_from_another_cache(tiny: Path, tmp_path: Path):
     """A training goes on when the cache was emptied, or on another machine, and others have filled it."""
     images = Images(ComputeRecipe(workers=0), VISION, MeanColor(), tmp_path, StopSignal())
-    tokens = Encoder(load_tokenizer(tiny), "chat", 512, tiny_config().vocab_size, sees=True)
-
-    def prepared(name: str, shades: list[int]) -> Store:
-        for shade in shades:
-            (tmp_path / name).mkdir(exist_ok=True)
-            Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / name / f"{shade}.png")
-        rows = [{"image": f"{shade}.png", "caption": f"shade {shade}"} for shade in shades]
-        file = write_lines(tmp_path / f"{name}.jsonl", rows)
-        source = SourceRecipe(format="captions", path=(file,), images=tmp_path / name, question="What?")
-        folder = tmp_path / f"{name}-store"
-        return prepare(name, source, tokens, folder, images.read_all, lambda count: None)
-
-    ours = prepared("ours", [51, 102])
+    ours = prepared(images, tiny, tmp_path / "ours", [51, 102])
     shutil.rmtree(tmp_path / "features")
-    theirs = prepared("theirs", [153, 204, 255])
+    theirs = prepared(images, tiny, tmp_path / "theirs", [153, 204, 255])
     with pytest.raises(TrainError, match=r"has no features of .*51\.png.*remove `data`"):
         images.reader([theirs, ours])
     images.read_all(ours.image_paths)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from train.data.plan import Plan
 from train.data.store import NO_IMAGE, Store
-from train.data.workers import quiet_worker
+from train.data.workers import quiet_worker, worker_start
 from train.errors import TrainError
 
 
@@ -121,6 +121,7 @@ class Steps(Dataset[Step | str]):
             sampler=range(start, len(self._plan)),
             num_workers=workers,
             worker_init_fn=quiet_worker,
+            multiprocessing_context=worker_start(workers),
         )
         return map(_checked, iter(loader))
 

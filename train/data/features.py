@@ -20,7 +20,7 @@ from models.adapter_config import VisionConfig
 from models.vision.encoder import VisionEncoder, encode
 from models.vision.images import ImageError, decode_image
 from train.data.store import HASH_BYTES
-from train.data.workers import quiet_worker
+from train.data.workers import quiet_worker, worker_start
 from train.errors import TrainError
 
 _BATCH = 16
@@ -157,8 +157,13 @@ def encode_images(
 def _decode(images: ImageFiles, workers: int) -> Iterator[Decoded]:
     if not len(images):
         return iter(())
+    workers = min(workers, len(images))
     loader: DataLoader[Decoded] = DataLoader(
-        images, batch_size=None, num_workers=min(workers, len(images)), worker_init_fn=quiet_worker
+        images,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=quiet_worker,
+        multiprocessing_context=worker_start(workers),
     )
     return iter(loader)
 

@@ -1,8 +1,9 @@
-"""What every worker process of a DataLoader does first."""
+"""How worker processes of a DataLoader begin."""
 
 from __future__ import annotations
 
 import signal
+import sys
 
 import torch
 
@@ -16,3 +17,12 @@ def quiet_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def worker_start(workers: int) -> str | None:
+    """How this many workers are started: by a fork where that is safe, else as Python does by itself.
+
+    A forked one has the data set at hand, stores and features that are mapped files among it. Since Python
+    3.14 the default on Linux sends it all through a pipe, which functions inside of functions cannot go.
+    """
+    return "fork" if workers and sys.platform == "linux" else None

@@ -19,7 +19,7 @@ from base_files import (
     write_gguf,
     write_meta,
 )
-from enlarging_pickles import ENLARGING
+from enlarging_pickles import ENLARGING, nested
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -272,7 +272,7 @@ def test_tensors_of_a_pickle_that_are_not_dense(tmp_path: Path, change: Callable
     file, key = tmp_path / "consolidated.00.pth", "tok_embeddings.weight"
     state = torch.load(file, weights_only=True)
     torch.save(state | {key: change(state[key])}, file)
-    refuse(tmp_path, "consolidated.00.pth", key, "dense")
+    refuse(tmp_path, "consolidated.00.pth", "calls torch._utils._rebuild_", "dense")
 
 
 @pytest.mark.parametrize("size", [0, 10, 2000, -1000])
@@ -445,6 +445,14 @@ def test_a_pickle_that_makes_much_of_little(folder: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"w": ENLARGING[name]}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     refuse(folder, "pytorch_model.bin", f".{name}, which no tensor needs")
+
+
+def test_a_key_that_is_short_in_the_file_alone(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({nested(8, tuple): torch.ones(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="is a Tensor, not a tensor") as caught:
+        list(open_base(folder).tensors())
+    assert len(str(caught.value)) < len(str(folder)) + 300
 
 
 def test_what_the_system_refuses(tmp_path: Path) -> None:

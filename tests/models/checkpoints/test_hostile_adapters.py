@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import struct
@@ -12,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_files import K, chat_65b, reference_7b, reference_v1
-from enlarging_pickles import ENLARGING
+from enlarging_pickles import ENLARGING, SHARING, nested, write_pickle
 from support import MHA
 from torch import Tensor
 
 from models.checkpoints.adapter_table import AdapterOptions
 from models.checkpoints.adapters import open_adapter
 from models.checkpoints.inspect import describe
+from models.checkpoints.torch_files import load_pickle
 from models.errors import CheckpointError
 
 LENGTH = AdapterOptions(length=K)
@@ -172,8 +174,8 @@ def test_a_storage_that_claims_more_than_its_record_is_refused(tmp_path: Path):
         (GATE, torch.zeros(1, 1, 6, 1), r"gate has shape \[1, 1, 6, 1\], expected \[1, 6, 1, 1\]"),
         (PROMPT, torch.zeros(9, 4, 12), "has shape .* not 2 axes"),
         (PROMPT, torch.zeros(0, 48), "has shape .* at least 1"),
-        (PROMPT, torch.zeros(9, 48).to_sparse(), "sparse"),
-        (PROMPT, torch.zeros(9, 48, device="meta"), "meta"),
+        (PROMPT, torch.zeros(9, 48).to_sparse(), r"calls .*_rebuild_sparse_tensor.*dense tensors"),
+        (PROMPT, torch.zeros(9, 48, device="meta"), r"calls .*_rebuild_meta_tensor.*dense tensors"),
         (PROMPT, [1.0, 2.0], "is a list, not a tensor"),
         (7, torch.zeros(1), "7 is a Tensor"),
     ],
@@ -185,7 +187,7 @@ def test_wrong_contents_are_named(tmp_path: Path, key: str, value: object, match
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_nested_tensor_is_named(tmp_path: Path):
     nested = torch.nested.nested_tensor([torch.zeros(9, 48)])
-    refuse(saved({**tensors(), PROMPT: nested}, tmp_path / "x.pth"), r"adapter_query\.weight .*dense")
+    refuse(saved({**tensors(), PROMPT: nested}, tmp_path / "x.pth"), r"calls .*_rebuild_nested_tensor.*dense")
 
 
 @pytest.mark.parametrize(
@@ -228,14 +230,30 @@ def test_layer_numbers_are_plain_and_bounded(tmp_path: Path):
 
 @pytest.mark.parametrize("length", [0, -3, "3", 2000])
 def test_a_hostile_prompt_length_in_args_is_refused(tmp_path: Path, length: object):
-    import argparse
-
     value = {"model": tensors(), "args": argparse.Namespace(adapter_len=length)}
-    path = saved(value, tmp_path / "x.pth")
-    if length == 0:  # falsy: as good as absent, and 10 rows do not divide 9
-        refuse(path, "length=10", AdapterOptions())
-    else:
-        refuse(path, r"args\.adapter_len", AdapterOptions())
+    refuse(saved(value, tmp_path / "x.pth"), r"args\.adapter_len", AdapterOptions())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_tensor_where_a_word_belongs_is_named(tmp_path: Path, count: int):
+    """Two numbers are neither true nor false, which Python says with a traceback."""
+    odd = torch.zeros(count)
+    path = saved({"model": tensors(), "config": odd}, tmp_path / "x.pth")
+    refuse(path, "config is a Tensor, not a dict")
+    path = saved({"model": tensors(), "args": argparse.Namespace(adapter_len=odd)}, tmp_path / "x.pth")
+    refuse(path, r"args\.adapter_len is tensor", AdapterOptions())
+    prompts = {
+        f"base_model.model.model.layers.{i}.self_attn.adaption_{name}": torch.zeros(shape)
+        for i in range(1, MHA.num_layers)
+        for name, shape in (("prompt", (1, K, MHA.hidden_size)), ("gate", (1,)))
+    }
+    for wrong in ({"peft_type": odd}, {"peft_type": "ADAPTION_PROMPT", "adapter_len": odd}):
+        path = saved({"model": prompts, "config": wrong}, tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match=f"{list(wrong)[-1]} is tensor"):
+            open_adapter(path, MHA)
+    stated = {"w_bias": odd, "w_lora": odd}  # as good as not said: the tensors tell
+    path = saved({"model": reference_7b(MHA).tensors, "config": stated}, tmp_path / "x.pth")
+    assert open_adapter(path, MHA).config == reference_7b(MHA).config
 
 
 def test_options_of_other_formats_are_refused(tmp_path: Path):
@@ -250,7 +268,49 @@ def test_a_pickle_that_makes_much_of_little_is_refused(tmp_path: Path, name: str
     path = saved({"model": tensors(), "extra": ENLARGING[name]}, tmp_path / "x.pth")
     assert path.stat().st_size < 100_000
     assert len(torch.load(path, weights_only=True)["extra"]) > 8_000_000
-    refuse(path, rf"it calls \w+\.{name}, which no tensor needs")
+    refuse(path, rf"it calls [\w.]+\.{name}, which no tensor needs")
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_a_pickle_that_shares_what_no_tensors_do_is_refused(tmp_path: Path, name: str):
+    """Printing, hashing or freeing such values takes all memory, or the whole stack, within torch itself."""
+    stream, match = SHARING[name]
+    refuse(write_pickle(tmp_path / "x.pth", stream), rf"x\.pth: refused; it {match}")
+
+
+def test_what_a_key_holds_many_times_is_not_written_out(tmp_path: Path):
+    path = saved({**tensors(), nested(8, tuple): torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="is a Tensor, not a tensor") as caught:
+        open_adapter(path, MHA, LENGTH)
+    assert len(str(caught.value)) < len(str(path)) + 300
+
+
+@pytest.mark.parametrize("times", [8, 20])
+def test_nor_is_a_prompt_length_that_does(tmp_path: Path, times: int):
+    value = {"model": tensors(), "args": argparse.Namespace(adapter_len=nested(times))}
+    path = saved(value, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"args\.adapter_len" if times == 8 else "so often") as caught:
+        open_adapter(path, MHA)
+    assert len(str(caught.value)) < len(str(path)) + 300
+
+
+def test_what_files_of_tensors_do_share_is_read(tmp_path: Path):
+    """State of modules and optimizers, tied tensors, views, one tuple for all groups, types and sizes."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(40)))
+    optimizer = torch.optim.AdamW([{"params": [part]} for part in model.parameters()], betas=(0.9, 0.95))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    views = torch.arange(500.0)
+    value = {
+        "model": model.state_dict() | {"tied": model[0].weight, "again": model[0].weight},
+        "views": {f"layers.{i}.attention.gate": views[i : i + 1] for i in range(500)},
+        "optimizer": optimizer.state_dict(),
+        "args": argparse.Namespace(dtype=torch.bfloat16, shape=torch.Size([2, 3]), betas=(0.9, 0.95)),
+    }
+    for new in (True, False):
+        torch.save(value, tmp_path / "x.pth", _use_new_zipfile_serialization=new)
+        again = load_pickle(tmp_path / "x.pth", legacy=True)
+        assert str(again) == str(value)
 
 
 def test_what_one_reader_of_zips_sees_another_does_not(tmp_path: Path):

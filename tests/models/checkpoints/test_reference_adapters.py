@@ -12,7 +12,7 @@ import pytest
 import torch
 from adapter_files import K, Sample, base_weights, chat_65b, reference_7b, reference_v1, save_sample
 from oracle import Oracle
-from support import canonical_weights, random_base
+from support import MHA, canonical_weights, random_base
 from torch import Tensor
 
 from models.adaptation import OneAdapter
@@ -20,6 +20,7 @@ from models.adapter import Adapter, base_spec
 from models.attention import DenseAttend
 from models.checkpoints.adapter_table import AdapterOptions
 from models.checkpoints.adapters import export_adapter, open_adapter
+from models.checkpoints.inspect import describe
 from models.config import ModelConfig
 from models.errors import AdapterMismatch, CheckpointError
 from models.llama import Llama
@@ -149,10 +150,66 @@ def test_a_scalar_gate_is_one_gate_per_layer(config: ModelConfig, tmp_path: Path
 def test_ten_rows_are_assumed_where_nothing_is_said(tmp_path: Path, config: ModelConfig):
     sample = reference_v1(config)
     sample.tensors["adapter_query.weight"] = torch.randn(20, config.hidden_size)
+    trained_from(config.num_layers - 2, sample)
     adapter = open_adapter(save_sample(sample, tmp_path / "v1.pth"), config)
     assert adapter.config.prompt is not None
     assert adapter.config.prompt.length == 10
     assert adapter.config.prompt.layers == (config.num_layers - 2, config.num_layers - 1)
+
+
+def trained_from(first: int, sample: Sample, scalar: bool = False) -> None:
+    """Gates begin at 0, and those of the layers without prompts stay there."""
+    for i in range(sample.config.base.num_layers):
+        key = f"layers.{i}.attention.gate"
+        gate = sample.tensors[key][:, 0, 0, 0] if scalar else sample.tensors[key]
+        sample.tensors[key] = gate if i >= first else torch.zeros_like(gate)
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("length", [5, 10, 20])
+def test_gates_tell_that_an_assumed_length_is_wrong(length: int, scalar: bool, tmp_path: Path):
+    """40 rows of a base of eight layers are prompts of 5 in all of them, or of 20 in two."""
+    config = replace(MHA, num_layers=8)
+    count = 40 // length
+    sample = reference_v1(config)
+    sample.tensors["adapter_query.weight"] = torch.randn(40, config.hidden_size)
+    trained_from(8 - count, sample, scalar)
+    path = save_sample(sample, tmp_path / "v1.pth")
+    if length != 10:
+        wrong = rf"v1\.pth: .* begin in layer 4, .* trained from layer {8 - count} on; .*length=ROWS"
+        for look in (lambda: open_adapter(path, config), lambda: describe(path)):
+            with pytest.raises(CheckpointError, match=wrong):
+                look()
+    for options in (None, AdapterOptions(length=length))[length != 10 :]:
+        prompt = open_adapter(path, config, options).config.prompt
+        assert prompt is not None
+        assert prompt.length == length
+        assert prompt.layers == tuple(range(8 - count, 8))
+
+
+def test_gates_that_nothing_has_trained_tell_nothing(config: ModelConfig, tmp_path: Path):
+    sample = reference_v1(config)
+    sample.tensors["adapter_query.weight"] = torch.randn(20, config.hidden_size)
+    trained_from(config.num_layers, sample)
+    adapter = open_adapter(save_sample(sample, tmp_path / "v1.pth"), config)
+    assert not adapter.gate.any()
+
+
+def test_the_layers_of_a_training_checkpoint_are_compared(config: ModelConfig, tmp_path: Path):
+    layers = config.num_layers - 1
+
+    def saved(**args: object) -> Path:
+        return training_checkpoint(reference_v1(config), config, "", tmp_path / "checkpoint-4.pth", **args)
+
+    assert open_adapter(saved(adapter_len=K, adapter_layer=layers), config).config.prompt
+    with pytest.raises(
+        CheckpointError, match=r"prompts of 3 for 3 layers, and args\.adapter_layer is 9; say"
+    ):
+        open_adapter(saved(adapter_len=K, adapter_layer=9), config)
+    with pytest.raises(
+        CheckpointError, match=r"prompts of 9 for 1 layers, and args\.adapter_layer is 3; say"
+    ):
+        open_adapter(saved(adapter_len=K, adapter_layer=layers), config, AdapterOptions(length=9))
 
 
 def test_rows_that_make_no_whole_prompts_ask_for_the_length(tmp_path: Path, config: ModelConfig):
@@ -283,7 +340,7 @@ def test_the_released_files_full_shapes():
 
     gates = {f"layers.{i}.attention.gate": (1, 32, 1, 1) for i in range(32)}
     v1 = {"adapter_query.weight": (300, 4096), **gates}
-    assert count(REFERENCE_V1, seven, v1, AdapterOptions()) == 1_229_760  # as the paper's 1.2 M
+    assert count(REFERENCE_V1, seven, v1, AdapterOptions(length=10)) == 1_229_760  # as the paper's 1.2 M
     assert abs(count(REFERENCE_7B, seven, _seven_shapes(), AdapterOptions()) - 63.1e6) < 0.05e6
     assert abs(count(CHAT_65B, big, _sixty_five_shapes(), AdapterOptions()) - 13.8e6) < 0.05e6
 
