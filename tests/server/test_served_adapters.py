@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -267,15 +268,22 @@ def steps(service: Service) -> float:
 
 
 def test_all_formats_in_one_batch(service: Service, adapters: dict[str, Served]) -> None:
-    before = steps(service)
-    with ThreadPoolExecutor(len(adapters)) as pool:
-        answers = dict(
-            zip(adapters, pool.map(lambda id: complete(service, id, list(PROMPTS)), adapters), strict=True)
-        )
-    for id, choices in answers.items():
-        for prompt, choice in zip(PROMPTS, choices, strict=True):
-            check(choice, prompt, adapters[id].logits)
-    assert 0 < steps(service) - before < len(adapters) * ANSWER / 2  # each adapter by itself takes twice that
+    fewest = math.inf
+    for _ in range(5):  # on a busy machine requests may arrive one after another
+        before = steps(service)
+        with ThreadPoolExecutor(len(adapters)) as pool:
+            answers = dict(
+                zip(
+                    adapters, pool.map(lambda id: complete(service, id, list(PROMPTS)), adapters), strict=True
+                )
+            )
+        for id, choices in answers.items():
+            for prompt, choice in zip(PROMPTS, choices, strict=True):
+                check(choice, prompt, adapters[id].logits)
+        fewest = min(fewest, steps(service) - before)
+        if 0 < fewest < len(adapters) * ANSWER / 2:  # each adapter by itself takes twice that
+            break
+    assert 0 < fewest < len(adapters) * ANSWER / 2
     texts = {id: choices[0]["text"] for id, choices in answers.items()}
     assert texts.pop("v1-raw") == texts.pop("v1-released")
     assert texts["v1"] == texts.pop("v1-training") == texts.pop("v1-caption")  # one and the same weights
