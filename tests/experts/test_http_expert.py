@@ -1,0 +1,110 @@
+"""The client of an expert service, against services that answer amiss."""
+
+import asyncio
+import contextlib
+import gzip
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from experts.contract import ExpertError, Reading
+from experts.http import HttpExpert
+
+Answer = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
+RESULT = {"name": "size", "version": "1", "text": "7×5", "confidence": 1.0, "seconds": 0.1}
+LIST = [{"name": "size", "version": "1"}]
+
+
+@contextlib.asynccontextmanager
+async def service(folder: Path, answer: Answer) -> AsyncIterator[HttpExpert]:
+    """A client, not yet loaded, of a service that writes `answer(head of the request, writer)`."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await answer((await reader.readuntil(b"\r\n\r\n")).decode(), writer)
+            await writer.drain()
+        writer.close()
+
+    path = str(folder / "expert.sock")
+    expert = HttpExpert("size", f"unix:{path}")
+    async with await asyncio.start_unix_server(serve, path):
+        try:
+            yield expert
+        finally:
+            await expert.close()
+
+
+def whole(body: bytes, status: str = "200 OK", headers: str = "") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nconnection: close\r\n{headers}content-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def always(listed: bytes, read: bytes) -> Answer:
+    async def answer(head: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(listed if head.startswith("GET") else read)
+
+    return answer
+
+
+def padded(value: object) -> bytes:
+    """JSON of 2 MiB."""
+    return json.dumps(value).encode() + b" " * 2**21
+
+
+async def test_no_answer_is_longer_than_a_reading_can_be(tmp_path: Path) -> None:
+    async with service(tmp_path, always(whole(padded(LIST)), whole(padded(RESULT)))) as expert:
+        await expert.load()
+        assert expert.version == "unknown"
+        with pytest.raises(ExpertError, match=r"'size' at unix:.* answers more than 1048576 bytes"):
+            await expert.read(b"x")
+
+
+async def test_an_answer_without_end_is_given_up(tmp_path: Path) -> None:
+    async def endless(head: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(bytes(2**16))
+            await writer.drain()
+
+    async with service(tmp_path, endless) as expert:
+        async with asyncio.timeout(60):
+            await expert.load()
+            with pytest.raises(ExpertError, match="answers more than 1048576 bytes"):
+                await expert.read(b"x")
+
+
+async def test_a_long_reading_is_read_all_the_same(tmp_path: Path) -> None:
+    text = "x" * 900_000
+    answer = always(whole(json.dumps(LIST).encode()), whole(json.dumps({**RESULT, "text": text}).encode()))
+    async with service(tmp_path, answer) as expert:
+        await expert.load()
+        assert await expert.read(b"x") == Reading(text, 1.0)
+
+
+async def test_packed_answers_are_neither_asked_for_nor_unpacked(tmp_path: Path) -> None:
+    heads = []
+
+    async def packed(head: str, writer: asyncio.StreamWriter) -> None:
+        heads.append(head.lower())
+        body = gzip.compress(json.dumps(LIST if head.startswith("GET") else RESULT).encode())
+        writer.write(whole(body, headers="content-encoding: gzip\r\n"))
+
+    async with service(tmp_path, packed) as expert:
+        await expert.load()
+        assert expert.version == "unknown"
+        with pytest.raises(ExpertError, match="answers in 'gzip', which it was not asked for"):
+            await expert.read(b"x")
+    assert len(heads) == 2
+    assert all("\r\naccept-encoding: identity\r\n" in head for head in heads)
+
+
+async def test_a_refusal_may_be_deep_and_long(tmp_path: Path) -> None:
+    for body in (b"[" * 200_000, json.dumps({"error": {"message": "no " * 100_000}}).encode()):
+        answer = always(whole(json.dumps(LIST).encode()), whole(body, "500 Internal Server Error"))
+        async with service(tmp_path, answer) as expert:
+            await expert.load()
+            with pytest.raises(ExpertError, match=r": 500 (\[\[|no )") as refused:
+                await expert.read(b"x")
+        assert len(str(refused.value)) < 1000
