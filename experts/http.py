@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -14,6 +16,7 @@ from experts.contract import BadImage, ExpertError, ExpertResult, Reading
 # Whoever asks sets a deadline of its own; these only keep a dead peer from holding a connection.
 TIMEOUT = httpx.Timeout(connect=2.0, read=120.0, write=10.0, pool=5.0)
 
+_LIST_SECONDS = 5.0  # for the whole of GET /experts: readings wait for the first one
 _MAX_ANSWER_BYTES = 2**20  # far more than any reading; what is longer would stall the loop that parses it
 _MAX_MESSAGE = 500  # characters of a service's refusal that are passed on
 
@@ -46,7 +49,7 @@ class HttpExpert:
         self._client: httpx.AsyncClient | None = None
 
     async def load(self) -> None:
-        """Ask for the version. A service that is not up yet is no error: it may come."""
+        """Ask for the version. A service that does not tell it is no error: it may yet, with a reading."""
         socket = self._url.removeprefix("unix:") if self._url.startswith("unix:") else None
         self._client = httpx.AsyncClient(
             base_url="http://expert" if socket else self._url,
@@ -54,13 +57,8 @@ class HttpExpert:
             timeout=self._timeout,
             headers={"accept-encoding": "identity"},  # a packed answer has no size until it is unpacked
         )
-        try:
-            status, body = await self._ask("GET", "/experts")
-            if status == httpx.codes.OK:
-                listed = _LIST.validate_json(body)
-                self.version = next(str(e["version"]) for e in listed if e["name"] == self.name)
-        except (ExpertError, ValidationError, LookupError, StopIteration):
-            pass  # the first reading tells the version, or what is wrong
+        with suppress(ExpertError):
+            self.version = await self._listed_version()
 
     async def read(self, image: bytes) -> Reading:
         """Raises `BadImage` where the service refuses the bytes, `ExpertError` for all else."""
@@ -82,6 +80,19 @@ class HttpExpert:
     @property
     def _whose(self) -> str:
         return f"the expert {self.name!r} at {self._url}"
+
+    async def _listed_version(self) -> str:
+        """What `GET /experts` says, at once or not at all. Raises `ExpertError`."""
+        try:
+            async with asyncio.timeout(_LIST_SECONDS):
+                status, body = await self._ask("GET", "/experts")
+            if status != httpx.codes.OK:
+                raise self._refusal(status, body)
+            return next(str(e["version"]) for e in _LIST.validate_json(body) if e["name"] == self.name)
+        except ExpertError:
+            raise
+        except Exception as error:  # a service may answer anything, or nothing
+            raise ExpertError(f"{self._whose} does not tell its version: {type(error).__name__}") from error
 
     async def _ask(self, method: str, path: str, **content: Any) -> tuple[int, bytes]:
         """The answer's status and body, given up as soon as it is too long. Raises `ExpertError`."""
@@ -105,7 +116,7 @@ class HttpExpert:
     def _refusal(self, status: int, body: bytes) -> ExpertError:
         try:
             message = str(_REFUSAL.validate_json(body)["error"]["message"])
-        except (ValidationError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError):
             message = body.decode(errors="replace")
         message = message[:_MAX_MESSAGE]
         if status in (httpx.codes.BAD_REQUEST, httpx.codes.REQUEST_ENTITY_TOO_LARGE):

@@ -20,9 +20,13 @@ LIST = [{"name": "size", "version": "1"}]
 @contextlib.asynccontextmanager
 async def service(folder: Path, answer: Answer) -> AsyncIterator[HttpExpert]:
     """A client, not yet loaded, of a service that writes `answer(head of the request, writer)`."""
+    serving = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
+        task = asyncio.current_task()
+        assert task is not None
+        serving.add(task)
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
             await answer((await reader.readuntil(b"\r\n\r\n")).decode(), writer)
             await writer.drain()
         writer.close()
@@ -34,6 +38,9 @@ async def service(folder: Path, answer: Answer) -> AsyncIterator[HttpExpert]:
             yield expert
         finally:
             await expert.close()
+            for task in serving:
+                task.cancel()
+            await asyncio.gather(*serving)
 
 
 def whole(body: bytes, status: str = "200 OK", headers: str = "") -> bytes:
@@ -108,3 +115,35 @@ async def test_a_refusal_may_be_deep_and_long(tmp_path: Path) -> None:
             with pytest.raises(ExpertError, match=r": 500 (\[\[|no )") as refused:
                 await expert.read(b"x")
         assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("listed", [b"[" * 200_000, b'[{"name": "size", "version": %s}]' % (b"1" * 5000)])
+async def test_a_list_that_is_nonsense_is_made_up_for_by_a_reading(tmp_path: Path, listed: bytes) -> None:
+    async with service(tmp_path, always(whole(listed), whole(json.dumps(RESULT).encode()))) as expert:
+        await expert.load()
+        assert expert.version == "unknown"
+        assert await expert.read(b"x") == Reading("7×5", 1.0)
+        assert expert.version == "1"
+
+
+@pytest.mark.parametrize("trickle", [b"", b" "])
+async def test_a_list_that_does_not_come_holds_nobody_up(
+    tmp_path: Path, trickle: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experts.http._LIST_SECONDS", 0.3)
+
+    async def slow_to_list(head: str, writer: asyncio.StreamWriter) -> None:
+        if head.startswith("POST"):
+            writer.write(whole(json.dumps(RESULT).encode()))
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(trickle)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    async with service(tmp_path, slow_to_list) as expert:
+        async with asyncio.timeout(60):
+            await expert.load()
+            assert await expert.read(b"x") == Reading("7×5", 1.0)
+        assert expert.version == "1"
