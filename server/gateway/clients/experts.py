@@ -22,6 +22,7 @@ class GuardedExpert:
         self._seconds = seconds
         self._turns = asyncio.Semaphore(concurrency)
         self._breaker = breaker
+        self._answered = 0  # calls, with a reading or with what is wrong with the image
         self._loading: asyncio.Task[None] | None = None
 
     @property
@@ -46,7 +47,7 @@ class GuardedExpert:
         permit = self._breaker.enter(time.monotonic())
         if permit is None:
             raise Skipped
-        asked = False
+        asked, answered = False, self._answered
         try:
             async with asyncio.timeout(self._seconds):
                 assert self._loading is not None, "read before start"
@@ -61,8 +62,10 @@ class GuardedExpert:
             self._leave(permit, True)  # it did answer
             raise
         except TimeoutError:
-            # Whoever was not asked yet has not failed: it loads, or has much to do.
-            self._leave(permit, False if asked else None)
+            # An expert that was not asked yet loads, or has much to do. One that answered others meanwhile
+            # reads one after another, and this picture was at the back.
+            silent = asked and self._answered == answered
+            self._leave(permit, False if silent else None)
             raise
         except Exception:
             self._leave(permit, False)
@@ -71,4 +74,5 @@ class GuardedExpert:
         return reading
 
     def _leave(self, permit: Permit, succeeded: bool | None) -> None:
+        self._answered += bool(succeeded)
         self._breaker.leave(permit, succeeded, time.monotonic())

@@ -126,6 +126,25 @@ async def test_every_image_is_read_and_told_apart(launch: Launch, worker: Script
     assert worker.requests[0].prompt.context == (ContextItem("eye", "red"), ContextItem("eye", "blue"))
 
 
+async def test_equal_images_of_a_request_are_read_once(launch: Launch, worker: ScriptedWorker) -> None:
+    class Eye(ScriptedExpert):
+        async def read(self, image: bytes) -> Reading:
+            await super().read(image)
+            return Reading("red" if image == picture() else "blue")
+
+    eye, deaf = Eye("eye", seconds=0.01), ScriptedExpert("deaf", ExpertError("what?"))
+    gateway = await launch(worker, experts={"eye": eye, "deaf": deaf}, expert_failures=3)
+    blue = data_url(picture(color="blue"))
+    assert outcomes(await ask(gateway, PICTURE, blue, PICTURE, PICTURE)) == [
+        (name, outcome, text, image)
+        for image, color in enumerate(["red", "blue", "red", "red"])
+        for name, outcome, text in (("eye", "ok", color), ("deaf", "failed", ""))
+    ]
+    assert len(eye.seen) == len(deaf.seen) == 2
+    latency = 'expert_latency_seconds_count{expert="eye",model="base",outcome="ok"}'
+    assert await metric(gateway, latency) == 2
+
+
 async def test_readings_are_remembered_by_expert_version_and_image(
     launch: Launch, worker: ScriptedWorker
 ) -> None:
@@ -314,5 +333,29 @@ async def test_who_was_not_asked_yet_has_not_failed() -> None:
     loaded.set()
     with pytest.raises(TimeoutError):
         await guarded.read(b"x")
+    assert guarded.circuit_open
+    await guarded.close()
+
+
+async def test_who_answered_others_meanwhile_has_not_failed() -> None:
+    """A service reads one picture after another: those at the back of its queue are late, it is well."""
+    one_at_a_time = asyncio.Lock()
+    last = b"the last one that it gets to"
+
+    class Queueing(ScriptedExpert):
+        async def read(self, image: bytes) -> Reading:
+            async with one_at_a_time:
+                self.seconds = 60 if image == last else 0
+                return await super().read(image)
+
+    guarded = GuardedExpert(Queueing("ocr", "x"), 1, 8, CircuitBreaker(threshold=1, pause=60))
+    guarded.start()
+    pictures = (b"quick", last, b"behind it", b"and this")
+    fates = await asyncio.gather(*map(guarded.read, pictures), return_exceptions=True)
+    assert fates[0] == Reading("x")
+    assert [type(fate) for fate in fates[1:]] == [TimeoutError] * 3
+    assert not guarded.circuit_open
+    with pytest.raises(TimeoutError):
+        await guarded.read(last)
     assert guarded.circuit_open
     await guarded.close()
