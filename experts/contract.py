@@ -38,6 +38,10 @@ class BadImage(ExpertError):
     """The bytes are not an image that the expert can decode."""
 
 
+class Busy(ExpertError):
+    """The expert has too much to do, or is not ready yet. It is well: later it may read the same image."""
+
+
 @runtime_checkable
 class Expert(Protocol):
     """`name` is what a request calls it by; `version` changes whenever its readings may."""

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import FailFast, TypeAdapter, ValidationError
 
-from experts.contract import BadImage, ExpertError, ExpertResult, Reading
+from experts.contract import BadImage, Busy, ExpertError, ExpertResult, Reading
 
 # Whoever asks sets a deadline of its own; these only keep a dead peer from holding a connection.
 TIMEOUT = httpx.Timeout(connect=2.0, read=120.0, write=10.0, pool=5.0)
@@ -61,7 +61,7 @@ class HttpExpert:
             self.version = await self._listed_version()
 
     async def read(self, image: bytes) -> Reading:
-        """Raises `BadImage` where the service refuses the bytes, `ExpertError` for all else."""
+        """Raises `BadImage` where the service refuses the bytes, `Busy`, or `ExpertError` for all else."""
         path = f"/experts/{quote(self.name, safe='')}/read"
         status, body = await self._ask("POST", path, content=image, headers=dict(self._headers()))
         if status != httpx.codes.OK:
@@ -121,4 +121,5 @@ class HttpExpert:
         message = message[:_MAX_MESSAGE]
         if status in (httpx.codes.BAD_REQUEST, httpx.codes.REQUEST_ENTITY_TOO_LARGE):
             return BadImage(message)
-        return ExpertError(f"{self._whose}: {status} {message}")
+        busy = status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
+        return (Busy if busy else ExpertError)(f"{self._whose}: {status} {message}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experts.contract import ExpertError, Reading
+from experts.contract import Busy, ExpertError, Reading
 from experts.http import HttpExpert
 
 Answer = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
@@ -115,6 +115,17 @@ async def test_a_refusal_may_be_deep_and_long(tmp_path: Path) -> None:
             with pytest.raises(ExpertError, match=r": 500 (\[\[|no )") as refused:
                 await expert.read(b"x")
         assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("status", ["429 Too Many Requests", "503 Service Unavailable", "502 Bad Gateway"])
+async def test_a_busy_service_is_told_from_one_that_failed(tmp_path: Path, status: str) -> None:
+    refusal = whole(json.dumps({"error": {"message": "later"}}).encode(), status)
+    async with service(tmp_path, always(refusal, refusal)) as expert:
+        await expert.load()
+        assert expert.version == "unknown"
+        with pytest.raises(ExpertError, match=r": \d\d\d later") as refused:
+            await expert.read(b"x")
+        assert isinstance(refused.value, Busy) == (status[:3] != "502")
 
 
 @pytest.mark.parametrize("listed", [b"[" * 200_000, b'[{"name": "size", "version": %s}]' % (b"1" * 5000)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from experts.contract import BadImage, Expert, Reading
+from experts.contract import BadImage, Busy, Expert, Reading
 from server.gateway.clients.breaker import CircuitBreaker, Permit
 from server.gateway.tasks import cancelled
 
@@ -55,7 +55,7 @@ class GuardedExpert:
                 async with self._turns:
                     asked = True
                     reading = await self._expert.read(image)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, Busy):
             self._leave(permit, None)
             raise
         except BadImage:

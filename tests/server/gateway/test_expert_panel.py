@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from experts.contract import BadImage, ExpertError, Reading
+from experts.contract import BadImage, Busy, ExpertError, Reading
 from server.errors import InvalidRequest
 from server.gateway.clients.breaker import CircuitBreaker
 from server.gateway.clients.experts import GuardedExpert, Skipped
@@ -232,6 +232,15 @@ async def test_an_image_that_cannot_be_read_is_no_failure_of_the_expert(
 ) -> None:
     gateway = await launch(worker, experts={"ocr": ScriptedExpert("ocr", BadImage("x"))}, expert_failures=1)
     assert [outcomes(await ask(gateway))[0][1] for _ in range(3)] == ["failed"] * 3
+
+
+async def test_a_busy_expert_has_neither_failed_nor_answered(launch: Launch, worker: ScriptedWorker) -> None:
+    expert = ScriptedExpert("ocr", Busy("too many wait"))
+    gateway = await launch(worker, experts={"ocr": expert}, expert_failures=2)
+    fates = []
+    for expert.says in [Busy("later")] * 3 + [ExpertError("down"), Busy("later"), ExpertError("down"), "x"]:
+        fates.append(outcomes(await ask(gateway))[0][1])
+    assert fates == ["failed"] * 6 + ["skipped"]
 
 
 async def test_so_many_readings_at_once(launch: Launch, worker: ScriptedWorker) -> None:
