@@ -55,6 +55,9 @@ class Expert(Protocol):
     async def load(self) -> None:
         """Load weights or open connections; called once, before the first reading."""
 
+    async def refresh(self) -> None:
+        """Ask for `version` anew where another process knows it; else nothing. Raises `ExpertError`."""
+
     async def read(self, image: bytes) -> Reading:
         """Read one encoded image file. Never blocks the event loop. Raises `ExpertError`."""
 

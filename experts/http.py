@@ -58,7 +58,11 @@ class HttpExpert:
             headers={"accept-encoding": "identity"},  # a packed answer has no size until it is unpacked
         )
         with suppress(ExpertError):
-            self.version = await self._listed_version()
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Ask for the version, within seconds. Where it is not told, which is an `ExpertError`, it stays."""
+        self.version = await self._listed_version()
 
     async def read(self, image: bytes) -> Reading:
         """Raises `BadImage` where the service refuses the bytes, `Busy`, or `ExpertError` for all else."""

@@ -118,6 +118,7 @@ class ExpertPanel:
 
     async def _read(self, name: str, image: Image) -> tuple[Outcome, str]:
         expert = self._experts[name]
+        expert.keep_current()
         try:
             key = (name, expert.version, image.sha256)
             reading = self._cache.get(key)

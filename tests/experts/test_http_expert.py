@@ -128,6 +128,23 @@ async def test_a_busy_service_is_told_from_one_that_failed(tmp_path: Path, statu
         assert isinstance(refused.value, Busy) == (status[:3] != "502")
 
 
+async def test_another_version_is_asked_for_and_kept_where_it_is_not_told(tmp_path: Path) -> None:
+    listed = [json.dumps([{"name": "size", "version": str(i)}]).encode() for i in (1, 2)] + [b"[]", b"<html>"]
+
+    async def changing(head: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(whole(listed.pop(0)))
+
+    async with service(tmp_path, changing) as expert:
+        await expert.load()
+        assert expert.version == "1"
+        await expert.refresh()
+        assert expert.version == "2"
+        for _ in range(2):
+            with pytest.raises(ExpertError, match="does not tell its version"):
+                await expert.refresh()
+            assert expert.version == "2"
+
+
 @pytest.mark.parametrize("listed", [b"[" * 200_000, b'[{"name": "size", "version": %s}]' % (b"1" * 5000)])
 async def test_a_list_that_is_nonsense_is_made_up_for_by_a_reading(tmp_path: Path, listed: bytes) -> None:
     async with service(tmp_path, always(whole(listed), whole(json.dumps(RESULT).encode()))) as expert:

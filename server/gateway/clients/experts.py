@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 from experts.contract import BadImage, Busy, Expert, Reading
 from server.gateway.clients.breaker import CircuitBreaker, Permit
 from server.gateway.tasks import cancelled
+
+log = logging.getLogger(__name__)
+
+CONFIRM_SECONDS = 60.0  # an expert in use is asked so often, by a reading or else, whether its version holds
 
 
 class Skipped(Exception):
@@ -24,6 +29,8 @@ class GuardedExpert:
         self._breaker = breaker
         self._answered = 0  # calls, with a reading or with what is wrong with the image
         self._loading: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+        self._confirmed = 0.0  # when the version was last told, or asked for
 
     @property
     def version(self) -> str:
@@ -35,11 +42,20 @@ class GuardedExpert:
 
     def start(self) -> None:
         """Begin to load. Readings wait for it; nobody else does."""
+        self._confirmed = time.monotonic()
         self._loading = asyncio.create_task(self._expert.load())
 
+    def keep_current(self) -> None:
+        """Have the version asked for if it is an old one; nobody waits for it.
+
+        Whoever finds readings by `version` calls it: these alone would hide for ever that the expert changed.
+        """
+        idle = self._refreshing is None or self._refreshing.done()
+        if idle and time.monotonic() - self._confirmed >= CONFIRM_SECONDS:
+            self._refreshing = asyncio.create_task(self._refresh())
+
     async def close(self) -> None:
-        if self._loading is not None:
-            await cancelled([self._loading])
+        await cancelled([task for task in (self._loading, self._refreshing) if task is not None])
         await self._expert.close()
 
     async def read(self, image: bytes) -> Reading:
@@ -71,7 +87,17 @@ class GuardedExpert:
             self._leave(permit, False)
             raise
         self._leave(permit, True)
+        self._confirmed = time.monotonic()
         return reading
+
+    async def _refresh(self) -> None:
+        try:
+            await self._expert.refresh()
+        except Exception as error:
+            extra = {"expert": self._expert.name, "cause": str(error)}
+            log.warning("an expert did not tell its version", extra=extra)
+        finally:
+            self._confirmed = time.monotonic()
 
     def _leave(self, permit: Permit, succeeded: bool | None) -> None:
         self._answered += bool(succeeded)

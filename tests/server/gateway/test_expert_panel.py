@@ -11,7 +11,7 @@ import pytest
 from experts.contract import BadImage, Busy, ExpertError, Reading
 from server.errors import InvalidRequest
 from server.gateway.clients.breaker import CircuitBreaker
-from server.gateway.clients.experts import GuardedExpert, Skipped
+from server.gateway.clients.experts import CONFIRM_SECONDS, GuardedExpert, Skipped
 from server.worker.messages import ContextItem
 from tests.server.gateway.scripted import Launch, ScriptedExpert, ScriptedWorker, Stack, picture, until
 from tests.server.gateway.test_image_loading import content, data_url
@@ -165,6 +165,56 @@ async def test_readings_are_remembered_by_expert_version_and_image(
     expert.version = "2"
     await ask(gateway, other)
     assert len(expert.seen) == 5
+
+
+async def test_a_new_version_is_noticed_though_every_image_is_known(
+    launch: Launch, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("server.gateway.clients.experts.time", SimpleNamespace(monotonic=lambda: now))
+
+    class Deployed(ScriptedExpert):
+        """Another process knows its version; it is told when it is asked, and `telling` is set."""
+
+        refreshes = 0
+        deployed = "1"
+
+        async def refresh(self) -> None:
+            self.refreshes += 1
+            await telling.wait()
+            if self.deployed == "down":
+                raise ExpertError("down")
+            self.version = self.deployed
+
+    telling = asyncio.Event()
+    expert = Deployed("ocr", "by the first")
+    gateway = await launch(worker, experts={"ocr": expert})
+
+    async def text() -> str:
+        return outcomes(await ask(gateway))[0][2]
+
+    await text()
+    expert.deployed, expert.says = "2", "by the second"
+    now += CONFIRM_SECONDS - 1
+    assert await text() == "by the first"
+    assert expert.refreshes == 0
+    for _ in range(2):  # it is asked once at a time, and nobody waits for it
+        now += CONFIRM_SECONDS
+        assert await text() == "by the first"
+        await until(lambda: expert.refreshes == 1)
+    telling.set()
+    await until(lambda: expert.version == "2")
+    assert await text() == "by the second"
+    assert len(expert.seen) == 2
+    now += CONFIRM_SECONDS - 1  # since that reading, which confirmed it
+    expert.deployed = "down"
+    assert await text() == "by the second"
+    assert expert.refreshes == 1
+    now += 1
+    assert await text() == "by the second"
+    await until(lambda: expert.refreshes == 2)
+    assert await text() == "by the second"
+    assert (len(expert.seen), expert.refreshes) == (2, 2)
 
 
 async def test_a_reading_during_a_change_of_version_is_not_remembered(
