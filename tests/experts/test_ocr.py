@@ -40,6 +40,11 @@ async def test_a_photographed_page_may_be_askew(
     assert (await ocr.read(encode(askew.filter(ImageFilter.GaussianBlur(0.6))))).text == INVOICE_TEXT
 
 
+async def test_a_page_on_its_right_side(ocr: OcrExpert, invoice: Image.Image, encode: Encode) -> None:
+    reading = await ocr.read(encode(invoice.transpose(Image.Transpose.ROTATE_270)))
+    assert reading.text.split("\n") == INVOICE_TEXT.split("\n")
+
+
 async def test_any_threshold_has_its_effect(
     ocr: OcrExpert, invoice: Image.Image, encode: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
