@@ -45,6 +45,9 @@ class CaptionExpert:
     async def load(self) -> None:
         """Nothing to load: the engine holds the adapter."""
 
+    async def refresh(self) -> None:
+        """Nothing to ask: `version` is asked each time."""
+
     async def read(self, image: bytes) -> Reading:
         try:
             answer = await self._generate(image, self._prompt)

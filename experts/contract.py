@@ -38,6 +38,10 @@ class BadImage(ExpertError):
     """The bytes are not an image that the expert can decode."""
 
 
+class Busy(ExpertError):
+    """The expert has too much to do, or is not ready yet. It is well: later it may read the same image."""
+
+
 @runtime_checkable
 class Expert(Protocol):
     """`name` is what a request calls it by; `version` changes whenever its readings may."""
@@ -50,6 +54,9 @@ class Expert(Protocol):
 
     async def load(self) -> None:
         """Load weights or open connections; called once, before the first reading."""
+
+    async def refresh(self) -> None:
+        """Ask for `version` anew where another process knows it; else nothing. Raises `ExpertError`."""
 
     async def read(self, image: bytes) -> Reading:
         """Read one encoded image file. Never blocks the event loop. Raises `ExpertError`."""

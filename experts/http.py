@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import httpx
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FailFast, TypeAdapter, ValidationError
 
-from experts.contract import BadImage, ExpertError, ExpertResult, Reading
+from experts.contract import BadImage, Busy, ExpertError, ExpertResult, Reading
 
 # Whoever asks sets a deadline of its own; these only keep a dead peer from holding a connection.
 TIMEOUT = httpx.Timeout(connect=2.0, read=120.0, write=10.0, pool=5.0)
 
+_LIST_SECONDS = 5.0  # for the whole of GET /experts: readings wait for the first one
+_MAX_ANSWER_BYTES = 2**20  # far more than any reading; what is longer would stall the loop that parses it
+_MAX_MESSAGE = 500  # characters of a service's refusal that are passed on
+
+# Not `json.loads`, which answers a deep nesting with a RecursionError.
 _RESULT = TypeAdapter(ExpertResult)
+_LIST = TypeAdapter(Annotated[list[dict[str, Any]], FailFast()])
+_REFUSAL: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 _UNKNOWN = "unknown"
 
 
@@ -39,35 +49,31 @@ class HttpExpert:
         self._client: httpx.AsyncClient | None = None
 
     async def load(self) -> None:
-        """Ask for the version. A service that is not up yet is no error: it may come."""
+        """Ask for the version. A service that does not tell it is no error: it may yet, with a reading."""
         socket = self._url.removeprefix("unix:") if self._url.startswith("unix:") else None
         self._client = httpx.AsyncClient(
             base_url="http://expert" if socket else self._url,
             transport=httpx.AsyncHTTPTransport(uds=socket),
             timeout=self._timeout,
+            headers={"accept-encoding": "identity"},  # a packed answer has no size until it is unpacked
         )
-        try:
-            listed = (await self._client.get("/experts")).raise_for_status().json()
-            self.version = next(str(e["version"]) for e in listed if e["name"] == self.name)
-        except (httpx.HTTPError, ValueError, LookupError, TypeError, StopIteration):
-            self.version = _UNKNOWN
+        with suppress(ExpertError):
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Ask for the version, within seconds. Where it is not told, which is an `ExpertError`, it stays."""
+        self.version = await self._listed_version()
 
     async def read(self, image: bytes) -> Reading:
-        """Raises `BadImage` where the service refuses the bytes, `ExpertError` for all else."""
-        if self._client is None:
-            raise ExpertError(f"the expert {self.name!r} was asked before it was loaded")
+        """Raises `BadImage` where the service refuses the bytes, `Busy`, or `ExpertError` for all else."""
         path = f"/experts/{quote(self.name, safe='')}/read"
+        status, body = await self._ask("POST", path, content=image, headers=dict(self._headers()))
+        if status != httpx.codes.OK:
+            raise self._refusal(status, body)
         try:
-            response = await self._client.post(path, content=image, headers=dict(self._headers()))
-        except httpx.HTTPError as error:
-            reason = f"{type(error).__name__} {error}".strip()
-            raise ExpertError(f"the expert {self.name!r} at {self._url} does not answer: {reason}") from error
-        if response.status_code != httpx.codes.OK:
-            raise self._refusal(response)
-        try:
-            result = _RESULT.validate_json(response.content)
+            result = _RESULT.validate_json(body)
         except ValidationError as error:
-            raise ExpertError(f"the expert {self.name!r} at {self._url} answers nonsense: {error}") from error
+            raise ExpertError(f"{self._whose} answers nonsense: {error}") from error
         self.version = result.version
         return Reading(result.text, result.confidence)
 
@@ -75,11 +81,49 @@ class HttpExpert:
         if self._client is not None:
             await self._client.aclose()
 
-    def _refusal(self, response: httpx.Response) -> ExpertError:
+    @property
+    def _whose(self) -> str:
+        return f"the expert {self.name!r} at {self._url}"
+
+    async def _listed_version(self) -> str:
+        """What `GET /experts` says, at once or not at all. Raises `ExpertError`."""
         try:
-            message = str(response.json()["error"]["message"])
+            async with asyncio.timeout(_LIST_SECONDS):
+                status, body = await self._ask("GET", "/experts")
+            if status != httpx.codes.OK:
+                raise self._refusal(status, body)
+            return next(str(e["version"]) for e in _LIST.validate_json(body) if e["name"] == self.name)
+        except ExpertError:
+            raise
+        except Exception as error:  # a service may answer anything, or nothing
+            raise ExpertError(f"{self._whose} does not tell its version: {type(error).__name__}") from error
+
+    async def _ask(self, method: str, path: str, **content: Any) -> tuple[int, bytes]:
+        """The answer's status and body, given up as soon as it is too long. Raises `ExpertError`."""
+        if self._client is None:
+            raise ExpertError(f"the expert {self.name!r} was asked before it was loaded")
+        body = bytearray()
+        try:
+            async with self._client.stream(method, path, **content) as response:
+                coding = response.headers.get("content-encoding", "identity")
+                if coding != "identity":
+                    raise ExpertError(f"{self._whose} answers in {coding[:20]!r}, which it was not asked for")
+                async for chunk in response.aiter_raw():
+                    body += chunk
+                    if len(body) > _MAX_ANSWER_BYTES:
+                        raise ExpertError(f"{self._whose} answers more than {_MAX_ANSWER_BYTES} bytes")
+        except httpx.HTTPError as error:
+            reason = f"{type(error).__name__} {error}".strip()
+            raise ExpertError(f"{self._whose} does not answer: {reason}") from error
+        return response.status_code, bytes(body)
+
+    def _refusal(self, status: int, body: bytes) -> ExpertError:
+        try:
+            message = str(_REFUSAL.validate_json(body)["error"]["message"])
         except (ValueError, LookupError, TypeError):
-            message = response.text[:200]
-        if response.status_code in (httpx.codes.BAD_REQUEST, httpx.codes.REQUEST_ENTITY_TOO_LARGE):
+            message = body.decode(errors="replace")
+        message = message[:_MAX_MESSAGE]
+        if status in (httpx.codes.BAD_REQUEST, httpx.codes.REQUEST_ENTITY_TOO_LARGE):
             return BadImage(message)
-        return ExpertError(f"the expert {self.name!r} at {self._url}: {response.status_code} {message}")
+        busy = status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
+        return (Busy if busy else ExpertError)(f"{self._whose}: {status} {message}")

@@ -32,6 +32,9 @@ class LocalExpert(ABC):
     async def load(self) -> None:
         await self._run(self._load)
 
+    async def refresh(self) -> None:  # noqa: B027 - few have to override it
+        """Nothing to ask: its version holds as long as its process."""
+
     async def read(self, image: bytes) -> Reading:
         return await self._run(lambda: self._read(image))
 

@@ -38,6 +38,7 @@ class OcrExpert(LocalExpert):
         self._engine = RapidOCR(
             params={
                 "Global.use_cls": False,  # doubles the time and only helps upside-down pages
+                "Global.text_score": 0.0,  # `compose` leaves out what is unsure, by the setting
                 "Global.log_level": "critical",  # it logs each image without text as a warning
                 "Det.limit_type": "max",
                 "Det.limit_side_len": _DETECT_SIDE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from experts.contract import Reading
@@ -14,7 +14,10 @@ Point = Sequence[float]  # x to the right, y down, in pixels
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a recogniser read in one box. Four `corners`, clockwise from the text's top left."""
+    """What a recogniser read in one box. Four `corners`, clockwise from the text's top left.
+
+    Of a page on its side they are taken to begin at the picture's top left, where detectors begin.
+    """
 
     corners: Sequence[Point]
     text: str
@@ -39,11 +42,26 @@ def compose(pieces: Iterable[Piece], min_confidence: float) -> Reading:
     kept = [p for p in pieces if p.confidence >= min_confidence and p.text.strip()]
     if not kept:
         return Reading("")
+    if _turned(kept):
+        kept = [replace(p, corners=[*p.corners[1:], p.corners[0]]) for p in kept]
     angle = _skew(kept)
     rows = _rows([_place(piece, angle) for piece in kept])
     text = "\n".join(" ".join(placed.text for placed in row) for row in rows)
     weight = sum(len(p.text) for p in kept)
     return Reading(text, confidence=sum(p.confidence * len(p.text) for p in kept) / weight)
+
+
+def _turned(pieces: Sequence[Piece]) -> bool:
+    """Whether the page lies on its right side, its lines running down: most long boxes are tall.
+
+    On its left side its lines would run up, but recognisers take a tall box for one that runs down.
+    """
+    votes = 0
+    for piece in pieces:
+        top_left, top_right, _, bottom_left = piece.corners
+        width, height = math.dist(top_left, top_right), math.dist(top_left, bottom_left)
+        votes += (height >= 2 * width) - (width >= 2 * height)
+    return votes > 0
 
 
 def _skew(pieces: Sequence[Piece]) -> float:

@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
 from experts.caption import CaptionExpert
-from experts.contract import ExpertError, Reading
-from server.errors import ApiError
+from experts.contract import Busy, ExpertError, Reading
+from server.errors import ApiError, RateLimited
 from server.gateway.clients.pool import WorkerPool
 from server.worker.messages import (
     ChatMessage,
@@ -30,9 +30,10 @@ def caption_generator(
     model_of: Callable[[str], ModelInfo],
     events_of: Callable[[GenerateRequest], AsyncGenerator[Event, None]],
 ) -> Callable[[bytes, str], Awaitable[Reading]]:
-    """`generate(image, prompt)`: the caption adapter's greedy answer, whole. It raises `ExpertError`.
+    """`generate(image, prompt)`: the caption adapter's greedy answer, whole.
 
-    Its confidence is the geometric mean of its tokens' probabilities.
+    Its confidence is the geometric mean of its tokens' probabilities. It raises `ExpertError`, and where
+    the workers' queues are full `Busy`.
     """
 
     async def generate(image: bytes, prompt: str) -> Reading:
@@ -42,7 +43,8 @@ def caption_generator(
             async with aclosing(events_of(_request(image, prompt))) as stream:
                 events = [event async for event in stream]
         except ApiError as error:
-            raise ExpertError(f"the worker gave no caption: {error.message}") from error
+            kind = Busy if isinstance(error, RateLimited) else ExpertError
+            raise kind(f"the worker gave no caption: {error.message}") from error
         deltas = [event for event in events if isinstance(event, Delta)]
         logprobs = [token.logprob or 0.0 for delta in deltas for token in delta.logprobs]
         confidence = math.exp(sum(logprobs) / len(logprobs)) if logprobs else None

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -93,15 +93,21 @@ class ExpertPanel:
     async def read(
         self, model: str, names: Sequence[str], images: Sequence[Image]
     ) -> tuple[ExpertReport, ...]:
-        """Every expert on every image, all at once, for a request to `model`.
+        """Every expert on every image, all at once, for a request to `model`. Equal images are read once.
 
         Never fails: reports say what went wrong.
         """
-        asked = [(name, index) for index in range(len(images)) for name in names]
+        first = {image.sha256: index for index, image in reversed([*enumerate(images)])}
+        asked = [(name, index) for index in sorted(first.values()) for name in names]
         reports = await all_or_none(self._report(name, index, images[index]) for name, index in asked)
         for report in reports:
             self._metrics.experts.labels(model, report.name, report.outcome).observe(report.seconds)
-        return tuple(reports)
+        told = dict(zip(asked, reports, strict=True))
+        return tuple(
+            replace(told[name, first[image.sha256]], image=index)
+            for index, image in enumerate(images)
+            for name in names
+        )
 
     async def _report(self, name: str, index: int, image: Image) -> ExpertReport:
         begun = time.monotonic()
@@ -112,6 +118,7 @@ class ExpertPanel:
 
     async def _read(self, name: str, image: Image) -> tuple[Outcome, str]:
         expert = self._experts[name]
+        expert.keep_current()
         try:
             key = (name, expert.version, image.sha256)
             reading = self._cache.get(key)

@@ -147,6 +147,9 @@ class Scripted:
     async def load(self) -> None:
         pass
 
+    async def refresh(self) -> None:
+        pass
+
     async def read(self, image: bytes) -> Reading:
         if self.failure:
             raise self.failure

@@ -40,6 +40,23 @@ async def test_a_photographed_page_may_be_askew(
     assert (await ocr.read(encode(askew.filter(ImageFilter.GaussianBlur(0.6))))).text == INVOICE_TEXT
 
 
+async def test_a_page_on_its_right_side(ocr: OcrExpert, invoice: Image.Image, encode: Encode) -> None:
+    reading = await ocr.read(encode(invoice.transpose(Image.Transpose.ROTATE_270)))
+    assert reading.text.split("\n") == INVOICE_TEXT.split("\n")
+
+
+async def test_any_threshold_has_its_effect(
+    ocr: OcrExpert, invoice: Image.Image, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one below RapidOCR's own, which is 0.5."""
+    blurred = invoice.resize((invoice.width // 8, invoice.height // 8)).resize(invoice.size)
+    lengths = []
+    for threshold in (0.1, 0.5, 0.7):
+        monkeypatch.setattr(ocr, "_min_confidence", threshold)
+        lengths.append(len((await ocr.read(encode(blurred))).text))
+    assert lengths[0] > lengths[1] > lengths[2] > 0
+
+
 async def test_white_on_dark(ocr: OcrExpert, invoice: Image.Image, encode: Encode) -> None:
     assert (await ocr.read(encode(ImageOps.invert(invoice)))).text == INVOICE_TEXT
 

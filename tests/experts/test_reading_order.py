@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,22 @@ def test_lines_in_order_whatever_the_detectors_order_and_the_pages_skew(angle: f
     pieces = [piece(text, x, y, angle=angle) for text, x, y in TABLE]
     random.Random(seed).shuffle(pieces)
     assert compose(pieces, 0.5).text == TABLE_TEXT
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("angle", [88, 90, 93])
+def test_a_page_on_its_side_is_read_line_by_line(angle: float, seed: int) -> None:
+    """A detector's corners begin at the picture's top left, which is the text's bottom left here."""
+    pieces = [piece(text, x, y, angle=angle) for text, x, y in TABLE]
+    pieces = [replace(p, corners=[p.corners[3], *p.corners[:3]]) for p in pieces]
+    random.Random(seed).shuffle(pieces)
+    assert compose(pieces, 0.5).text == TABLE_TEXT
+
+
+def test_a_tall_box_on_an_upright_page_turns_nothing() -> None:
+    tall = Piece([(300, 0), (310, 0), (310, 90), (300, 90)], "margin", 0.9)
+    pieces = [piece("first line", 0, 0), piece("second line", 0, 30), piece("third line", 0, 60), tall]
+    assert compose(pieces, 0.5).text == "first line\nsecond line margin\nthird line"
 
 
 def test_a_large_heading_beside_small_print_takes_only_its_own_line() -> None:

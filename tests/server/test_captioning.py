@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from experts.contract import ExpertError, Reading
+from experts.contract import Busy, ExpertError, Reading
 from server.captioning import caption_generator, caption_version
-from server.errors import Unavailable, model_not_found
+from server.errors import RateLimited, Unavailable, model_not_found
 from server.worker.messages import (
     ChatMessage,
     ChatPrompt,
@@ -94,6 +94,12 @@ async def test_what_goes_wrong_is_an_experts_failure(
     with pytest.raises(ExpertError, match=why):
         await caption_generator(model_of(info), worker.generate)(b"", "")
     assert len(worker.requests) == bool(events)
+
+
+async def test_a_full_queue_is_no_failure() -> None:
+    worker = Worker(RateLimited("too many wait"))
+    with pytest.raises(Busy, match="the worker gave no caption: too many wait"):
+        await caption_generator(model_of(INFO), worker.generate)(b"", "")
 
 
 def test_any_load_of_the_adapter_is_another_version() -> None:

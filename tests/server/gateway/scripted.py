@@ -168,6 +168,9 @@ class ScriptedExpert:
     async def load(self) -> None:
         self.loaded = True
 
+    async def refresh(self) -> None:
+        pass
+
     async def read(self, image: bytes) -> Reading:
         self.seen.append(image)
         await asyncio.sleep(self.seconds)

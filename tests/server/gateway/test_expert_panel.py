@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from experts.contract import BadImage, ExpertError, Reading
+from experts.contract import BadImage, Busy, ExpertError, Reading
 from server.errors import InvalidRequest
 from server.gateway.clients.breaker import CircuitBreaker
-from server.gateway.clients.experts import GuardedExpert, Skipped
+from server.gateway.clients.experts import CONFIRM_SECONDS, GuardedExpert, Skipped
 from server.worker.messages import ContextItem
 from tests.server.gateway.scripted import (
     SEEING_ADAPTER,
@@ -136,6 +136,25 @@ async def test_every_image_is_read_and_told_apart(launch: Launch, worker: Script
     assert worker.requests[0].prompt.context == (ContextItem("eye", "red"), ContextItem("eye", "blue"))
 
 
+async def test_equal_images_of_a_request_are_read_once(launch: Launch, worker: ScriptedWorker) -> None:
+    class Eye(ScriptedExpert):
+        async def read(self, image: bytes) -> Reading:
+            await super().read(image)
+            return Reading("red" if image == picture() else "blue")
+
+    eye, deaf = Eye("eye", seconds=0.01), ScriptedExpert("deaf", ExpertError("what?"))
+    gateway = await launch(worker, experts={"eye": eye, "deaf": deaf}, expert_failures=3)
+    blue = data_url(picture(color="blue"))
+    assert outcomes(await ask(gateway, PICTURE, blue, PICTURE, PICTURE)) == [
+        (name, outcome, text, image)
+        for image, color in enumerate(["red", "blue", "red", "red"])
+        for name, outcome, text in (("eye", "ok", color), ("deaf", "failed", ""))
+    ]
+    assert len(eye.seen) == len(deaf.seen) == 2
+    latency = 'expert_latency_seconds_count{expert="eye",model="base",outcome="ok"}'
+    assert await metric(gateway, latency) == 2
+
+
 async def test_readings_are_remembered_by_expert_version_and_image(
     launch: Launch, worker: ScriptedWorker
 ) -> None:
@@ -156,6 +175,56 @@ async def test_readings_are_remembered_by_expert_version_and_image(
     expert.version = "2"
     await ask(gateway, other)
     assert len(expert.seen) == 5
+
+
+async def test_a_new_version_is_noticed_though_every_image_is_known(
+    launch: Launch, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("server.gateway.clients.experts.time", SimpleNamespace(monotonic=lambda: now))
+
+    class Deployed(ScriptedExpert):
+        """Another process knows its version; it is told when it is asked, and `telling` is set."""
+
+        refreshes = 0
+        deployed = "1"
+
+        async def refresh(self) -> None:
+            self.refreshes += 1
+            await telling.wait()
+            if self.deployed == "down":
+                raise ExpertError("down")
+            self.version = self.deployed
+
+    telling = asyncio.Event()
+    expert = Deployed("ocr", "by the first")
+    gateway = await launch(worker, experts={"ocr": expert})
+
+    async def text() -> str:
+        return outcomes(await ask(gateway))[0][2]
+
+    await text()
+    expert.deployed, expert.says = "2", "by the second"
+    now += CONFIRM_SECONDS - 1
+    assert await text() == "by the first"
+    assert expert.refreshes == 0
+    for _ in range(2):  # it is asked once at a time, and nobody waits for it
+        now += CONFIRM_SECONDS
+        assert await text() == "by the first"
+        await until(lambda: expert.refreshes == 1)
+    telling.set()
+    await until(lambda: expert.version == "2")
+    assert await text() == "by the second"
+    assert len(expert.seen) == 2
+    now += CONFIRM_SECONDS - 1  # since that reading, which confirmed it
+    expert.deployed = "down"
+    assert await text() == "by the second"
+    assert expert.refreshes == 1
+    now += 1
+    assert await text() == "by the second"
+    await until(lambda: expert.refreshes == 2)
+    assert await text() == "by the second"
+    assert (len(expert.seen), expert.refreshes) == (2, 2)
 
 
 async def test_a_reading_during_a_change_of_version_is_not_remembered(
@@ -223,6 +292,15 @@ async def test_an_image_that_cannot_be_read_is_no_failure_of_the_expert(
 ) -> None:
     gateway = await launch(worker, experts={"ocr": ScriptedExpert("ocr", BadImage("x"))}, expert_failures=1)
     assert [outcomes(await ask(gateway))[0][1] for _ in range(3)] == ["failed"] * 3
+
+
+async def test_a_busy_expert_has_neither_failed_nor_answered(launch: Launch, worker: ScriptedWorker) -> None:
+    expert = ScriptedExpert("ocr", Busy("too many wait"))
+    gateway = await launch(worker, experts={"ocr": expert}, expert_failures=2)
+    fates = []
+    for expert.says in [Busy("later")] * 3 + [ExpertError("down"), Busy("later"), ExpertError("down"), "x"]:
+        fates.append(outcomes(await ask(gateway))[0][1])
+    assert fates == ["failed"] * 6 + ["skipped"]
 
 
 async def test_so_many_readings_at_once(launch: Launch, worker: ScriptedWorker) -> None:
@@ -324,5 +402,29 @@ async def test_who_was_not_asked_yet_has_not_failed() -> None:
     loaded.set()
     with pytest.raises(TimeoutError):
         await guarded.read(b"x")
+    assert guarded.circuit_open
+    await guarded.close()
+
+
+async def test_who_answered_others_meanwhile_has_not_failed() -> None:
+    """A service reads one picture after another: those at the back of its queue are late, it is well."""
+    one_at_a_time = asyncio.Lock()
+    last = b"the last one that it gets to"
+
+    class Queueing(ScriptedExpert):
+        async def read(self, image: bytes) -> Reading:
+            async with one_at_a_time:
+                self.seconds = 60 if image == last else 0
+                return await super().read(image)
+
+    guarded = GuardedExpert(Queueing("ocr", "x"), 1, 8, CircuitBreaker(threshold=1, pause=60))
+    guarded.start()
+    pictures = (b"quick", last, b"behind it", b"and this")
+    fates = await asyncio.gather(*map(guarded.read, pictures), return_exceptions=True)
+    assert fates[0] == Reading("x")
+    assert [type(fate) for fate in fates[1:]] == [TimeoutError] * 3
+    assert not guarded.circuit_open
+    with pytest.raises(TimeoutError):
+        await guarded.read(last)
     assert guarded.circuit_open
     await guarded.close()
