@@ -14,6 +14,9 @@ RIGHT: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "Say hello."}]},
     "/v1/responses": {"model": "tiny", "input": "Say hello."},
     "/v1/completions": {"model": "tiny", "prompt": "The sky is"},
+    "/tokenize": {"model": "tiny", "prompt": "The sky is"},
+    "/detokenize": {"model": "tiny", "tokens": [5, 9]},
+    "/v1/adapters": {"id": "late", "path": FOLDER},
 }
 MOST_TOKENS = 8  # of an answer: this is to find failures, not to generate text
 
