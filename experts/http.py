@@ -61,8 +61,18 @@ class HttpExpert:
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Ask for the version, within seconds. Where it is not told, which is an `ExpertError`, it stays."""
-        self.version = await self._listed_version()
+        """Ask for the version, within seconds. Where it is not told it stays. Raises `ExpertError`."""
+        try:
+            async with asyncio.timeout(_LIST_SECONDS):
+                status, body = await self._ask("GET", "/experts")
+            if status != httpx.codes.OK:
+                raise self._refusal(status, body)
+            listed = _LIST.validate_json(body)
+            self.version = next(str(e["version"]) for e in listed if e["name"] == self.name)
+        except ExpertError:
+            raise
+        except Exception as error:  # a service may answer anything, or nothing
+            raise ExpertError(f"{self._whose} does not tell its version: {type(error).__name__}") from error
 
     async def read(self, image: bytes) -> Reading:
         """Raises `BadImage` where the service refuses the bytes, `Busy`, or `ExpertError` for all else."""
@@ -84,19 +94,6 @@ class HttpExpert:
     @property
     def _whose(self) -> str:
         return f"the expert {self.name!r} at {self._url}"
-
-    async def _listed_version(self) -> str:
-        """What `GET /experts` says, at once or not at all. Raises `ExpertError`."""
-        try:
-            async with asyncio.timeout(_LIST_SECONDS):
-                status, body = await self._ask("GET", "/experts")
-            if status != httpx.codes.OK:
-                raise self._refusal(status, body)
-            return next(str(e["version"]) for e in _LIST.validate_json(body) if e["name"] == self.name)
-        except ExpertError:
-            raise
-        except Exception as error:  # a service may answer anything, or nothing
-            raise ExpertError(f"{self._whose} does not tell its version: {type(error).__name__}") from error
 
     async def _ask(self, method: str, path: str, **content: Any) -> tuple[int, bytes]:
         """The answer's status and body, given up as soon as it is too long. Raises `ExpertError`."""

@@ -87,9 +87,8 @@ def run_gateway(settings: GatewaySettings) -> None:
 def run_worker(settings: WorkerSettings) -> None:
     """One engine behind the routes of `server.worker.app`. Raises what `build` raises.
 
-    Where the engine dies the process ends with 1.
-
-    Where machine 0 of several has the engine, this one computes for it, and has no routes.
+    Where the engine dies the process ends with 1. Where machine 0 of several has the engine, this one
+    computes for it, and has no routes.
     """
     _begin("worker", settings)
     prepare_torch(settings.num_threads)

@@ -58,6 +58,7 @@ class Key:
 
 
 def digest(key: str) -> bytes:
+    """SHA-256, all that is kept of a key."""
     return hashlib.sha256(key.encode()).digest()
 
 

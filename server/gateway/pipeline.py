@@ -137,14 +137,12 @@ class Pipeline:
                 param=param,
             )
 
-    def _refuse_bulk(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, choices: int, param: str
-    ) -> None:
+    def _refuse_bulk(self, prompts: Sequence[Prompt], sampling: SamplingParams, n: int, param: str) -> None:
         """Each choice travels with all that it is asked for: n times a large body would be many of them."""
+        choices = n * len(prompts)
         if choices == 1:
             return
-        each = choices // len(prompts)
-        size = choices * len(to_json(sampling)) + each * sum(len(to_json(prompt)) for prompt in prompts)
+        size = choices * len(to_json(sampling)) + n * sum(len(to_json(prompt)) for prompt in prompts)
         if size > self._settings.max_body_bytes:
             raise TooLarge(
                 f"{param}: {choices} choices of this request are {size} bytes together, of at most "
@@ -178,7 +176,7 @@ class Pipeline:
         sampling = body.sampling(model.sampling)
         many = "n" if len(prompts) == 1 else "prompt"
         self._refuse_crowd(body.model, n * len(prompts), many)
-        self._refuse_bulk(prompts, sampling, n * len(prompts), many)
+        self._refuse_bulk(prompts, sampling, n, many)
         remaining = max(0.001, arrived + self._settings.request_seconds - time.monotonic())
         choices = tuple(
             GenerateRequest(

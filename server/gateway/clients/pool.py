@@ -70,8 +70,8 @@ class Worker:
     silent_polls: int = 0  # in a row that got no answer
     lost_polls: int = 0  # in a row that found nobody
     _heard: float = field(default_factory=time.monotonic)  # when anything came from it
-    # Of each `next` that waits, for what model; "" where its answer has begun.
-    _patience: dict[asyncio.Timeout, str] = field(default_factory=dict)
+    # Of each `next` that waits, for what model; None where its answer has begun.
+    _patience: dict[asyncio.Timeout, str | None] = field(default_factory=dict)
 
     @property
     def load(self) -> int:
@@ -119,10 +119,10 @@ class Worker:
         """Since anything came from it: an answer to a poll, or an event of any request."""
         return time.monotonic() - self._heard
 
-    async def next(self, events: AsyncGenerator[Event, None], model: str) -> Event | None:
+    async def next(self, events: AsyncGenerator[Event, None], model: str | None) -> Event | None:
         """The next event, None at the end. Raises `BrokeOff` if the worker is given up meanwhile.
 
-        `model` is what the answer is of, "" where it has begun.
+        `model` is what the answer is of, None where it has begun.
         """
         try:
             async with asyncio.timeout(None) as patience:
@@ -264,7 +264,7 @@ class WorkerPool:
             try:
                 with worker.counted():
                     async with aclosing(worker.client.generate(request)) as events:
-                        while event := await worker.next(events, "" if begun else request.model):
+                        while event := await worker.next(events, None if begun else request.model):
                             begun = begun or not isinstance(event, (Started, Scheduled))
                             if begun or type(event) not in told:
                                 told.add(type(event))

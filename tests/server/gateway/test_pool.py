@@ -244,7 +244,8 @@ async def test_who_answers_polls_is_asked_first(launch: Launch) -> None:
     assert (len(silent.requests), len(busy.requests)) == (0, 1)
 
 
-async def test_nobody_is_given_up_where_nobody_does_better(launch: Launch) -> None:
+@pytest.mark.parametrize("others", [[], [BASE]], ids=["alone", "beside one without the model"])
+async def test_nobody_is_given_up_where_nobody_does_better(launch: Launch, others: list[ModelInfo]) -> None:
     go_on = asyncio.Event()
 
     async def script(_: object):
@@ -253,28 +254,8 @@ async def test_nobody_is_given_up_where_nobody_does_better(launch: Launch) -> No
         for event in story("late")[1:]:
             yield event
 
-    alone = ScriptedWorker(script=script)
-    gateway = await launch(alone)
-    asked = asyncio.create_task(gateway.chat())
-    await until(lambda: bool(alone.requests))
-    alone.is_silent = True
-    polls = alone.polls
-    await until(lambda: alone.polls >= polls + 4, seconds=10)
-    go_on.set()
-    assert (await asked).json()["choices"][0]["message"]["content"] == "late"
-
-
-async def test_nobody_is_given_up_for_those_who_have_another_model(launch: Launch) -> None:
-    go_on = asyncio.Event()
-
-    async def script(_: object):
-        yield Started(5)
-        await go_on.wait()
-        for event in story("late")[1:]:
-            yield event
-
-    holder = ScriptedWorker(models=[BASE, TEXT_ADAPTER], script=script)
-    gateway = await launch(holder, ScriptedWorker(models=[BASE]))
+    holder = ScriptedWorker(script=script)
+    gateway = await launch(holder, *([ScriptedWorker(models=others)] if others else []))
     asked = asyncio.create_task(gateway.chat(model="alpaca"))
     await until(lambda: bool(holder.requests))
     holder.is_silent = True
